@@ -193,7 +193,8 @@ def load(
                 f"{path}: {key}: {folder} lies in the folder of images, {images}, where what is written would be taken for classes "
                 f"and images; choose a place outside of it (--set {key}=FOLDER)"
             )
-    if any(":" in each.name for each in (*(config.heads or ()), *config.backbones)):
+    names_of_all = [*(head.name for head in config.heads or ()), *(section.name for section in config.backbones)]
+    if any(":" in name for name in names_of_all):
         look_in(path.parent)
     return config
 
