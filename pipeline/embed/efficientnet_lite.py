@@ -181,7 +181,6 @@ def _weights(name: str) -> dict[str, Published]:
             to_install=lambda: "" if package_file(name) else _to_install(name),
             license=license,
             megabytes=LITES[name].megabytes,
-            dim=lambda: HEAD,
         )
     }
 

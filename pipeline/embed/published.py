@@ -89,8 +89,6 @@ class Published:
     """Of the weights, in lower case as SPDX has it; `unknown` where nothing that comes with them says."""
     megabytes: float = 0.0
     """Size of the file with the weights; 0 where it is not known."""
-    dim: Callable[[], int | None] = lambda: None
-    """Length of the vector of the penultimate layer, found without the weights; None where it is not known."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,20 +102,7 @@ def _published(architecture: str, member: Any) -> Published:
         lambda: None if path.exists() else Fetch(member.url, path.parent, megabytes),
         license=LICENSES.get(member.meta.get("license"), UNKNOWN),
         megabytes=megabytes,
-        dim=partial(_dim, architecture),
     )
-
-
-@cache
-def _dim(architecture: str) -> int:
-    """What goes into the last layer, which scores the classes; found on torch's meta device but for some regnets."""
-    try:
-        with torch.device("meta"):
-            module = _build(architecture, {})
-    except RuntimeError:  # they compute their widths with tensors
-        module = _build(architecture, {})
-    *_, last = (part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d))
-    return last.in_features if isinstance(last, nn.Linear) else last.in_channels
 
 
 def _require_checkpoint(member: Any, path: Path) -> None:

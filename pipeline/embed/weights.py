@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,16 @@ def build_empty(architecture: str, arguments: Arguments) -> nn.Module:
                 return build(architecture, arguments)
         except BackboneError:  # a regnet computes its widths with tensors; a wrong argument fails again here
             return build(architecture, arguments)
+
+
+@cache
+def penultimate_dim(name: str) -> int:
+    """Return the length of the vector before a network's last layer, found without its weights."""
+    module = build_empty(name, {})
+    if hasattr(module, "head_hidden_size"):  # of timm
+        return int(module.head_hidden_size)  # type: ignore[arg-type]
+    *_, last = (part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d))
+    return last.in_features if isinstance(last, nn.Linear) else last.in_channels
 
 
 # ---- files of weights, of which nothing but tensors is taken
