@@ -123,7 +123,7 @@ def test_a_pooling_that_a_layer_cannot_have_is_found_in_the_words_of_the_run(tmp
     found = problems_of(config)
     with pytest.raises(BackboneError) as caught:
         backbone.load(config.backbones[0], config.extraction, 0)
-    assert found == (caught.value.message,)
+    assert found == caught.value.problems
     assert "has no class token; pooling 'cls' needs one" in found[0]
 
 

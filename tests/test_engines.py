@@ -211,19 +211,6 @@ def test_an_engine_is_chosen_once_and_its_store_is_read_without_it(
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert FeatureStore.open(files.find_store(record.store), record.fingerprint).rows == 45
 
-    # The same where it is installed and fails.
-    def refuse(*_: object) -> None:
-        raise RuntimeError("no such operation")
-
-    monkeypatch.setattr(engines, "openvino_is_there", lambda: True)
-    monkeypatch.setattr(backbone, "compile_openvino", refuse)
-    other, output = open_record(record, "cpu")
-    assert other.specs[output] == replace(record.spec, engine="torch")
-    assert caplog.messages[-1] == (
-        "OpenVINO cannot run squeezenet1_1 (no such operation); "
-        "torch computes the same network, whose vectors agree but for rounding"
-    )
-
 
 @pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="there is one processor to be on"

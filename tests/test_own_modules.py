@@ -158,7 +158,7 @@ def test_inner_layers_and_poolings_are_those_of_any_network_where_it_can_be_trac
     ]
     assert [spec.dim for spec in load("maps", pooling="grid").specs] == [36]
     assert load("maps").preprocessing.mean == (0.0, 0.0, 0.0)
-    with pytest.raises(BackboneError, match="no layer 'network.conv'"):
+    with pytest.raises(BackboneError, match=r"no layer 'network\.conv'"):
         load("branches", layers=["network.conv"])
     with pytest.raises(BackboneError, match="the weights have no classifier, so they give no classifier"):
         load("net", layers=["classifier"])
@@ -193,7 +193,10 @@ def test_the_identity_sees_weights_text_and_source_and_nothing_else(nets: Callab
             "mapping",
             "my_nets:mapping: gives a dict for 2 images, expected a tensor with a vector for each, such as (2, 512)",
         ),
-        ("scalar", "my_nets:scalar: gives (2,) for 2 images, expected a tensor with a vector for each, such as (2, 512)"),
+        (
+            "scalar",
+            "my_nets:scalar: gives (2,) for 2 images, expected a tensor with a vector for each, such as (2, 512)",
+        ),
         ("missing_file", "my_nets:missing_file: fails with arguments {}: FileNotFoundError: weights.pt"),
         (
             "untrained",
