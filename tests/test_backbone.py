@@ -671,7 +671,7 @@ def test_the_precision_follows_from_what_the_machine_is(
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(
         BackboneError,
-        match=r"device 'cuda' is not available here, found .*cpu; set extraction.device \(predict: --device\) to one of these or to 'auto'",
+        match=r"device 'cuda' is not available here, found .*cpu and 0 GPUs; set extraction.device \(predict: --device\) to another",
     ):
         load(extraction=ExtractionConfig(device="cuda"))
 

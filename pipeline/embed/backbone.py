@@ -225,9 +225,9 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
     network = load_network(config, seed)
     view = "" if config.view is None else config.view if config.view == "flip" else f"{config.view} {seed}"
     network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode, view=view))
-    own = family_of(network.architecture).auto_precision
-    asked = own if own and extraction.precision == "auto" else extraction.precision
-    dtype, precision, reason = resolve_precision(asked, device)
+    own = family_of(network.architecture).auto_precision if extraction.precision == "auto" else ""
+    dtype, precision, reason = resolve_precision(own or extraction.precision, device)
+    reason = f"the one for {network.name}, whose vectors bf16 may move" if own else reason
     if device.type == "cuda" and precision == "fp32":
         # cuDNN would round to 10 bits (TF32), and fp32 must mean the same on every device.
         torch.backends.cudnn.allow_tf32 = False
@@ -246,16 +246,13 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
     except RuntimeError as error:
         if engine != "openvino" or is_out_of_memory(error):
             raise
-        found = first_line(error)
+        why = f"OpenVINO cannot run {network.name} ({first_line(error)})"
         if extraction.engine == "openvino":
-            raise BackboneError(f"OpenVINO cannot run {network.name} ({found}); set extraction.engine: torch") from None
-        engine, why = "torch", f"OpenVINO cannot run this network ({found})"
+            raise BackboneError(f"{why}; set extraction.engine: torch") from None
+        engine = "torch"
         backbone = Backbone(network, config, replace(arithmetic, engine=engine))
-    # What was asked for needs no reason, and `predict` and `verify` ask for what the features were made with.
-    reason = f"the one for {network.name}, whose vectors bf16 may move" if own else reason
-    reason = "" if extraction.precision != "auto" else f": {reason}"
-    why = "" if extraction.engine == engine else f": {why}"
-    logger.info("%s on %s in %s%s; by %s%s", backbone.specs[0].name, device, precision, reason, engine, why)
+    name = backbone.specs[0].name
+    logger.info("%s on %s in %s: %s; by %s: %s", name, device, precision, reason, engine, why)
     return backbone
 
 

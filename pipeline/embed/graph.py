@@ -42,36 +42,28 @@ GRID = 3
 # ---- nodes
 
 
-def _outputs_of(network: nn.Module, layers: Sequence[str], images: torch.Tensor) -> list[Any]:
-    """Run a network; return the output of each module named, None of one that does not run.
-
-    images : of the network's float dtype, shape (n, 3, height, width)
-    """
-    found: dict[str, Any] = {}
-
-    def keep(layer: str, module: nn.Module, given: Any, output: Any) -> None:
-        found[layer] = output
-
-    hooks = [network.get_submodule(layer).register_forward_hook(partial(keep, layer)) for layer in layers]
-    try:
-        network(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [found.get(layer) for layer in layers]
-
-
 class Taps(nn.Module):
-    """A network that cannot be traced, run as it is: gives what comes out of some of its modules."""
+    """A network run as it is: gives what comes out of some of its modules, None for one that does not run."""
 
     def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
-        self.network = network
-        self._layers = layers
+        self.network, self._layers = network, layers
 
     def forward(self, images: torch.Tensor) -> tuple[Any, ...]:
         """Return the layers' outputs, of any shape and dtype, for images of the network's dtype, shape (n, 3, height, width)."""
-        return tuple(_outputs_of(self.network, self._layers, images))
+        found: dict[str, Any] = {}
+
+        def keep(layer: str, module: nn.Module, given: Any, output: Any) -> None:
+            found[layer] = output
+
+        modules = [(layer, self.network.get_submodule(layer)) for layer in self._layers]
+        hooks = [module.register_forward_hook(partial(keep, layer)) for layer, module in modules]
+        try:
+            self.network(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return tuple(map(found.get, self._layers))
 
 
 TracedNetwork = tuple[fx.GraphModule | Taps, dict[str, fx.Node | None]]
@@ -90,11 +82,8 @@ def trace(model: nn.Module, probe: torch.Tensor | None = None) -> TracedNetwork:
             return module, names
         reason = "its graph computes something else"
     except Exception as error:  # a forward pass is any Python code
-        if is_out_of_memory(error):
-            raise
         reason = first_line(error)
-    if probe is not None:
-        logger.info("%s runs as it is, as it cannot be traced: %s", type(model).__name__, reason)
+    logger.info("%s runs as it is, as it cannot be traced: %s", type(model).__name__, reason)
     return Taps(model, ()), dict.fromkeys(name for name, _ in model.named_modules() if name)
 
 
@@ -234,16 +223,16 @@ def shapes(graph: TracedNetwork, size: tuple[int, int]) -> list[tuple[str, tuple
     images = torch.zeros(n_images, 3, *size)
     with torch.inference_mode():
         if isinstance(module, Taps):
-            outputs = _outputs_of(module.network, list(names), images)
+            outputs = Taps(module.network, [*names])(images)
         else:
             ShapeProp(module).propagate(images)
             outputs = [node and node.meta.get("tensor_meta") for node in names.values()]
-    found = [(name, getattr(output, "shape", None)) for name, output in zip(names, outputs, strict=True)]
-    return [
-        (name, tuple(shape[1:]))
-        for name, shape in found
-        if isinstance(shape, torch.Size) and len(shape) > 1 and shape[0] == n_images
-    ]
+    found = []
+    for name, output in zip(names, outputs, strict=True):
+        shape = getattr(output, "shape", None)
+        if isinstance(shape, torch.Size) and len(shape) > 1 and shape[0] == n_images:
+            found.append((name, tuple(shape[1:])))
+    return found
 
 
 def cut(graph: TracedNetwork, layers: Sequence[str]) -> nn.Module:
@@ -302,10 +291,9 @@ def map_before(module: nn.Module, output: int, images: torch.Tensor) -> torch.Te
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a network, named in the same way in every family."""
+    """A part of a network, named `stem`, `stage1` ... `stageN` or `head` in every family."""
 
     name: str
-    """`stem`, `stage1` ... `stageN` or `head`."""
     modules: tuple[str, ...]
     """Names of its modules, in the order of definition."""
     end: str
@@ -322,7 +310,7 @@ def find_stages(network: nn.Module, size: tuple[int, int], head: str) -> tuple[S
     names = [name for name, _ in network.named_modules()]
     with torch.inference_mode():
         images = torch.zeros(1, 3, *size, device=next(network.parameters()).device)
-        resolutions = dict(zip(names, map(_resolution, _outputs_of(network.eval(), names, images)), strict=True))
+        resolutions = dict(zip(names, map(_resolution, Taps(network.eval(), names)(images)), strict=True))
     runs: list[list[str]] = []
     for name in _pieces(network, "", head, resolutions):
         same = runs and resolutions.get(name) is not None and resolutions[name] == resolutions.get(runs[-1][-1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.embed.records import load, open_store, place, read_specs, spec_key, write_specs
 from pipeline.embed.spec import EmbeddingSpec, embedding_name
-from pipeline.errors import BackboneError, ConfigError, DatasetError, StoreError, first, number_of
+from pipeline.errors import BackboneError, DatasetError, StoreError, first, number_of
 from pipeline.experiment import STORES, Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, ImageProblem
 from pipeline.images.reading import Pixels, given_key, one_by_one
@@ -163,11 +162,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             "dataset": {"max_pixels": self.max_pixels},
             "seed": self.seed,
         }
-        try:
-            config = configuration.parse(raw, type(self).__name__)
-        except ConfigError as error:
-            lines = [re.sub(r"^(backbones\.0|extraction|dataset)\.", "", line) for line in error.problems]
-            raise ConfigError(error.message, lines) from None
+        config = configuration.parse(raw, type(self).__name__)
         if self.name in baselines.NAMES:
             return config, None
         other = published.stand_in(config.backbones[0])
