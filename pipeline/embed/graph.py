@@ -310,7 +310,9 @@ def find_stages(network: nn.Module, size: tuple[int, int], head: str) -> tuple[S
     names = [name for name, _ in network.named_modules()]
     with torch.inference_mode():
         images = torch.zeros(1, 3, *size, device=next(network.parameters()).device)
-        resolutions = dict(zip(names, map(_resolution, Taps(network.eval(), names)(images)), strict=True))
+        outputs = dict(zip(names, Taps(network.eval(), names)(images), strict=True))
+    of_maps = {name for name, output in outputs.items() if isinstance(output, torch.Tensor) and output.ndim == 4}
+    resolutions = {name: tuple(outputs[name].shape[-2:]) if name in of_maps else None for name in names}
     runs: list[list[str]] = []
     for name in _pieces(network, "", head, resolutions):
         same = runs and resolutions.get(name) is not None and resolutions[name] == resolutions.get(runs[-1][-1])
@@ -327,11 +329,6 @@ def find_stages(network: nn.Module, size: tuple[int, int], head: str) -> tuple[S
         for number, (run, end) in enumerate(zip(runs, ends, strict=True))
     ]
     return (*stages, Stage("head", (head,), head)) if head else tuple(stages)
-
-
-def _resolution(output: Any) -> tuple[int, ...] | None:
-    """Height and width of maps; None of anything else."""
-    return tuple(output.shape[-2:]) if isinstance(output, torch.Tensor) and output.ndim == 4 else None
 
 
 def _pieces(network: nn.Module, name: str, head: str, resolutions: Mapping[str, tuple[int, ...] | None]) -> list[str]:

@@ -88,12 +88,6 @@ class OwnNetwork(nn.Module):
         return output
 
 
-def with_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name tensors, of any shape and dtype, of the user's module as they are called within the whole; those that are stay so."""
-    whole = any(name.startswith("network.") for name in state)
-    return {name if whole else f"network.{name}": tensor for name, tensor in state.items()}
-
-
 # ---- the user's function
 
 

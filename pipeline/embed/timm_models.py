@@ -61,7 +61,16 @@ def find(name: str, arguments: Arguments) -> TimmWeights:
     """
     models = library().models
     if name.startswith(LOCAL_DIR):
-        return _in_folder(Path(name.removeprefix(LOCAL_DIR)), arguments)
+        folder = Path(name.removeprefix(LOCAL_DIR))
+        try:
+            cfg, network, given = models._hub.load_model_config_from_path(folder)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            reason = first_line(error)
+            raise BackboneError(
+                f"{folder} holds no network of timm ({reason}); expected its config.json and its weights"
+            ) from None
+        tag = f"{network}.{cfg['tag']}" if cfg.get("tag") else network
+        return TimmWeights(tag, cfg, {**_token(network), **given, **arguments})
     tag = TIMM_NAMES.get(name, name.removeprefix(TIMM_PREFIX))
     network, _, weights = tag.partition(".")
     cfg = None
@@ -73,16 +82,6 @@ def find(name: str, arguments: Arguments) -> TimmWeights:
         near = difflib.get_close_matches(tag, known, n=3, cutoff=0.4) or known[:3]
         raise BackboneError(f"timm has no {tag!r}; the nearest are {', '.join(TIMM_PREFIX + each for each in near)}")
     return TimmWeights(tag, cfg.to_dict(), {**_token(network), **arguments})
-
-
-def _in_folder(folder: Path, arguments: Arguments) -> TimmWeights:
-    try:
-        cfg, network, given = library().models._hub.load_model_config_from_path(folder)
-        tag = f"{network}.{cfg['tag']}" if cfg.get("tag") else network
-        return TimmWeights(tag, cfg, {**_token(network), **given, **arguments})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = first_line(error)
-    raise BackboneError(f"{folder} holds no network of timm ({reason}); expected its config.json and its weights")
 
 
 def _token(network: str) -> dict[str, Any]:

@@ -256,7 +256,10 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         if other := lock.holder(path):
             log.warning("%s: waiting for %s, which writes to it", path, other)
         writing = StoreWriter.open(path, spec.identity(), spec.dim, probe=self._network().probe[0], patience=math.inf)
-        with writing as writer, _hashes(path.parent) as hashes:
+        hashing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        with contextlib.suppress(StoreError):  # of another process that writes perceptual hashes, which find copies
+            hashing = StoreWriter.open(path.parent / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16", patience=1.0)
+        with writing as writer, hashing as hashes:
             numbers = missing[writer.fresh(digests[missing])]  # another process may have embedded some meanwhile
             try:
                 for here, vectors in self._embed(images, numbers.tolist(), problems, digests, hashes):
@@ -275,14 +278,6 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
 def _name(images: Images, number: int) -> str:
     image = images[number]
     return image if isinstance(image, str) else getattr(image, "filename", "") or f"image {number}"
-
-
-def _hashes(folder: Path) -> contextlib.AbstractContextManager[Any]:
-    """Open the store of perceptual hashes, by which `heads` finds copies; give None where another process writes to it."""
-    try:
-        return StoreWriter.open(folder / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16", patience=1.0)
-    except StoreError:
-        return contextlib.nullcontext()
 
 
 @lru_cache(maxsize=NETWORKS)

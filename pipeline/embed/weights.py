@@ -313,7 +313,8 @@ def _from_state(
             f"{origin} holds a network of code, {architecture}, which can do anything when it is built; write name: {architecture} "
             "only if you know who wrote that"
         )
-    state = own_modules.with_prefix(state) if names_code(architecture) else state
+    if names_code(architecture) and not any(name.startswith("network.") for name in state):
+        state = {f"network.{name}": tensor for name, tensor in state.items()}  # of the user's module alone
     arguments = {**description.get("arguments", {}), **config.arguments}
     module, has_classifier = _fill(architecture, arguments, state, origin)
     if not has_classifier:
