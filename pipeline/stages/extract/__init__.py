@@ -22,7 +22,7 @@ from pipeline.data import check_failures
 from pipeline.data.index import WrittenIndex
 from pipeline.data.scan import ScanResult, scan
 from pipeline.embed.published import about_stand_in
-from pipeline.embed.records import EmbeddingRecord, default_name, find_parts, read_records, write_records
+from pipeline.embed.records import EmbeddingRecord, find_parts, read_records, write_records
 from pipeline.errors import PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.io.files import make_folder, write_text_atomic
@@ -33,7 +33,6 @@ from pipeline.stages.extract.targets import (
     IDENTITY_DIFFERS,
     Contents,
     EmbeddingTarget,
-    Source,
     find_targets,
     require_permitted,
     resolve,
@@ -172,7 +171,7 @@ def run(
         enter(files)
     start = time.perf_counter()
     sources = resolve(config, files, contents.digests)  # loads the networks whose embeddings are not known yet
-    find_parts(config.concat, _names(sources))
+    find_parts(config.concat, {spec.name: source for source in sources for spec in source.specs})
     resolving = time.perf_counter() - start
     if not plan:
         take_over([spec for source in sources for spec in source.specs], files, contents.digests)
@@ -269,12 +268,6 @@ def embed_some(
 def _check_failures(scanned: ScanResult, contents: Contents, config: Config, files: Artifacts) -> None:
     failed = len(scanned.failures) + int(contents.failed.sum())
     check_failures(failed, scanned.total, config.dataset.max_failures, files.dataset / "failures.csv")
-
-
-def _names(sources: Sequence[Source]) -> dict[str, Source]:
-    """What `concat` may name: as `concat.by_name` has it, before there is a record."""
-    asked = {default_name(each): source for source in sources if (each := source.instead_of)}
-    return asked | {spec.name: source for source in sources for spec in source.specs}
 
 
 def _about_stand_ins(targets: Sequence[EmbeddingTarget], before: Sequence[EmbeddingRecord]) -> Iterator[str]:
