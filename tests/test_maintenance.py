@@ -298,7 +298,6 @@ def test_a_pack_that_status_refuses_does_not_verify(experiment: Config, tmp_path
     path = tmp_path / "all.h5"
     index = DatasetIndex.read(Artifacts(experiment.output).dataset)
     store = FeatureStore.open(store_of(experiment, "pixels"))
-    attributes = store.store_type.attributes(len(index))
     arrays = {
         "content": index.digests,
         "identity_json": np.frombuffer(canonical_json(store.identity).encode(), np.uint8),
@@ -306,7 +305,7 @@ def test_a_pack_that_status_refuses_does_not_verify(experiment: Config, tmp_path
         "row": np.full(len(index), 10**6, "<u8"),
     }
     features = store.read(index.digests)
-    path.write_bytes(b"".join(compose("pack", attributes, arrays, ("<f4", features.shape), lambda: [features]).parts()))
+    path.write_bytes(b"".join(compose("pack", store.store_type, len(index), arrays, lambda: [features]).parts))
     with pytest.raises(StoreError, match="'row' points outside"):
         maintenance.status_of_pack(path)
     check = maintenance.verify_pack(path, full=True)

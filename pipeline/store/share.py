@@ -36,7 +36,7 @@ from pipeline.errors import StoreError
 from pipeline.io import files
 from pipeline.io.digests import Digests, digest_keys, digests_to_hex, fingerprint
 from pipeline.io.remote import address_of, write_remote
-from pipeline.store.format import StoreType, compose_features, origin
+from pipeline.store.format import StoreType, compose, origin
 from pipeline.store.lock import explained
 from pipeline.store.opener import MAX_TEXT, StoreFile, fetch, open_file
 from pipeline.store.reader import FeatureStore, listed
@@ -78,14 +78,14 @@ def pack(
             for name, values in (columns or {}).items()
             if name != "paths" or not anonymous
         }
-    composed = compose_features(
+    composed = compose(
         "pack",
         store.store_type,
-        content,
+        len(content),
+        {"content": content, **others},
         lambda: (features.astype(store.dtype) for _, features in store.pieces(content)),
-        **others,
     )
-    _write(path, composed.parts())
+    _write(path, composed.parts)
     return FeatureStore.open(path)
 
 
@@ -301,13 +301,14 @@ class PartWriter:
         if not self._waiting:
             return
         content, vectors = zip(*self._waiting, strict=True)
-        composed = compose_features("pack", self.store_type, np.concatenate(content), lambda: vectors, **self._origin)
+        arrays = {"content": np.concatenate(content), **self._origin}
+        composed = compose("pack", self.store_type, len(arrays["content"]), arrays, lambda: vectors)
         path = f"{self.folder}/{composed.digest}.h5"
         if address_of(path):
             with explained(Path(self.folder)):
-                write_remote(path, b"".join(composed.parts()))
+                write_remote(path, b"".join(composed.parts))
         else:
-            _write(Path(path), composed.parts())
+            _write(Path(path), composed.parts)
         self._waiting, self._waiting_bytes = [], 0
 
     def __enter__(self) -> PartWriter:

@@ -273,14 +273,14 @@ def test_a_signal_while_libhdf5_writes_or_reads_waits_until_it_has_done(place, m
 
     before = signal.signal(number, handle)
     calls, wanted = iter(()), 0
-    real = format_module._Memory.write
+    real = format_module.HeadFile.write
 
     def interrupted(self, data):
         if next(calls) == wanted:
             os.kill(os.getpid(), number)
         return real(self, data)
 
-    monkeypatch.setattr(format_module._Memory, "write", interrupted)
+    monkeypatch.setattr(format_module.HeadFile, "write", interrupted)
 
     def compose():
         nonlocal calls
