@@ -256,6 +256,16 @@ def read_document(path: Path, kind: Kind) -> dict[str, Any]:
 
 def parse_document(data: bytes | str, kind: Kind, path: Path) -> dict[str, Any]:
     """Check a document's text and return its content; `path` names it in errors, which are those of `read_document`."""
+    document = _whole_document(data, kind, path)
+    found = (document.get("format"), document.get("version"))
+    if found[0] != kind.format or found[1] not in (kind.version, *kind.older):
+        raise kind.error(
+            f"{path}: is {found[0]!r} version {found[1]!r}, expected {kind.format!r} version {kind.version}; {kind.again}"
+        )
+    return document
+
+
+def _whole_document(data: bytes | str, kind: Kind, path: Path) -> dict[str, Any]:
     try:
         document = json.loads(data)
         whole = isinstance(document, dict) and _is_whole(document)
@@ -265,11 +275,6 @@ def parse_document(data: bytes | str, kind: Kind, path: Path) -> dict[str, Any]:
         raise kind.damaged(path, f"it holds a {type(document).__name__}, expected an object")
     if not whole:
         raise kind.damaged(path, "its content is not the one that its digest names")
-    found = (document.get("format"), document.get("version"))
-    if found[0] != kind.format or found[1] not in (kind.version, *kind.older):
-        raise kind.error(
-            f"{path}: is {found[0]!r} version {found[1]!r}, expected {kind.format!r} version {kind.version}; {kind.again}"
-        )
     return document
 
 
@@ -278,6 +283,15 @@ def _is_whole(document: Mapping[str, Any]) -> bool:
         return True  # written by release 0.1
     content = {key: value for key, value in document.items() if key != DIGEST}
     return bool(document.get(DIGEST) == fingerprint(content))
+
+
+def require_whole(path: Path) -> None:
+    """See that a document or journal, of whatever kind and version, is the one that was written; PipelineError where it is not."""
+    kind = Kind("", 0, "run the command that wrote it again", "run the command that writes it")
+    if path.suffix == ".jsonl":
+        read_lines(path, kind)
+    else:
+        _whole_document(_bytes_of(path, kind), kind, path)
 
 
 def _bytes_of(path: Path, kind: Kind, most: int | None = MOST_JSON) -> bytes:
