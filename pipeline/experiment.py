@@ -119,7 +119,7 @@ class Artifacts:
 
     def seen_from_stores(self) -> str:
         """The output folder as seen from that of the feature stores: both may be moved together."""
-        return _seen_from(os.path.realpath(self.root), os.path.realpath(self.stores))
+        return os.path.relpath(os.path.realpath(self.root), os.path.realpath(self.stores))
 
     @property
     def entry(self) -> Path:
@@ -129,7 +129,7 @@ class Artifacts:
     def stores_told(self) -> dict[str, Any]:
         """What `features.json` says of the feature stores: where they are, and the experiment's entry there."""
         place = os.path.realpath(self.stores)
-        return {"stores": [_seen_from(place, os.path.realpath(self.root)), place], "entry": self.entry.stem}
+        return {"stores": [os.path.relpath(place, os.path.realpath(self.root)), place], "entry": self.entry.stem}
 
     def target(self, name: str) -> Path:
         """The output folder of one of several targets."""
@@ -154,13 +154,6 @@ class Artifacts:
     def bundle(self, embedding: str, head: str) -> Path:
         """The folder of one saved head."""
         return self.root / "heads" / embedding / head
-
-
-def _seen_from(path: str, folder: str) -> str:
-    try:
-        return os.path.relpath(path, folder)
-    except ValueError:  # another drive, on Windows
-        return path
 
 
 @dataclass(frozen=True)
