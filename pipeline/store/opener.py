@@ -301,10 +301,10 @@ def _place(root: Any, name: str, wanted: Field) -> _Place:
     is_contiguous = dataset.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
     _require(is_contiguous, f"{name!r} is not stored in one piece")
     _require(h5py.h5a.get_num_attrs(dataset) == 0, f"{name!r} has attributes")
-    space, dtype = dataset.get_space(), _dtype(dataset.get_type(), wanted)
+    space = dataset.get_space()
     is_array = space.get_simple_extent_type() == h5py.h5s.SIMPLE
     _require(is_array and len(space.shape) == len(wanted.shape), f"{name!r} has a wrong number of axes")
-    _require(dtype is not None, f"{name!r} has an unexpected type, expected {' or '.join(wanted.dtypes)}")
+    dtype = _dtype(dataset.get_type(), name, wanted)
     size, start = prod(space.shape) * dtype.itemsize, dataset.get_offset()
     stored = not size or (start is not None and dataset.get_storage_size() == size)
     _require(stored, f"{name!r} is not fully stored")
@@ -312,11 +312,14 @@ def _place(root: Any, name: str, wanted: Field) -> _Place:
     return _Place(start, start + size, dtype, space.shape)
 
 
-def _dtype(kind: Any, wanted: Field) -> np.dtype[Any] | None:
-    """Turn an HDF5 type into one of the expected dtypes, comparing types, not names; None for another."""
-    if wanted.dtypes == ("|S*",):
-        return np.dtype(f"S{kind.get_size()}") if _is_text(kind) else None
-    return next((np.dtype(text) for text in wanted.dtypes if kind.equal(h5py.h5t.py_create(np.dtype(text)))), None)
+def _dtype(kind: Any, name: str, wanted: Field) -> np.dtype[Any]:
+    """Turn an HDF5 type into one of the expected dtypes, comparing types, not names."""
+    for text in wanted.dtypes:
+        if text == "|S*" and _is_text(kind):
+            return np.dtype(f"S{kind.get_size()}")
+        if text != "|S*" and kind.equal(h5py.h5t.py_create(np.dtype(text))):
+            return np.dtype(text)
+    raise ValueError(f"{name!r} has an unexpected type, expected {' or '.join(wanted.dtypes)}")
 
 
 def _check_sizes(kind: str, places: dict[str, _Place], attributes: dict[str, Any]) -> None:

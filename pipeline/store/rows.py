@@ -124,6 +124,10 @@ class StoredRows(NDArrayOperatorsMixin):
         vectors = self[:]
         return np.array(vectors, dtype) if copy else np.asarray(vectors, dtype)
 
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        arrays = [each[:] if isinstance(each, StoredRows) else each for each in inputs]
+        return getattr(ufunc, method)(*arrays, **options)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(np.ndarray, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
