@@ -230,7 +230,7 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
     key, folder = row_key(fixed, embedding, config.seed), files.bundle(embedding.name, head.name)
     vectors = SharedFeatures(embedding)
     found = finished_row(folder, key) or make_row(fixed, embedding, vectors, config, files, key)
-    with_strangers(Leaderboard((found,)), asked.task, asked.stores, files, config.seed)
+    with_strangers(Leaderboard((found,)), replace(asked, files=files))
     fitted = time.perf_counter()
     said, old = HeadPredictions.read(folder / FILE_NAME), HeadPredictions.read(before / FILE_NAME)
     assert said.out_of_fold is not None
