@@ -242,7 +242,7 @@ OF_NUMBERS: Mapping[str, Head] = {
             SVR(cache_size=500),
             space={**HEADS["rbf_svm"].space, "epsilon": _log(1e-3, 1.0)},
             defaults={"C": 1.0, "gamma": 0.002, "epsilon": 0.1},
-            evaluator=kernel.RBF_SVR,
+            evaluator=kernel.RBF_SVM,
             fit=kernel.fit_each,
         ),
         _of_numbers("mlp", MLPRegressor(max_iter=100, tol=1e-4), evaluator=MLP, fit=screened.fit_keeping_best),
@@ -260,7 +260,7 @@ OF_LABELS: Mapping[str, Head] = {
         _of_labels("decision_tree", None),
         _of_labels("knn", None),
         _of_labels("random_forest", screened.FOREST_OF_NUMBERS),
-        _of_labels("rbf_svm", kernel.RBF_SVM_LABELS, linear.fit_each_label),
+        _of_labels("rbf_svm", kernel.RBF_SVM, linear.fit_each_label),
         _of_labels("mlp", MLP, screened.fit_keeping_best),
     )
 }
