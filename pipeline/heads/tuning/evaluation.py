@@ -7,7 +7,6 @@ optimum with work shared.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 import warnings
@@ -264,9 +263,6 @@ def failed(error: Exception, counts: Mapping[str, int]) -> FoldOutcome:
 _current = threading.local()
 _counting, _searches, _restore = threading.Lock(), 0, ExitStack()
 
-_END_OF_SENTENCE = re.compile(r"\.(?=\s|[A-Z]|$)|\n")
-"""A full stop within a name, such as `self.coef_`, ends none."""
-
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
@@ -305,7 +301,7 @@ def _count(message: Warning | str, category: type[Warning], *place: Any, **more:
     # What a library plans to change is said to programmers, and is no news of a fit.
     if counts is not None and not issubclass(category, (FutureWarning, DeprecationWarning)):
         vague = category in (UserWarning, RuntimeWarning)
-        text = _END_OF_SENTENCE.split(str(message), maxsplit=1)[0][:80]
+        text = str(message).split("\n")[0].partition(". ")[0][:80]
         counts[f"{category.__name__}: {text}" if vague else category.__name__] += 1
 
 

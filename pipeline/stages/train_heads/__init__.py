@@ -3,15 +3,6 @@
 Reads what stage one wrote (the index and the feature stores), needs neither the images nor torch, and writes a bundle per
 head and the leaderboard. The best head is chosen by cross-validation; test images choose nothing.
 
-    task.py       the rows, the folds, the test images; the features, in memory or on disk
-    row.py        one head: tuned, scored, repeated on request, saved, or found finished
-    layers.py     which layers of a network hold the signal, where several are embedded
-    vote.py       the best rows of different embeddings together, on request
-    apart.py      rows that are made of another row and stand apart
-    views.py      the best heads averaged over views of images and learned from them
-    domains.py    how far the data set's domains are apart, and the best head adapted to new ones
-    strangers.py  near-duplicates across test or folds, and what is strange to the best row
-
 With a budget of all searches together trials are measured by passes over all rows: the first of one trial each, and as long as there is
 time for more, one of as many as the last pass says there is time for. Nothing but the number of trials of the last pass goes into its
 rows: a config that has it as `tuning.trials` gives the same leaderboard, on any machine.
