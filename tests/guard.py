@@ -27,6 +27,12 @@ sys.addaudithook(refuse)
 """
 """Python imports it before anything else in every process, as `sitecustomize`; a forked one inherits it."""
 
+QUICK_PAGES = """
+from pipeline.report import material, page
+material.umap_is_installed, page.to_png = lambda: False, lambda chart: b""
+"""
+"""What conftest's fixture of this name does, for a process of its own."""
+
 
 def guarded(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run code in a folder with an empty home, outside of what is known as continuous integration."""

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from pipeline import config as configuration
@@ -17,6 +18,7 @@ from pipeline import report
 from pipeline.config import Config
 from pipeline.evaluation import Predictions, scores
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.report import drawing, page
 from pipeline.report.material import Material
 from pipeline.stages import extract, train_heads
 
@@ -104,5 +106,7 @@ def built_experiment(folder: Path) -> Path:
     config = squares(folder)
     extract.run(config)
     train_heads.run(config)
-    report.build(config.output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "to_png", drawing.to_png)
+        report.build(config.output)
     return Path(config.output)

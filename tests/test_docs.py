@@ -14,7 +14,7 @@ from typing import Any
 import click
 import pytest
 import yaml
-from guard import attempts, guarded
+from guard import QUICK_PAGES, attempts, guarded
 from photos import make_photos
 
 from pipeline.cli import COMMANDS, STORE, cli
@@ -97,22 +97,31 @@ def small_code(code: str) -> str:
     return code.removeprefix("%%capture\n").replace("[:200]", "[:60]").replace("tuning__trials=3", "tuning__trials=1")
 
 
-WALK = """
+WALK = f"""
 import ast, json, sys
 from pathlib import Path
 from pipeline.cli import cli, full
-from pipeline.report import material, page
-
-material.umap_is_installed = lambda: False  # takes ten seconds to be compiled
-page.to_png = lambda chart: b""  # each chart is drawn for the page, and not for paper again
-found = {}
+{QUICK_PAGES}
+found = {{}}
 for step in json.loads(Path("steps.json").read_text(encoding="utf-8")):
     print("==", step, flush=True)
     if isinstance(step, list):
         cli.main(full(step), standalone_mode=False)
     else:  # what an expression gives is shown, as in a notebook
         exec(compile(ast.Interactive(ast.parse(step).body), "page", "single"), found)
-print("== imported", *sorted({"openvino", "timm"} & set(sys.modules)))
+print("== imported", *sorted({{"openvino", "timm"}} & set(sys.modules)))
+"""
+
+OWN_IMPORT = """
+try:
+    import torchvision  # fails beside a CPU-only torch
+except RuntimeError:
+    pass
+"""
+
+AFTER_OURS = """
+import torch, torchvision, torchvision.transforms.v2, torchvision.ops
+assert torchvision.models.squeezenet1_1().eval()(torch.zeros(1, 3, 64, 64)).shape[1] == 1000
 """
 
 AS_IT_SAYS = """
@@ -126,7 +135,8 @@ assert X.shape[0] == len(y) == 30
 def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of one process that did all that the pages say.
 
-    In order, in a folder with the reader's photos, our configs, and the example head beside them; then the notebook.
+    In order, in a folder with the reader's photos, our configs, and the example head beside them; then the notebook. The reader's
+    own import of torchvision stands before all that, and works behind it.
     """
     folder = tmp_path_factory.mktemp("pages")
     make_photos(folder / "photos")
@@ -135,11 +145,12 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     (module,) = [block for page in RUN for block in blocks(page, "python") if block.startswith("# my_heads.py")]
     (folder / "configs" / "my_heads.py").write_text(module, encoding="utf-8")
     lines = [line for page in RUN for line in commands(page) if line.startswith("manyheads ")]
-    steps: list[Any] = [shortened(shlex.split(line)[1:]) for line in dict.fromkeys(lines)]
+    steps: list[Any] = [OWN_IMPORT, *(shortened(shlex.split(line)[1:]) for line in dict.fromkeys(lines))]
     steps.append(["store", "status", "artifacts/photos"])
     steps += [small_code(code) for page in (README, ROOT / "docs" / "python.md") for code in blocks(page, "python")]
     notebook = json.loads(read(ROOT / "docs" / "tour.ipynb"))["cells"]
     steps += [AS_IT_SAYS, *(small_code("".join(cell["source"])) for cell in notebook if cell["cell_type"] == "code")]
+    steps.append(AFTER_OURS)
     (folder / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
     done = guarded(WALK, folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
