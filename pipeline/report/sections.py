@@ -22,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation import Calibration, Interval, Predictions, measure_calibration
 from pipeline.evaluation.domains import Domains
 from pipeline.evaluation.intervals import share_interval
-from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, Trials
 from pipeline.evaluation.leaderboard.recommendation import effects
 from pipeline.evaluation.metric import METRICS, metrics_for
 from pipeline.evaluation.scoring import ClassScores, confusion_matrix, per_class, scores
@@ -207,7 +207,7 @@ def _tuning(material: Material) -> Shown | None:
     found = [(row, trials[row.key]) for row in material.leaderboard.rows if len(trials.get(row.key, ())) > 1]
     if not found:
         return None
-    several, drawn, searches = len({row.embedding for row, _ in found}) > 1, {}, []
+    several, drawn, searches = len({row.embedding for row, _ in found}) > 1, dict[str, Trials](), []
     for row, made in found:
         ended = Counter(trial["status"] for trial in made)
         searches.append((row, len(made), ended["stopped"], ended["failed"]))
