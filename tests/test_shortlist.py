@@ -13,7 +13,6 @@ from scipy import optimize, stats
 
 from pipeline.cli import cli
 from pipeline.config import BackboneConfig, Config
-from pipeline.embed.backbone import Cost
 from pipeline.embed.baselines import load
 from pipeline.errors import BackboneError, PipelineError
 from pipeline.evaluation import Predictions
@@ -97,7 +96,7 @@ def entry(name: str, right: int, parameters: int, seconds: float, evidence: floa
     (spec,) = load("pixels").specs
     candidate = BackboneConfig(name=name) if parameters else name
     return Entry(
-        candidate, replace(spec, name=name), "ridge", Predictions(y, guesses), evidence, Cost(parameters), seconds
+        candidate, replace(spec, name=name), "ridge", Predictions(y, guesses), evidence, parameters, 0.0, seconds
     )
 
 
@@ -126,7 +125,7 @@ def test_size_is_said_to_have_told_it_only_where_it_did() -> None:
     assert "size alone would have named large, which is shown to be worse than the best." in said
     assert "LogME alone would have told you this: small is the likeliest." in said
     assert "use small: all others are shown to be worse" in said
-    said = lines(replace(small, cost=Cost(100)), large)
+    said = lines(replace(small, parameters=100), large)
     assert "size alone would have told you this: small is the largest." in said
     said = lines(small, entry("large", 189, 90, 0.05), entry("hog", 188, 0, 0.001))
     assert "size alone would have told you as much: it names large, which cannot be told apart from the best." in said
@@ -170,8 +169,7 @@ def test_the_sample_is_embedded_for_good_and_the_written_config_runs(
     assert (found.images, found.of) == (60, 72)
     assert {each.spec.name for each in found.entries} == {"regnet_small-bundled-penultimate", "pixels"}
     (network,) = [each for each in found.entries if each.section]
-    assert network.cost.parameters == 2_205_480 - 385 * 200 - 4_480  # without the classifier, with norms folded
-    assert network.cost.operations > 1e7
+    assert network.parameters == 2_205_480 - 385 * 200 - 4_480  # without the classifier, with norms folded
     assert found.config.read_text("utf-8").startswith(
         "# The networks that cannot be told apart from the best on 60 of 72"
     )

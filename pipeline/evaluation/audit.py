@@ -27,7 +27,7 @@ from sklearn.neighbors import NearestNeighbors
 from pipeline.errors import StoreError
 from pipeline.experiment import AUDIT, Artifacts, read_record, to_cell
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, hash_distances
-from pipeline.io.digests import Digests
+from pipeline.io.digests import Digests, fingerprint
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -267,7 +267,7 @@ def read_hashes(files: Artifacts, digests: Digests) -> NDArray[np.uint8]:
     hashes = np.zeros((len(digests), HASH_BYTES), dtype=np.uint8)
     for path in reversed(files.find_stores(HASH_STORE)):
         try:
-            store = FeatureStore.open(path, identity=HASH_IDENTITY)
+            store = FeatureStore.open(path, fingerprint(HASH_IDENTITY))
             known = ~store.missing(digests)
             hashes[known] = store.read(digests[known])
         except StoreError as error:

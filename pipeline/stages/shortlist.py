@@ -25,7 +25,7 @@ from pipeline.data import DatasetIndex
 from pipeline.data.scan import scan
 from pipeline.data.targets import Classification
 from pipeline.embed import baselines
-from pipeline.embed.backbone import Backbone, Cost
+from pipeline.embed.backbone import Backbone
 from pipeline.embed.published import STAND_IN, require_permitted
 from pipeline.embed.spec import EmbeddingModel, EmbeddingSpec, probe_images
 from pipeline.embed.weights import license_of, to_fetch
@@ -74,7 +74,10 @@ class Entry:
     out_of_fold: Predictions
     evidence: float
     """LogME on the sample."""
-    cost: Cost
+    parameters: int
+    """0 of a baseline."""
+    megabytes: float
+    """Of the weights."""
     seconds: float
     """What its network takes for an image here; decoding is the same for all."""
     dropped: bool = False
@@ -138,7 +141,7 @@ class Shortlist:
         yield f"config    {self.config}: `manyheads features` and `manyheads heads` run it as it is"
 
     def _table(self) -> str:
-        head = ("", "embedding", "accuracy [95 %]", "judge", "images", "LogME", "parameters", "GFLOP", "ms/image", "MB")
+        head = ("", "embedding", "accuracy [95 %]", "judge", "images", "LogME", "parameters", "ms/image", "MB")
         cells = [
             (
                 "*" if entry is self.entries[0] else "~" if entry.tied else "",
@@ -147,14 +150,13 @@ class Shortlist:
                 entry.head,
                 f"{len(entry.out_of_fold):,}",
                 f"{entry.evidence:.3f}",
-                f"{entry.cost.parameters / 1e6:.1f} M" if entry.cost.parameters else "",
-                f"{entry.cost.operations / 1e9:.2f}" if entry.cost.operations else "",
+                f"{entry.parameters / 1e6:.1f} M" if entry.parameters else "",
                 f"{1000 * entry.seconds:.1f}",
-                f"{entry.cost.megabytes:.0f}" if entry.cost.parameters else "",
+                f"{entry.megabytes:.0f}" if entry.parameters else "",
             )
             for entry in self.entries
         ]
-        return tabulate(cells, head, "simple", disable_numparse=True, colalign=("left", "left", *["right"] * 8))
+        return tabulate(cells, head, "simple", disable_numparse=True, colalign=("left", "left", *["right"] * 7))
 
 
 def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> Shortlist:
@@ -252,9 +254,9 @@ def _judged(
         X, y, groups = store.read(some.digests[there]), Classification.of(part).encode(part), part.fold_groups()
         head, guesses = best_guesses(X, y, make_folds(y, FOLDS, config.seed, groups), config.seed)
         embedder = target.source.load()
-        cost = embedder.cost() if isinstance(embedder, Backbone) else Cost()
+        weight = embedder.weight() if isinstance(embedder, Backbone) else (0, 0.0)
         said = Predictions(y, guesses, units=groups)
-        yield Entry(candidate, target.spec, head, said, logme(X, y), cost, _seconds(embedder))
+        yield Entry(candidate, target.spec, head, said, logme(X, y), *weight, _seconds(embedder))
 
 
 def _with_unique_names(entries: Sequence[Entry]) -> list[Entry]:
@@ -380,7 +382,7 @@ def _by_size(entries: Sequence[Entry]) -> Iterator[str]:
         return
     best = max(entries, key=lambda entry: (not entry.dropped, entry.accuracy))
     whole = [entry for entry in networks if not entry.dropped] or networks
-    largest = max(networks, key=lambda entry: (entry.cost.parameters, entry.cost.operations))
+    largest = max(networks, key=lambda entry: entry.parameters)
     likeliest = max(whole, key=lambda entry: entry.evidence)
     for means, entry in (("size", largest), ("LogME", likeliest)):
         if entry is best:
