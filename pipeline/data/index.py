@@ -263,15 +263,13 @@ class DatasetIndex:
     def read(folder: Path) -> DatasetIndex:
         """Read the index of a folder; DatasetError when there is none, or it is not one this version can read."""
         found = WrittenIndex.read(folder)
-        if found.record is None:
-            raise DatasetError(f"{folder}: has no {INDEX_RECORD}; run `manyheads features` to make the index")
+        if found.record is None or found.index is None:
+            raise DatasetError(f"{folder}: holds no index; run `manyheads features` to make it")
         if found.edited:
             raise DatasetError(
-                f"{folder / INDEX_FILE}: is not the one that was written: it was edited, or is damaged; run `manyheads features`, "
-                "which keeps its splits, or delete it to have it made anew"
+                f"{found.path}: is not the one that was written: it was edited, or is damaged; run `manyheads features`, which keeps its "
+                "splits, or delete it to have it made anew"
             )
-        if found.index is None:
-            raise DatasetError(f"{found.path}: there is no index here; run `manyheads features` to make it")
         return found.index
 
 
