@@ -80,7 +80,7 @@ def test_a_folder_without_images_is_an_error_before_the_network_is_loaded(
 
 def test_no_bundle_is_an_error(tmp_path: Path) -> None:
     make_photos(tmp_path / "new", per_class=1)
-    with pytest.raises(BundleError, match=r"no bundle here \(bundle\.json is missing\)"):
+    with pytest.raises(BundleError, match=r"bundle\.json: missing; expected an experiment"):
         predict.run(tmp_path, [tmp_path / "new"], output=tmp_path / "out.csv")
 
 

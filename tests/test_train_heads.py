@@ -276,7 +276,7 @@ def test_near_duplicates_across_the_test_and_across_folds_are_said_with_the_scor
     assert lines[1].startswith(
         f"Leak: {len(parted)} of 120 training images are nearly the same as one of another fold;"
     )
-    assert f"{board.best.key} is right in {100 * expected[1]:.1f} % in place of {100 * expected[0]:.1f} %" in lines[1]
+    assert f"{board.best.key} has accuracy {100 * expected[1]:.1f} % in place of {100 * expected[0]:.1f} %" in lines[1]
     assert "the same `group`" in lines[2]
     assert train_heads.run(config).leaderboard.leaks == leaks
 
