@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,8 @@ MADE_BY = "made_by"
 """Names the program that wrote a file; a file that has it has digests too."""
 DIGEST = "digest"
 LINE_DIGEST = "line_digest"
+
+T = TypeVar("T")
 
 MOST_JSON = 1 << 28
 """Bytes of the largest document or journal that is read."""
@@ -245,6 +247,20 @@ def read_document(path: Path, kind: Kind) -> dict[str, Any]:
     not let it be read, which says nothing about the document.
     """
     return parse_document(_bytes_of(path, kind), kind, path)
+
+
+def write_record(path: Path, kind: Kind, record: Any) -> None:
+    """Write a dataclass as a document in one move."""
+    write_document(path, kind, plain(record))
+
+
+def read_record(path: Path, kind: Kind, of: type[T]) -> T:
+    """Read the dataclass that `write_record` wrote, of a type `of`; errors are those of `read_document`."""
+    document = read_document(path, kind)
+    try:
+        return cast(T, from_plain(of, {each.name: document[each.name] for each in fields(cast(Any, of))}))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise kind.damaged(path, f"it does not hold what its version says ({first_line(error)})") from None
 
 
 def parse_document(data: bytes | str, kind: Kind, path: Path) -> dict[str, Any]:

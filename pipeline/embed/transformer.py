@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.embed.records import load, open_store, place, read_specs, spec_key, write_specs
 from pipeline.embed.spec import EmbeddingSpec, embedding_name
-from pipeline.errors import BackboneError, ConfigError, DatasetError, StoreError, first, number_of
+from pipeline.errors import BackboneError, DatasetError, StoreError, first, number_of
 from pipeline.experiment import STORES, Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, ImageProblem
 from pipeline.images.reading import Pixels, given_key, one_by_one
@@ -166,11 +165,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             "dataset": {"max_pixels": self.max_pixels},
             "seed": self.seed,
         }
-        try:
-            config = configuration.parse(raw, type(self).__name__)
-        except ConfigError as error:
-            lines = [re.sub(r"^(backbones\.0|extraction|dataset)\.", "", line) for line in error.problems]
-            raise ConfigError(error.message, lines) from None
+        config = configuration.parse(raw, type(self).__name__)
         if self.name in baselines.NAMES:
             return config, None
         other = published.stand_in(config.backbones[0])
@@ -260,7 +255,10 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         if other := lock.holder(path):
             log.warning("%s: waiting for %s, which writes to it", path, other)
         writing = StoreWriter.open(path, spec.identity(), spec.dim, probe=self._network().probe[0], patience=math.inf)
-        with writing as writer, _hashes(path.parent) as hashes:
+        hashing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        with contextlib.suppress(StoreError):  # of another process that writes perceptual hashes, which find copies
+            hashing = StoreWriter.open(path.parent / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16", patience=1.0)
+        with writing as writer, hashing as hashes:
             numbers = missing[writer.fresh(digests[missing])]  # another process may have embedded some meanwhile
             try:
                 for here, vectors in self._embed(images, numbers.tolist(), problems, digests, hashes):
@@ -290,14 +288,6 @@ def digests_of(images: Images, max_pixels: int) -> tuple[Digests, Problems]:
 def _name(images: Images, number: int) -> str:
     image = images[number]
     return image if isinstance(image, str) else getattr(image, "filename", "") or f"image {number}"
-
-
-def _hashes(folder: Path) -> contextlib.AbstractContextManager[Any]:
-    """Open the store of perceptual hashes, by which `heads` finds copies; give None where another process writes to it."""
-    try:
-        return StoreWriter.open(folder / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16", patience=1.0)
-    except StoreError:
-        return contextlib.nullcontext()
 
 
 @lru_cache(maxsize=NETWORKS)

@@ -22,7 +22,7 @@ from pipeline.data import check_failures
 from pipeline.data.index import WrittenIndex
 from pipeline.data.scan import ScanResult, scan
 from pipeline.embed.published import about_stand_in
-from pipeline.embed.records import EmbeddingRecord, default_name, find_parts, read_records, write_records
+from pipeline.embed.records import EmbeddingRecord, find_parts, read_records, write_records
 from pipeline.errors import PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.io.files import make_folder, write_text_atomic
@@ -162,9 +162,7 @@ def run(
         enter(files)
     start = time.perf_counter()
     sources = resolve(config, files, contents.digests)  # loads the networks whose embeddings are not known yet
-    # What `concat` may name: as `concat.by_name` has it, before there is a record.
-    named = {default_name(each): source for source in sources if (each := source.instead_of)}
-    find_parts(config.concat, named | {spec.name: source for source in sources for spec in source.specs})
+    find_parts(config.concat, {spec.name: source for source in sources for spec in source.specs})
     resolving = time.perf_counter() - start
     if not plan:
         take_over([spec for source in sources for spec in source.specs], files, contents.digests)
