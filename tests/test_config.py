@@ -124,12 +124,15 @@ def test_training_moved_into_finetune_and_every_key_of_before_is_told_with_the_n
         "training.cutmix=1.0": "training.cutmix: is gone: remove it, and set finetune.augment: trivial",
         "training.sizes=[[0, 24]]": "training.sizes: is gone: images have the size of the weights' preprocessing; remove it",
         "patience=3": "patience: is gone: the best weights are kept anyway; set finetune.steps lower",
+        "class_weight=balanced": "class_weight: is gone: classes weigh as in the head that a run starts from; set it for that head",
+        "profile_steps=5": "profile_steps: is gone: write finetune.watch: [profiler]",
+        "training.tensorboard=true": "training.tensorboard: is gone: write finetune.watch: [tensorboard]",
         "embedding=net": "embedding: is gone: write finetune.start: EMBEDDING",
         "head=random": "head: is gone: write finetune.start: EMBEDDING/HEAD, or finetune.start: random",
         "unfreeze=[{start: 0, scope: head}]": "unfreeze: {start: ..., scope: ...} is written as a pair now: [[0, head], [0.2, all]]",
     }
     found = problems_of(tmp_path, GOOD, *(f"finetune.{text}" for text in old))
-    assert found[0].endswith("config.yaml: 11 problems")
+    assert found[0].endswith("config.yaml: 14 problems")
     assert sorted(found[1:]) == sorted(f"finetune.{told}" for told in old.values())
 
 

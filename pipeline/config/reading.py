@@ -122,6 +122,13 @@ _GONE = {
     "label_smoothing": Retired(0.0, "is gone: remove it"),
     "mixup": Retired(0.0, "is gone: remove it, and set finetune.augment: trivial"),
     "patience": Retired(None, "is gone: the best weights are kept anyway; set finetune.steps lower"),
+    "rate_decay": Retired(0.5, "is gone: each stage has half the rate of the one above it; remove it"),
+    "warmup": Retired(0.1, "is gone: the rate rises in the first tenth of the steps; remove it"),
+    "class_weight": Retired(None, "is gone: classes weigh as in the head that a run starts from; set it for that head"),
+    "batch_norm": Retired("frozen", "is gone: norms stay as they are; remove it"),
+    "ema": Retired(0.0, "is gone: no average of the weights is made; remove it"),
+    "profile_steps": Retired(0, "is gone: write finetune.watch: [profiler]"),
+    "tensorboard": Retired(False, "is gone: write finetune.watch: [tensorboard]"),
 }
 """Of `finetune`, and of `finetune.training` before."""
 
@@ -137,13 +144,13 @@ _OF_TRAINING = {
     "clip_norm": Retired(None, "is gone: lower finetune.rate where the loss is no number"),
     "evaluate_every": Retired("auto", "is gone: a run is evaluated ten times; remove it"),
     "replicas": Retired(1, "is gone: torch's own threads share a step's work; remove it"),
-    "average_top": Retired(0, "is gone: no soup of weights is made; remove it, and set finetune.ema for an average"),
+    "average_top": Retired(0, "is gone: no soup of weights is made; remove it"),
     "sizes": Retired([], "is gone: images have the size of the weights' preprocessing; remove it"),
     "cooldown": Retired(0.4, "is gone with the schedule trapezoid; remove it"),
     **{
         key: Retired(about.default, f"is finetune.{key} now")
         for key, about in FinetuneConfig.model_fields.items()
-        if key not in ("start", "validation_fraction", "unfreeze")
+        if key not in ("start", "validation_fraction", "unfreeze", "watch")
     },
 }
 

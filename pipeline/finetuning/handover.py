@@ -24,8 +24,6 @@ from pipeline.embed.records import open_record
 from pipeline.embed.weights import Network, family_of, load_network
 from pipeline.errors import TrainingError
 from pipeline.evaluation import fit_calibrator
-from pipeline.experiment import Artifacts
-from pipeline.export import bundle as bundles
 from pipeline.finetuning.material import Choice, Parts, read_pixels
 from pipeline.finetuning.plan import last_linear
 from pipeline.finetuning.trainer import predict_logits
@@ -114,9 +112,7 @@ def put_head(network: nn.Module, layer: Layer) -> None:
 # ---- the layer to start from
 
 
-def starting_layer(
-    config: Config, files: Artifacts, choice: Choice, store: FeatureStore, parts: Parts
-) -> tuple[Layer, str]:
+def starting_layer(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> tuple[Layer, str]:
     """Return the last layer to start from, weights (width, dim) and biases (width,), float64, and what it is in words.
 
     The head is fitted anew, with stage two's parameters, on the images that stage three learns from: stage two's own has
@@ -127,10 +123,9 @@ def starting_layer(
     TrainingError
         When the head was fitted for another target than the data have.
     """
-    linear, width = choice.linear, parts.target.width
-    if linear is None:
+    linear, bundle, width = choice.linear, choice.head, parts.target.width
+    if linear is None or bundle is None:
         return _random_layer(width, choice.record.spec.dim, config.seed), "a random last layer"
-    bundle = bundles.load(files.root / str(linear.bundle))
     if bundle.target != parts.target:
         raise TrainingError(
             f"{linear.bundle}: tells {bundle.target.width} classes apart, the data have {width} others; run `manyheads heads` again"
