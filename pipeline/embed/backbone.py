@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, ExtractionConfig
 from pipeline.embed import graph as graphs
@@ -49,17 +48,6 @@ class Arithmetic:
     """The dtype's name in configs and identities."""
     engine: str
     """`torch` or `openvino`."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an embedding costs, but for its time."""
-
-    parameters: int = 0
-    operations: int = 0
-    """Floating point operations for an image, as torch counts them: two for a multiplication and its addition."""
-    megabytes: float = 0.0
-    """Of the weights, and of the largest input and output of a layer for one image."""
 
 
 class Backbone:
@@ -170,8 +158,8 @@ class Backbone:
                 return None
             return graphs.contributions(maps, pooling, torch.from_numpy(weights).to(maps)).cpu().numpy()
 
-    def cost(self) -> Cost:
-        """Return what the network costs up to its last layer that is kept."""
+    def cost(self) -> tuple[int, float]:
+        """Return the network's parameters, and the megabytes of these and of the largest input and output of a layer for an image."""
         sizes = [0]
 
         def measure(module: nn.Module, given: tuple[object, ...], output: object) -> None:
@@ -182,15 +170,14 @@ class Backbone:
         hooks = [part.register_forward_hook(measure) for part in leaves]
         try:
             pixels = torch.zeros(1, *self.preprocessing.size, 3, dtype=torch.uint8, device=self.device)
-            with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            with torch.inference_mode():
                 self._outputs(pixels)
         finally:
             for hook in hooks:
                 hook.remove()
         parameters = list(self._module.parameters())
         held = sum(part.numel() * part.element_size() for part in parameters)
-        count = sum(part.numel() for part in parameters)
-        return Cost(count, counter.get_total_flops(), (held + max(sizes)) / 1e6)
+        return sum(part.numel() for part in parameters), (held + max(sizes)) / 1e6
 
     def in_float64(self) -> Backbone:
         """Return the same network computing in float64, by torch, for who asks what float32 leaves open."""
