@@ -10,6 +10,7 @@ import tempfile
 import webbrowser
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -118,11 +119,7 @@ def heads(config: Config, engine: Engine | None = None) -> Generator[str, None, 
 
     The name of a single target is ''.
     """
-    found = {}
-    for name, alone in targets.experiments(config).items():
-        found[name] = result = train_heads.run(alone, engine)
-        yield from [*targets.heading(name), *result.summary_lines()]
-        yield f"report       {report.refresh(result.files.root)}"
+    found = yield from targets.each(targets.experiments(config), partial(train_heads.run, engine=engine))
     if "" not in found:
         files = Artifacts(config.output, config.store)
         boards = {name: result.leaderboard for name, result in found.items()}
