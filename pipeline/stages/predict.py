@@ -264,8 +264,8 @@ def run(
 
 
 @dataclass(frozen=True)
-class Material:
-    """What the heads are given."""
+class ToLabel:
+    """What there is to label, on its way to the heads."""
 
     batches: Iterable[Made]
     paths: Iterator[str]
@@ -280,7 +280,7 @@ class Material:
     passed_over: Sequence[str] = ()
 
 
-def _of_vectors(files: Sequence[Path], heads: Mapping[str, ModelBundle]) -> Material:
+def _of_vectors(files: Sequence[Path], heads: Mapping[str, ModelBundle]) -> ToLabel:
     """Return the vectors in files, which were made elsewhere, as if a network made them batch by batch."""
     read = [(path, *read_vectors(path)) for path in files]
 
@@ -295,12 +295,12 @@ def _of_vectors(files: Sequence[Path], heads: Mapping[str, ModelBundle]) -> Mate
             yield from (f"{path} row {row + 1}" for row in range(len(X))) if named is None else map(str, named)
 
     places = {name: [[(0, 0)]] * len(head.parts) for name, head in heads.items()}
-    return Material(batches(), paths(), sum(len(X) for *_, X in read), places)
+    return ToLabel(batches(), paths(), sum(len(X) for *_, X in read), places)
 
 
 def _of_images(
     images: Sequence[Path], taken: Mapping[str, Sequence[EmbeddingRecord]], limit: int, device: str, trust_code: bool
-) -> Material:
+) -> ToLabel:
     """Return image files, and those in folders, as they come out of the networks of some embeddings."""
     walks = [Walk(path) for path in images if is_folder(path)]
     total = sum(1 for _ in images_in(images, walks))
@@ -312,7 +312,7 @@ def _of_images(
     paths, ahead = tee(images_in(images, [Walk(walk.root) for walk in walks]))
     every = tuple(range(len(lanes)))
     items = (Item(number, absolute(path), None, every) for number, path in enumerate(ahead))
-    return Material(embed(lanes, items, Path("/"), limit), paths, total, places, lanes, unread, passed_over)
+    return ToLabel(embed(lanes, items, Path("/"), limit), paths, total, places, lanes, unread, passed_over)
 
 
 def find_bundles(path: Path) -> dict[str, Path]:
