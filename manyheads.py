@@ -282,10 +282,10 @@ def finetune(config: _Given, output: _Place | None = None, **overrides: Any) -> 
         files.require_place(Path(output))
     given = advise.run(asked)
     yield [given, ""]
-    if asked.finetune.unfreeze == "auto" and given.scope is None:
+    run = stage.run(asked)
+    if run is None:
         yield "Nothing is trained, as finetune: auto follows the advice; set finetune.unfreeze to [[0, all]] to train nevertheless."
         return None
-    run = stage.run(asked)
     yield run
     if output is not None:
         files.write_atomic(Path(output), run.weights.read_bytes())

@@ -17,7 +17,7 @@ from pipeline.config import Config, PreprocessingConfig
 from pipeline.data import lineage
 from pipeline.embed.engines import resolve_device, resolve_precision
 from pipeline.embed.weights import Network
-from pipeline.errors import PipelineError, TrainingError
+from pipeline.errors import PipelineError
 from pipeline.experiment import FINETUNING, Artifacts, read_document, write_document
 from pipeline.finetuning.batches import Data, LabelledImages
 from pipeline.finetuning.handover import Layer, open_network, put_head, starting_layer
@@ -53,18 +53,22 @@ class FinetuneRun:
         return ["finished before and kept", *said] if self.reused else said
 
 
-def run(config: Config) -> FinetuneRun:
-    """Fine-tune a backbone of the leaderboard and say whether it was worth it.
+def run(config: Config) -> FinetuneRun | None:
+    """Fine-tune a backbone of the leaderboard and say whether it was worth it; None where the advice is followed, and is not to.
 
     A finished run is kept; a stopped one goes on from its last checkpoint.
 
     Raises
     ------
     PipelineError
-        When stages one and two have not been run, the target, embedding or head cannot be fine-tuned, the plan is wrong, or
-        `finetune.unfreeze` is `auto` and the advice is to train nothing.
+        When stages one and two have not been run, the target, embedding or head cannot be fine-tuned, or the plan is wrong.
     """
-    config = as_advised(config)
+    if config.finetune.unfreeze == "auto":
+        advice = advise.run(config)
+        if advice.scope is None:
+            return None
+        plan = config.finetune.model_copy(update={"unfreeze": ((0.0, advice.scope),)})
+        config = config.model_copy(update={"finetune": plan})
     files = Artifacts(config.output)
     choice = choose(config, files)
     store = FeatureStore.open(files.find_store(choice.record.store), choice.record.fingerprint)
@@ -122,25 +126,6 @@ def run(config: Config) -> FinetuneRun:
     return FinetuneRun(result, weights, name, reused=False)
 
 
-def as_advised(config: Config) -> Config:
-    """Return a config whose plan is what the advice says, where it leaves that open.
-
-    Raises
-    ------
-    TrainingError
-        When the advice is to train nothing.
-    """
-    if config.finetune.unfreeze != "auto":
-        return config
-    advice = advise.run(config)
-    if advice.scope is None:
-        raise TrainingError(
-            f"finetune: auto follows the advice, which is to {advice.recommended}; set finetune.unfreeze to [[0, all]] to train nevertheless"
-        )
-    plan = config.finetune.model_copy(update={"unfreeze": ((0.0, advice.scope),)})
-    return config.model_copy(update={"finetune": plan})
-
-
 def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> str:
     """Name everything that determines the result."""
     linear = choice.linear
@@ -166,11 +151,9 @@ def _finished(folder: Path, key: str, weights: Path) -> dict[str, Any] | None:
     """The result of an earlier run that answered the same question and whose weights are there and whole."""
     try:
         found = read_document(folder / "result.json", FINETUNING)
-    except PipelineError:
+        return found if found["key"] == key and found["weights_digest"] == file_digest(weights) else None
+    except (PipelineError, OSError, KeyError):
         return None
-    if found.get("key") != key or not weights.is_file():
-        return None
-    return found if found.get("weights_digest", digest := file_digest(weights)) == digest else None
 
 
 def _make_task(
