@@ -100,17 +100,10 @@ class Run:
         return page
 
     def __repr__(self) -> str:
-        told = []
-        for name, board in self.boards.items():
-            best = board.best
-            test, span = (None, None) if best.test is None else best.test.of(board.told_by)
-            text, title = board.told_by.user_text, board.told_by.title
-            tested = (
-                ""
-                if test is None or span is None
-                else f", test {title} {text(test)} [{text(span[0])}, {text(span[1])}]"
-            )
-            told.append(f"{f'{name}: ' if name else ''}{len(board.rows)} rows, best {best.key}{tested}")
+        told = [
+            f"{name}: " * bool(name) + f"{len(board.rows)} rows, best {board.best.key}"
+            for name, board in self.boards.items()
+        ]
         return f"Run({str(self.output)!r}: {'; '.join(told)})"
 
 

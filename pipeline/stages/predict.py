@@ -199,9 +199,8 @@ def run(
     records = [record for own in taken.values() for record in own]
     only_vectors = all(record.section is not None and names_vectors(record.section.name) for record in records)
     if explain is not None:
-        from pipeline.stages import (
-            explain as explaining,  # which finds neighbours by `similar`, which imports this module
-        )
+        # It finds neighbours by `similar`, which imports this module.
+        from pipeline.stages import explain as explaining
 
         if align or only_vectors:
             raise ConfigError(
