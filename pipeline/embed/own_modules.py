@@ -57,10 +57,7 @@ class OwnNetwork(nn.Module):
             parameter.data.zero_()  # as the digest of the weights must be the same each time
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Score the classes, for `finetune`; features come from inside.
-
-        images : of the network's float dtype, shape (n, 3, height, width); returns that dtype, shape (n, num_classes)
-        """
+        """Score the classes, for `finetune`: images (n, 3, height, width) to (n, num_classes), both of the network's float dtype."""
         vectors = self.network(images)
         if isinstance(vectors, torch.Tensor) and vectors.ndim != 2:
             raise BackboneError(

@@ -41,10 +41,7 @@ MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
 
 @dataclass(frozen=True)
 class EmbeddingRecord:
-    """One embedding of an experiment: what it is, where its vectors are, and all that is needed to make them again.
-
-    StoreError where its store lies outside of the experiment: a stranger's record must not name the reader's files.
-    """
+    """One embedding of an experiment, and all that is needed to make its vectors again; StoreError where its store lies outside of it."""
 
     name: str
     spec: EmbeddingSpec
@@ -190,10 +187,7 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
 
 
 def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], config: Config, whose: str) -> list[str]:
-    """Return where a config asks for what something was not made of: one line per other setting and missing backbone.
-
-    `made` is the `shared` of its config, and `whose` names it. A key that there was not then had the value that is the default now.
-    """
+    """Return a line for each setting and backbone of a config that something was not made of: `made` by what `whose` had `shared`."""
     then = DatasetConfig().model_dump(mode="json", exclude=NOT_SHARED)
     made = {**made, "dataset": {**then, **made["dataset"]}}
     lines = differences(made, shared(config), whose, "this config")
@@ -205,10 +199,7 @@ def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], con
 
 
 def require_index(path: Path, fingerprint: str) -> None:
-    """See that the data set's index, of this fingerprint, is the one that the features in `features.json` were made of.
-
-    PipelineError when it is another: then labels, splits or images are not those of the features' run.
-    """
+    """See that the features were made of the index of this fingerprint: of these labels, splits and images; PipelineError if not."""
     if read_document(path, FEATURES).get("index") != fingerprint:
         raise PipelineError(
             f"{path.parent / 'dataset' / 'index.csv'}: is not the index that the features were made of; "
@@ -217,10 +208,7 @@ def require_index(path: Path, fingerprint: str) -> None:
 
 
 def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "`embedding`") -> EmbeddingRecord:
-    """Return an embedding by name; the only backbone's where none is named.
-
-    StoreError when there is none of that name, or several to choose from; `option` is how the user names one.
-    """
+    """Return an embedding by name, the only backbone's where none is named; StoreError, which names `option`, where that is not one."""
     candidates = [record for record in records if name in (None, record.name)]
     if name is None and len(candidates) > 1:
         candidates = [record for record in candidates if record.kind == "backbone"]
@@ -234,10 +222,7 @@ def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "
 
 
 def place(spec: EmbeddingSpec, files: Artifacts, folders: Sequence[Path] = ()) -> Path:
-    """The embedding's store, in the shared folder or else in `folders`; also where it was made under another name.
-
-    Such as of weights in a file that was renamed since.
-    """
+    """Return the embedding's store, in the shared folder or `folders`, also under another name, as of a renamed weights file."""
     path = files.store(spec.name, spec.fingerprint())
     found = (each for folder in (files.stores, *folders) for each in sorted(folder.glob(named(spec))))
     return next(found, path)
@@ -313,10 +298,7 @@ def write_specs(path: Path, specs: Mapping[str, Sequence[EmbeddingSpec]]) -> Non
 def load(
     section: BackboneConfig | None, baseline: str, extraction: ExtractionConfig, seed: int, images: int = 0
 ) -> EmbeddingModel:
-    """Make the embedder of a config's section, or where there is none the baseline of that name.
-
-    BackboneError when the network, its weights, a layer, the device or the precision is not to be had.
-    """
+    """Make the embedder of a section, or without one the baseline of that name; BackboneError when a part of it is not to be had."""
     if section is None:
         return baselines.load(baseline, extraction.decode)
     if names_vectors(section.name):
@@ -379,10 +361,7 @@ class Networks(NamedTuple):
 def open_networks(
     records: Mapping[str, Sequence[EmbeddingRecord]], device: str, *, trust_code: bool = False
 ) -> Networks:
-    """Make the embedders of each target's embeddings again, each once, and say of each embedding where its blocks come from.
-
-    Raises as `open_record` does.
-    """
+    """Make the embedders of each target's embeddings again, each once; raises as `open_record` does."""
     embedders: list[EmbeddingModel] = []
 
     def find(part: EmbeddingRecord) -> tuple[int, int]:

@@ -85,10 +85,7 @@ def published(config: BackboneConfig) -> Published:
 
 
 def build(architecture: str, arguments: Arguments) -> nn.Module:
-    """Construct a network in eval mode with whatever weights its constructor makes.
-
-    BackboneError when there is no such architecture, or it does not take the arguments.
-    """
+    """Construct a network in eval mode with whatever weights its constructor makes; BackboneError where that cannot be."""
     return _in_eval_mode(partial(family_of(architecture).build, architecture), architecture, arguments)
 
 
@@ -241,10 +238,7 @@ class Network:
 
 
 def load_network(config: BackboneConfig, seed: int) -> Network:
-    """Build the network a config section asks for; `seed` makes the weights of an untrained control (`weights: random`).
-
-    BackboneError when the model, the weights, or the arguments are not to be had; all misfits of a file at once.
-    """
+    """Build the network a config section asks for, BackboneError where that cannot be; `seed` makes the weights of an untrained control."""
     config = _sized(config)
     if config.weights == "bundled":
         described = bundled()
@@ -388,10 +382,7 @@ def _fill(
 
 
 def check(config: BackboneConfig) -> list[str]:
-    """Return what the section's embeddings will be called; fetches nothing.
-
-    BackboneError when the model, arguments, weights, image size, layers or pooling are not to be had.
-    """
+    """Return what the section's embeddings will be called, fetching nothing; BackboneError when a part of it is not to be had."""
     config = _sized(config)
     weights, has_classifier = config.weights, True
     if config.weights == "bundled" or config.weights.endswith(WEIGHTS_FILES):

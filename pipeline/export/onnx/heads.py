@@ -41,10 +41,7 @@ Outputs = dict[str, tuple[Any, list[Any]]]
 
 
 def add_answer(g: Graph, bundle: ModelBundle, vectors: Sequence[str], prefix: str = "") -> Outputs:
-    """Add what a bundle says of the vectors of its parts, float32 of shape (n, dim) each; return the outputs, whose names begin alike.
-
-    BundleError when a head of it cannot be written.
-    """
+    """Add what a bundle says of its parts' vectors, float32 (n, dim) each, as outputs with a prefix; BundleError where ONNX cannot."""
     target, parts, strings = bundle.target, dict[str, str](), dict[str, tuple[str, list[Any]]]()
     if bundle.members:
         told = [
