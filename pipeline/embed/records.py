@@ -27,7 +27,7 @@ from pipeline.embed.engines import choice_inputs, engine_at_hand, version
 from pipeline.embed.published import BUNDLED, about_stand_in, joined, require_permitted
 from pipeline.embed.spec import EMBED_VERSION, EmbeddingModel, EmbeddingSpec, embedding_name
 from pipeline.errors import BackboneError, PipelineError, StoreError
-from pipeline.experiment import FEATURES, SPECS, Artifacts, from_plain, plain, read_document, write_document
+from pipeline.experiment import FEATURES, SPECS, Artifacts, from_plain, read_document, write_document
 from pipeline.images import DECODE_MODES, DECODE_POLICY
 from pipeline.io.digests import fingerprint
 from pipeline.io.files import make_folder
@@ -98,15 +98,6 @@ class EmbeddingRecord:
         """Whether its weights are random."""
         return self.spec.untrained
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain values for JSON."""
-        return dict(plain(self))
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> EmbeddingRecord:
-        """Return the record that `to_dict` wrote; one of `MALFORMED` when it is of another version."""
-        return cast(EmbeddingRecord, from_plain(EmbeddingRecord, values))
-
 
 # ---- features.json
 
@@ -142,13 +133,11 @@ def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
 
 def _records_of(document: Mapping[str, Any], path: Path) -> tuple[EmbeddingRecord, ...]:
     try:
-        return tuple(map(EmbeddingRecord.from_dict, document["embeddings"]))
+        return cast(tuple[EmbeddingRecord, ...], from_plain(tuple[EmbeddingRecord, ...], document["embeddings"]))
     except MALFORMED:
-        raise _of_another_version(path) from None
-
-
-def _of_another_version(path: Path) -> PipelineError:
-    return PipelineError(f"{path}: was written by another version of this package; run `manyheads features` again")
+        raise PipelineError(
+            f"{path}: was written by another version of this package; run `manyheads features` again"
+        ) from None
 
 
 def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...]:
@@ -159,11 +148,8 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     """
     document = read_document(path, FEATURES)
     records = _records_of(document, path)
-    try:
-        asked = from_plain(tuple[BackboneConfig, ...], document["backbones"])
-        problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
-    except MALFORMED:
-        raise _of_another_version(path) from None
+    asked = from_plain(tuple[BackboneConfig, ...], document["backbones"])
+    problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
     named = set(baselines.NAMES if config.baselines is None else config.baselines) & set(baselines.NAMES)
     problems += [f"baselines: not {name}" for name in sorted(named - {record.name for record in records})]
     if problems:
@@ -413,6 +399,7 @@ def _side_by_side(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
     while all(len(words) > shared + 1 for words in names) and len({words[shared] for words in names}) == 1:
         shared += 1
     trained = [part.spec.trained_on for part in parts if part.spec.trained_on is not None]
+    seconds = {part.network: part.seconds_per_image for part in parts}  # the layers of one network come of one pass
 
     def each_once(words: Iterable[str]) -> str:
         return "+".join(dict.fromkeys(words))
@@ -442,18 +429,7 @@ def _side_by_side(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
         digest=fingerprint({"parts": [part.digest for part in parts]}),
         section=None,
         seed=parts[0].seed,
-        seconds_per_image=_seconds(parts),
+        seconds_per_image=None if None in seconds.values() else sum(filter(None, seconds.values())),
         max_pixels=parts[0].max_pixels,
         parts=tuple(parts),
     )
-
-
-def _seconds(parts: Sequence[EmbeddingRecord]) -> float | None:
-    """What an image costs: the layers of one network come of one pass."""
-    by_network: dict[str, float] = {}
-    for part in parts:
-        if part.seconds_per_image is None:
-            return None
-        network = part.name if part.section is None else part.section.model_dump_json()
-        by_network[network] = max(part.seconds_per_image, by_network.get(network, 0.0))
-    return sum(by_network.values())

@@ -100,10 +100,6 @@ class ModelBundle:
     """Turns the estimator's scores, in the order of its `classes_`, into probabilities; never changes which is the likeliest."""
     members: tuple[ModelBundle, ...] = ()
 
-    def __repr__(self) -> str:
-        places = " and ".join(str(part.embedding.get("name")) for part in self.parts)
-        return f"ModelBundle({self.head} on {places}: {self.target.kind})"
-
     @property
     def parts(self) -> tuple[ModelBundle, ...]:
         """The bundles that look at vectors: its members, or itself."""

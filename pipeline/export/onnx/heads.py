@@ -1,8 +1,8 @@
 """Fitted heads as ONNX: what they say of vectors, calibrated, as the answer of any kind of target.
 
 Vectors and the scaler are float32 and all after them float64, as in scikit-learn. What has few operations is written here, and
-what skl2onnx writes otherwise than scikit-learn computes it: neighbours, by up to 0.2 of a probability, kernels, in float32, and perceptrons of several labels or numbers. The
-rest, such as trees, is left to skl2onnx.
+what skl2onnx writes otherwise than scikit-learn computes it: neighbours (by up to 0.2 of a probability), kernels (in float32), and
+perceptrons of several labels or numbers. The rest, such as trees, is left to skl2onnx.
 """
 
 from __future__ import annotations
