@@ -151,7 +151,7 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     asked = from_plain(tuple[BackboneConfig, ...], document["backbones"])
     problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
     named = set(baselines.NAMES if config.baselines is None else config.baselines) & set(baselines.NAMES)
-    problems += [f"baselines: not {name}" for name in sorted(named - {record.name for record in records})]
+    problems += [f"baselines: not {name}" for name in sorted(named.difference([record.name for record in records]))]
     if problems:
         raise PipelineError(
             f"{path}: its features are of another config; run `manyheads features` with this config first, which embeds only "
@@ -159,17 +159,17 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
             problems,
         )
     # Two sections may name one embedding, whose record has the first: then nobody can say whose it is.
-    told = all(section in [record.asked for record in records] for section in asked)
-    chosen = tuple(
-        record
-        for record in records
-        if (record.name in named if record.kind == "baseline" else not told or record.asked in config.sections)
-    )
-    for section in config.sections:
-        if section in [record.instead_of for record in chosen]:
-            logger.warning("%s", about_stand_in(section))
-    require_permitted(config.licenses, ((record.name, record.spec.license) for record in chosen))
-    return chosen
+    made = [record.asked for record in records]
+    told = not [section for section in asked if section not in made]
+    chosen = []
+    for record in records:
+        is_asked = record.name in named if record.kind == "baseline" else not told or record.asked in config.sections
+        if is_asked:
+            chosen.append(record)
+            if record.instead_of is not None:
+                logger.warning("%s", about_stand_in(record.instead_of))
+    require_permitted(config.licenses, [(record.name, record.spec.license) for record in chosen])
+    return tuple(chosen)
 
 
 def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], config: Config, whose: str) -> list[str]:
@@ -180,7 +180,7 @@ def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], con
     for section in config.sections:
         if section not in backbones:
             given = section.model_dump(mode="json", exclude_defaults=True)
-            lines.append("backbones: not " + ", ".join(f"{key}: {value}" for key, value in given.items()))
+            lines.append("backbones: not " + ", ".join([f"{key}: {value}" for key, value in given.items()]))
     return lines
 
 
@@ -195,9 +195,8 @@ def require_index(path: Path, fingerprint: str) -> None:
 
 def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "`embedding`") -> EmbeddingRecord:
     """Return an embedding by name, the only backbone's where none is named; StoreError, which names `option`, where that is not one."""
-    candidates = [record for record in records if name in (None, record.name)]
-    if name is None and len(candidates) > 1:
-        candidates = [record for record in candidates if record.kind == "backbone"]
+    backbones = [record for record in records if record.kind == "backbone"]
+    candidates = [record for record in records if record.name == name] if name else backbones or records
     if len(candidates) != 1:
         found = ", ".join(record.name for record in records)
         raise StoreError(f"name one embedding with {option}; this experiment has {found}")
@@ -377,14 +376,12 @@ PartT = TypeVar("PartT")
 
 def find_parts(groups: Sequence[Sequence[str]], known: Mapping[str, PartT]) -> list[tuple[PartT, ...]]:
     """Return the parts that each list of a config's `concat` names; PipelineError with a line for each name of no embedding."""
-    unknown = sorted({name for group in groups for name in group if name not in known})
-    if unknown:
-        there = f"there are {', '.join(known)}"
-        raise PipelineError(
-            "concat: names what is no embedding of this config",
-            [f"concat: no embedding {name!r}{guess(name, list(known))}; {there}" for name in unknown],
-        )
-    return [tuple(known[name] for name in group) for group in groups]
+    there, problems = f"there are {', '.join(known)}", []
+    for name in sorted({name for group in groups for name in group if name not in known}):
+        problems.append(f"concat: no embedding {name!r}{guess(name, list(known))}; {there}")
+    if problems:
+        raise PipelineError("concat: names what is no embedding of this config", problems)
+    return [tuple(map(known.__getitem__, group)) for group in groups]
 
 
 def concatenated(groups: Sequence[Sequence[str]], records: Sequence[EmbeddingRecord]) -> tuple[EmbeddingRecord, ...]:

@@ -367,8 +367,8 @@ def _fill(
     state = {name: value.to(expected[name].dtype) if name in expected else value for name, value in state.items()}
     try:
         module.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        problems = [line.strip()[:MOST_LETTERS] for line in str(error).splitlines()[1:]]
+    except (RuntimeError, ValueError) as error:
+        problems = [line.strip()[:MOST_LETTERS] for line in str(error).splitlines()]
         raise BackboneError(f"weights file {origin} does not fit {architecture}", problems) from None
     return module.eval(), has_classifier
 
