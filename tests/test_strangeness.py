@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from report_experiment import material, row, words
+from report_experiment import material, row, section, words
 from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
@@ -21,7 +21,6 @@ from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.evaluation.strangeness import Reference, alike, auroc, directions, distance, label_sets, unsureness
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
-from pipeline.report.page import section
 from pipeline.stages import predict, train_heads
 
 
@@ -72,7 +71,8 @@ def test_distance_is_the_nth_lowest_of_one_minus_cosine():
 
 def test_what_is_kept_comes_back_and_anything_else_is_refused():
     rng = np.random.default_rng(0)
-    known = Reference(rng.normal(size=4).astype(np.float32), directions(rng.normal(size=(9, 4)), 0.0), rng.random(20))
+    rows = directions(rng.normal(size=(9, 4)), 0.0)
+    known = Reference(rng.normal(size=4).astype(np.float32), rows, rng.random(20), np.ones(9))
     found = Reference.from_bytes(known.to_bytes())
     np.testing.assert_allclose(found.references, known.references, atol=1e-3)
     np.testing.assert_array_equal(found.distances, known.distances)

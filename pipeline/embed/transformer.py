@@ -64,6 +64,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     name, weights, arguments : as in a config's `backbones`; `weights` may be left out where there is one kind
     layer, pooling : which output is kept, and how it becomes one vector, by the words of `layers` and `pooling` there
     preprocessing : a mapping with the keys of a config's `preprocessing`; by default what belongs to the weights
+    view : one of a config's `views`, which takes the place of the image
     precision, engine, decode, device : as in a config's `extraction`; the engine is torch unless asked for
     max_pixels : the most that an image may have
     seed : of weights that are `random`
@@ -81,6 +82,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         pooling: str | None = None,
         arguments: Mapping[str, Any] | None = None,
         preprocessing: Mapping[str, Any] | None = None,
+        view: str | None = None,
         precision: str = "auto",
         engine: str = "torch",
         decode: str = "standard",
@@ -96,6 +98,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         self.pooling = pooling
         self.arguments = arguments
         self.preprocessing = preprocessing
+        self.view = view
         self.precision = precision
         self.engine = engine
         self.decode = decode
@@ -155,7 +158,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         """Return a config of this one embedding, and the section of its network, None of a baseline; ConfigError with all that is wrong."""
         weights = _usual_weights(self.name) if self.weights is None and isinstance(self.name, str) else self.weights
         section = {"name": self.name, "layers": [self.layer], "weights": weights}
-        section |= {word: getattr(self, word) for word in ("pooling", "preprocessing", "arguments")}
+        section |= {word: getattr(self, word) for word in ("pooling", "preprocessing", "arguments", "view")}
         raw = {
             "backbones": [{key: value for key, value in section.items() if value is not None}],
             "extraction": {word: getattr(self, word) for word in ("device", "precision", "engine", "decode")},
@@ -227,12 +230,8 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         """Return the vectors of the k images of n that can be used, float32 of shape (k, dim), having embedded what the store lacks."""
         assert self.store is not None
         path = place(spec, Artifacts(self.store, self.store))
-        digests: Digests = np.zeros((len(images), 2), np.uint64)
-        for number, image in enumerate(images):
-            try:
-                digests[number] = np.frombuffer(given_key(image, self.max_pixels), "<u8")
-            except ImageProblem as problem:
-                problems[number] = problem
+        digests, unread = digests_of(images, self.max_pixels)
+        problems |= unread
         store = open_store(path, spec.fingerprint())
         missing = np.ones(len(images), bool) if store is None else store.missing(digests)
         missing[list(problems)] = False
@@ -273,6 +272,17 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         broken = {digests[number].tobytes(): problem for number, problem in problems.items()}
         again = {number: broken.get(digests[number].tobytes()) for number in missing.tolist()}
         problems |= {number: problem for number, problem in again.items() if problem}
+
+
+def digests_of(images: Images, max_pixels: int) -> tuple[Digests, Problems]:
+    """Return the digests that name the contents of n images, uint64 of shape (n, 2), and which cannot be read, and why."""
+    digests, problems = np.zeros((len(images), 2), np.uint64), Problems()
+    for number, image in enumerate(images):
+        try:
+            digests[number] = np.frombuffer(given_key(image, max_pixels), "<u8")
+        except ImageProblem as problem:
+            problems[number] = problem
+    return digests, problems
 
 
 def _name(images: Images, number: int) -> str:

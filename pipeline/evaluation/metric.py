@@ -85,7 +85,8 @@ class Metric:
     """By how much the score of few images is too high on average, where that is known."""
     pooled: bool = False
     """Whether its `shares` are a ratio of sums over images and not the mean of a number for each."""
-    higher_is_better: bool = True
+    lower_is_better: bool = False
+    """Whether users know it as a loss."""
     per_class: bool = False
     """Whether it is a mean over classes, so that a few images of a rare class weigh much, and not over images."""
     low: float = 0.0
@@ -96,8 +97,8 @@ class Metric:
     """Of a difference: points are hundredths."""
     targets: tuple[str, ...] = ("classification",)
     """The kinds of target it serves."""
-    column: tuple[str, str] | None = None
-    """How its column in a leaderboard is called, and where it is narrow; None where only those who tune it see it."""
+    column: str | None = None
+    """How its column in a leaderboard is called; None where only those who tune it see it."""
     threshold: Literal["", "each", "all"] = ""
     """By which threshold one of several labels is said: the one at which its own F1 is highest, or that of all labels together; ''
     takes a label that is likelier than not."""
@@ -112,9 +113,9 @@ class Metric:
         return self.needs == "probabilities"
 
     @property
-    def lower_is_better(self) -> bool:
-        """Whether users know it as a loss."""
-        return not self.higher_is_better
+    def sign(self) -> int:
+        """What turns a score of the package into one as users know it, and back: -1 of a loss, else 1."""
+        return -1 if self.lower_is_better else 1
 
     @property
     def mean_of_images(self) -> bool:
@@ -124,7 +125,7 @@ class Metric:
     @property
     def scale(self) -> float:
         """What a score is multiplied by to be written; negative where lower is better for users."""
-        return (100.0 if self.unit == "points" else 1.0) * (1 if self.higher_is_better else -1)
+        return self.sign * (100.0 if self.unit == "points" else 1.0)
 
     @property
     def percent(self) -> str:
@@ -151,7 +152,7 @@ class Metric:
         if self.weighted is not None:
             return float(self.weighted(predictions)(np.ones((1, len(predictions))))[0])
         assert self.function is not None, f"{self.name} has neither function nor shares"
-        return (1 if self.higher_is_better else -1) * float(self.function(predictions.y_true, said))
+        return self.sign * float(self.function(predictions.y_true, said))
 
     def contributions(self, predictions: Predictions) -> NDArray[np.float64]:
         """Return what each unit adds, the score as mean and m times its variance as variance: float64 of shape (m,).
@@ -388,14 +389,13 @@ def excess(predictions: Predictions) -> float:
 def _of_numbers(name: str, title: str, function: Any = None, shares: Any = None, **more: Any) -> Metric:
     """Return a score of numbers: an error in their units, lower being better, or a share that 1 is the best of."""
     error = more.get("in_units", False)
-    made = {"low": -np.inf, "high": 0.0 if error else 1.0, "higher_is_better": not error, "targets": ("regression",)}
-    made |= {"digits": 3, "unit": title, "column": (title, title.split("'")[0])}
+    made = {"low": -np.inf, "high": 0.0 if error else 1.0, "lower_is_better": error, "targets": ("regression",)}
+    made |= {"digits": 3, "unit": title, "column": title.split("'")[0]}
     return Metric(name, title, "values", function, shares, **{**made, **more})
 
 
 def _of_labels(name: str, title: str, shares: Any, **more: Any) -> Metric:
-    column = (title, title.split()[0])
-    return Metric(name, title, "labels", shares=shares, targets=("multilabel",), column=column, **more)
+    return Metric(name, title, "labels", shares=shares, targets=("multilabel",), column=title.split()[0], **more)
 
 
 ACCURACY = Metric(
@@ -403,7 +403,7 @@ ACCURACY = Metric(
     "accuracy",
     "labels",
     shares=lambda predictions: _mean_of(predictions.correct),
-    column=("accuracy", ""),
+    column="accuracy",
 )
 
 METRICS: Mapping[str, Metric] = {
@@ -416,7 +416,7 @@ METRICS: Mapping[str, Metric] = {
             "labels",
             shares=lambda predictions: _by_class(predictions, predictions.y_true),
             per_class=True,
-            column=("balanced", "bal."),
+            column="bal.",
         ),
         Metric(
             "mean_average_precision",
@@ -428,7 +428,7 @@ METRICS: Mapping[str, Metric] = {
             per_class=True,
             threshold="each",
             targets=("multilabel",),
-            column=("mAP", ""),
+            column="mAP",
         ),
         Metric(
             "macro_f1",
@@ -438,22 +438,22 @@ METRICS: Mapping[str, Metric] = {
             per_class=True,
             threshold="each",
             targets=("classification", "multilabel"),
-            column=("macro F1", "F1"),
+            column="F1",
         ),
         _of_labels("micro_f1", "micro F1", _pooled_f1, pooled=True, threshold="all"),
         _of_labels("subset_accuracy", "subset accuracy", ACCURACY.shares),
-        _of_labels("hamming_loss", "Hamming loss", _wrong_labels, higher_is_better=False, low=-1.0, high=0.0),
+        _of_labels("hamming_loss", "Hamming loss", _wrong_labels, lower_is_better=True, low=-1.0, high=0.0),
         Metric(
             "log_loss",
             "log loss",
             "probabilities",
-            higher_is_better=False,
+            lower_is_better=True,
             shares=_log_probability,
             low=-np.inf,
             high=0.0,
             digits=3,
             unit="nats",
-            column=("log loss", "loss"),
+            column="loss",
         ),
         Metric("roc_auc", "ROC AUC", "probabilities", _roc_auc, per_class=True),
         Metric(f"top_{TOP}_accuracy", f"top-{TOP} accuracy", "probabilities", shares=_among_top_k),

@@ -96,11 +96,10 @@ def scores(predictions: Predictions, seed: int = 0, metric: Metric | None = None
     Balanced accuracy is the mean recall of the classes that occur in the truth; macro F1 the mean over classes that occur in
     either.
     """
-    known = predictions.probabilities is not None
-    asked = [row for row in metrics_for(predictions.target) if row.column is not None or row is metric]
-    found = {row.name: _scored(row, predictions, seed) for row in asked if known or not row.needs_probabilities}
-    values = {name: value for name, (value, _) in found.items()}
-    intervals = {name: interval for name, (_, interval) in found.items()}
+    known, values, intervals = predictions.probabilities is not None, dict[str, float](), dict[str, Interval]()
+    for row in metrics_for(predictions.target):
+        if (row.column is not None or row is metric) and (known or not row.needs_probabilities):
+            values[row.name], intervals[row.name] = _scored(row, predictions, seed)
     units = None if predictions.units is None else len(np.unique(predictions.units))
     return Scores(len(predictions), values, intervals, units)
 
@@ -133,7 +132,7 @@ def _distance_interval(metric: Metric, predictions: Predictions) -> tuple[float,
 
     The standard error is the jackknife's, of what leaving out units changes.
     """
-    added, sign = metric.contributions(predictions), 1 if metric.higher_is_better else -1
+    added, sign = metric.contributions(predictions), metric.sign
     score = metric.score(predictions)
     error = critical(predictions.units) * float(added.std(ddof=1)) / np.sqrt(len(added))
     distance = max(metric.high - score, 1e-12)
@@ -164,7 +163,7 @@ def _log_odds_interval(metric: Metric, predictions: Predictions) -> tuple[float,
         around = np.clip([above - excess, above - excess / 2], 1e-6, 1 - 1e-6)
         ends = expit(logit(around) + np.array([-error, error]) / (around * (1 - around))) + metric.low
         low, high = min(float(ends[0]), score), max(float(ends[1]), score)
-    return (score, (low, high)) if metric.higher_is_better else (-score, (-high, -low))
+    return (-score, (-high, -low)) if metric.lower_is_better else (score, (low, high))
 
 
 def _error_of_labels(
@@ -199,10 +198,10 @@ def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:
     present = np.flatnonzero(below)
     share, z = above[present] / below[present], critical(predictions.units)
     ends = np.empty((len(present), 2))
+    y_true, y_pred = predictions.y_true, predictions.y_pred
     for row, code in enumerate(present):
-        truth, guess = (
-            part == code if part.ndim == 1 else part[:, code] for part in (predictions.y_true, predictions.y_pred)
-        )
+        one = y_true.ndim == 1
+        truth, guess = (y_true == code, y_pred == code) if one else (y_true[:, code], y_pred[:, code])
         rows = truth | (f1 & guess)
         right, within = (truth & guess)[rows], None if predictions.units is None else predictions.units[rows]
         size = effective_size(right, within)
@@ -223,7 +222,7 @@ def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:
 
 def _resampled(metric: Metric, predictions: Predictions, seed: int) -> tuple[float, Interval]:
     """Return any score as users know it, with the percentile interval of the bootstrap over units."""
-    sign = 1.0 if metric.higher_is_better else -1.0
+    sign = metric.sign
     draws = sign * bootstrap(metric, [predictions], seed, RESAMPLES)[:, 0]
     low, high = np.quantile(draws, [0.025, 0.975])
     return sign * metric.score(predictions), (float(low), float(high))

@@ -38,9 +38,7 @@ from pipeline.evaluation.logme import logme
 from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, KNN, RIDGE, configure
 from pipeline.heads.tuning import Folds, make_folds
-from pipeline.io.files import make_folder, write_atomic, write_text_atomic
-from pipeline.report.charts import shortlist_chart
-from pipeline.report.drawing import to_paper_svg
+from pipeline.io.files import make_folder, write_text_atomic
 from pipeline.stages.backbones import HERE, NetworkRow, rows
 from pipeline.stages.extract import Contents, embed_some
 from pipeline.stages.extract.stores import enter
@@ -115,7 +113,6 @@ class Shortlist:
     left_out: tuple[str, ...]
     """Lines on candidates that were not compared."""
     config: Path
-    picture: Path
 
     @property
     def last(self) -> list[Entry]:
@@ -142,7 +139,6 @@ class Shortlist:
         found = self.chosen
         yield f"use {found.spec.name}: {_why(found, self.last)}"
         yield f"config    {self.config}: `manyheads features` and `manyheads heads` run it as it is"
-        yield f"picture   {self.picture}"
 
     def _table(self) -> str:
         head = ("", "embedding", "accuracy [95 %]", "judge", "images", "LogME", "parameters", "ms/image", "MB")
@@ -343,22 +339,17 @@ def _compared(found: dict[str, Entry], seed: int, final: bool) -> dict[str, Entr
 def _written(
     config: Config, files: Artifacts, entries: Sequence[Entry], images: int, of: int, left_out: Sequence[str]
 ) -> Shortlist:
-    """Write the config of the survivors and the picture."""
+    """Write the config of the survivors."""
     networks = [entry for entry in entries if entry.section is not None and not entry.dropped]
     if not networks:
         raise BackboneError("no network is left to write a config of; name some with --candidates")
     kept = {str(each.section): each.section for each in networks if each.tied} or {"": networks[0].section}
     survivors = config.model_copy(update={"backbones": tuple(kept.values())})
     make_folder(files.root)
-    made = files.root / "shortlist.yaml", files.root / "shortlist.svg"
+    made = files.root / "shortlist.yaml"
     header = f"# The networks that cannot be told apart from the best on {images:,} of {of:,} training images: manyheads shortlist\n"
-    write_text_atomic(made[0], header + dump_yaml(survivors, files.root))
-    dots = [
-        (entry.spec.name, 1000 * entry.seconds, entry.accuracy, entry.interval, entry.tied, entry.section is None)
-        for entry in entries
-    ]
-    write_atomic(made[1], to_paper_svg(shortlist_chart(dots)))
-    return Shortlist(tuple(entries), images, of, tuple(left_out), *made)
+    write_text_atomic(made, header + dump_yaml(survivors, files.root))
+    return Shortlist(tuple(entries), images, of, tuple(left_out), made)
 
 
 def chosen(entries: Sequence[Entry]) -> Entry:

@@ -224,7 +224,7 @@ def _seeds(
     if tuning.seeds < 2:
         return None
     assert row.test is not None
-    sign = 1 if told_by.higher_is_better else -1
+    sign = told_by.sign
     numbers, means, on_test = tuple(range(seed, seed + tuning.seeds)), [row.cv_mean], [row.test.of(told_by)[0] or 0.0]
     for number in numbers[1:]:
         log.info("%s, seed %d", head.name, number)
