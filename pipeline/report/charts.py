@@ -57,7 +57,7 @@ def score_chart(
             value, low, high = (scale * score for score in found)
             texts = [f"{told.text(score)}{told.percent}" for score in found]
             span = ", ".join(texts[:0:-1] if told.lower_is_better else texts[1:])
-            text = f"{row.key}: test {_named(told)}{texts[0]} [{span}], cross-validation {_tuned(row.cv_mean, metric)}"
+            text = f"{row.key}: test {told.title} {texts[0]} [{span}], cross-validation {_tuned(row.cv_mean, metric)}"
             colour = palette.accent if row.key in group else palette.muted
             seen = _dot(axes, place, value, (low, high), floor, colour, text)
         if seen and same and scale * row.cv_mean >= floor:
@@ -88,18 +88,15 @@ def difference_chart(
         verdict = "no evidence of a difference" if item.no_evidence else "worse than the best"
         ends = sorted(sign * end for end in item.interval)
         gap, *span = map(metric.gap_text, (sign * item.difference, *ends))
-        behind = f"{_named(metric)}{gap}{unit and ' '}{unit} [{', '.join(span)}]"
+        behind = f"{metric.title} {gap}{unit and ' '}{unit} [{', '.join(span)}]"
         text = f"{item.key}: {behind}, p = {item.p_value:.3f}, {verdict}"
         colour = palette.accent if item.no_evidence else palette.muted
         _dot(axes, place, -scale * item.difference, (-high, -low), floor, colour, text)
     _row_names(axes, named)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     _as_a_loss_is_known(axes.xaxis, metric)
-    what = f"{metric.title}{unit and ', '}{unit}"
-    if metric.percent:
-        what = f"{_named(metric, ', ')}{'percentage ' * (metric is ACCURACY)}points"
-    where = "from the best row" if metric.percent or sign < 0 else "above the best row's"
-    axes.set_xlabel(f"{what} {where}, out of fold", loc="right")
+    where = "above the best row's" if metric.lower_is_better else "from the best row"
+    axes.set_xlabel(f"{metric.title}{unit and ', '}{unit} {where}, out of fold", loc="right")
     return made
 
 
@@ -156,18 +153,10 @@ def layer_chart(palette: Palette, found: LayerProfile) -> Figure:
     return made
 
 
-def most_confused(matrix: NDArray[np.int64]) -> NDArray[np.intp]:
-    """Return the classes that are drawn, int64 of shape (k,), in their order: all, or those with most mistakes, either way round.
-
-    matrix : ndarray of shape (n_classes, n_classes), int64, rows are the true classes
-    """
-    wrong = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)
-    return np.sort(np.argsort(-wrong, kind="stable")[:MOST_CELLS])
-
-
 def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
     """Draw a confusion matrix, int64 (n, n), each row as shares of its true class; of many classes those with most mistakes."""
-    kept = most_confused(matrix)
+    mistakes = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)  # either way round
+    kept = np.sort(np.argsort(-mistakes, kind="stable")[:MOST_CELLS])
     cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
     shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)
     many = len(names) > MOST_SMALL
@@ -316,7 +305,10 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, to
         axes.plot(c, scale * v, sign, color=colour, ms=size, alpha=alpha, gid=tip(text))
     for number, name in enumerate(names):
         axes.plot([], [], "o", color=palette.category(number), label=plain_text(name))
-    _times(axes)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     what = "embedding and head" if any(row.embed_seconds for row in rows) else "head alone"
     axes.set(xlabel=f"time per image, milliseconds: {what}", ylabel=f"test {told.header}")
     _as_a_loss_is_known(axes.yaxis, told)
@@ -436,25 +428,12 @@ def _counts(axes: Axes, ticks: Sequence[int]) -> None:
     axes.minorticks_off()
 
 
-def _times(axes: Axes) -> None:
-    """Make the axis to the right one of milliseconds."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
 def _within(share: float, interval: Interval) -> str:
     return f"{100 * share:.1f} % [{100 * interval[0]:.1f} %, {100 * interval[1]:.1f} %]"
 
 
 def _tuned(score: float, metric: Metric) -> str:
-    return f"{_named(metric)}{metric.text(score)}{metric.percent}"
-
-
-def _named(metric: Metric, after: str = " ") -> str:
-    """Return a score's name where it is not accuracy, which need not be named."""
-    return "" if metric is ACCURACY else f"{metric.title}{after}"
+    return f"{metric.title} {metric.text(score)}{metric.percent}"
 
 
 def _as_a_loss_is_known(axis: Axis, metric: Metric) -> None:
