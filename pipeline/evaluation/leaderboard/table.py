@@ -331,11 +331,10 @@ class Leaderboard:
         if best.unseen_rows is not None:
             lines.append(f"All of them: {apart_words(self.ranked)[1]}")
         if reduced:
-            whitened = ", whitened" if self.provenance.get("config", {}).get("tuning", {}).get("whiten") else ""
             told = ", ".join(f"up to {count} of {name}" for name, count in reduced.items())
             lines.append(
-                f"Heads work on principal components{whitened}, found within each fold's training images: {told}; fewer where a fold has "
-                "fewer training images."
+                f"Heads work on principal components, found within each fold's training images: {told}; fewer where a fold has fewer "
+                "training images."
             )
         if "baseline" in kinds:
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
