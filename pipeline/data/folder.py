@@ -88,10 +88,10 @@ def _matches(text: str) -> list[str]:
 
 
 def splits_of(names: Sequence[str]) -> list[str]:
-    """Return the split that each archive's name, or a folder above it, begins with: `train-0001.tar`; nothing unless all do."""
+    """Return the split that each archive's name, or a folder above it, begins with: `train-0001.tar`; '' of all unless all do."""
     words = [[re.split(r"[-_.]", part)[0].lower() for part in name.split("/")] for name in names]
     found = [next((SPLIT_NAMES[word] for word in parts if word in SPLIT_NAMES), "") for parts in words]
-    return found if all(found) else []
+    return found if all(found) else [""] * len(names)
 
 
 def list_folder(root: Path, labelled: bool = True) -> Listing:
@@ -141,9 +141,7 @@ def _list_archives(root: Path, names: Sequence[str]) -> Listing:
     if not names:
         _add_layout(listing, walk)
         return listing
-    splits = splits_of(names)
-    listing.splits = [] if splits else None
-    for name, split in zip(names, splits or names, strict=True):
+    for name, split in zip(names, splits_of(names), strict=True):
         if problem := open_archive(address_of(root / name) or f"{root}/{name}").problem:
             walk.pass_over(name, "truncated", problem)
         top = _descend(look, f"{name}/")
@@ -169,7 +167,6 @@ def _add_layout(listing: Listing, walk: Walk) -> None:
         _refuse_half_splits(walk.root, dict(zip(top.folders, splits, strict=True)))
         _add_classes(listing, walk, top, "", "")
         return
-    listing.splits = []
     _pass_over_images(walk, top, "")
     for name, split in zip(top.folders, splits, strict=True):
         found = walk.read(f"{name}/")
@@ -194,32 +191,26 @@ def _add_classes(listing: Listing, walk: Walk, found: Folder, above: str, split:
         )
     _pass_over_images(walk, found, above)
     for name in found.folders:
-        count = _add_images(listing, walk, f"{above}{name}/", unicodedata.normalize("NFC", name))
-        if listing.splits is not None:
-            listing.splits.extend([split] * count)
-        if not count:
+        if not _add_images(listing, walk, f"{above}{name}/", unicodedata.normalize("NFC", name), split):
             listing.warnings.append(f"class folder {shown(above + name)} holds no images")
 
 
-def _add_images(listing: Listing, walk: Walk, start: str, label: str) -> int:
-    """List all images from a folder down under one label; return how many."""
-    before = len(listing.paths)
+def _add_images(listing: Listing, walk: Walk, start: str, label: str, split: str = "") -> bool:
+    """List all images from a folder down under one label; return whether there are any."""
+    before = len(listing.images)
     for path, found in walk.below(start):
         plain = _is_text(path)
-        for file, stats in zip(found.images, found.stats, strict=True):
-            if plain and _is_text(file):
-                listing.paths.append(path + file)
-                listing.stats.append(stats)
+        for file, stat in found.images.items():
+            if plain and (file.isascii() or _is_text(file)):
+                listing.images.append((path + file, label, split, "", "", stat))
             else:
                 walk.pass_over(path + file, "bad_name", "its name is not UTF-8 text; rename it")
-    count = len(listing.paths) - before
-    listing.labels.extend([label] * count)
-    return count
+    return len(listing.images) > before
 
 
 def _is_text(name: str) -> bool:
     """Whether a file name is UTF-8; others reach Python with surrogates in place of their bytes."""
-    return name.isascii() or name.encode(errors="ignore").decode() == name
+    return name.encode(errors="ignore").decode() == name
 
 
 def _refuse_half_splits(root: Path, splits: Mapping[str, str]) -> None:
@@ -240,15 +231,13 @@ def _add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
 
     They are if there is a .cls, or a .json or .txt beside images that no folder holds. `names` are relative to the root, '' itself.
     """
-    splits = splits_of(names)
     places = {name: f"{address_of(listing.root) or listing.root}/{name}".rstrip("/") for name in names}
     found = {name: _samples(place) for name, place in places.items()}
     endings = {ending for samples in found.values() for files in samples.values() for ending in files}
     bare = not any("/" in key for samples in found.values() for key in samples)
     if "cls" not in endings and not (bare and endings.intersection(LABELS)):
         return False
-    listing.splits = [] if splits else None
-    for name, split in zip(names, splits or names, strict=True):
+    for name, split in zip(names, splits_of(names), strict=True):
         archive = open_archive(places[name])
         if archive.problem:
             listing.entries.append(noticed(name or listing.root.name, "truncated", archive.problem))
@@ -262,11 +251,7 @@ def _add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
                     told = "it has no label: no .cls, .json or .txt of its key says one"
                     listing.entries.append(noticed(path, "not_in_a_class", told))
                 else:
-                    listing.paths.append(path)
-                    listing.labels.append(label)
-                    listing.stats.append(about)
-                    if listing.splits is not None:
-                        listing.splits.append(split)
+                    listing.images.append((path, label, split, "", "", about))
     return True
 
 

@@ -6,7 +6,10 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +69,6 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     """
     began = time.time_ns()
     listing = list_source(config, folder)
-    listing.sort()
     before = WrittenIndex.read(folder)
     require_its_own(listing.root, folder, config)
     found, stats, failures, read = _read_changed(listing, read_cache(folder), rehash)
@@ -142,7 +144,10 @@ def _read_changed(
     Returns the index of the n readable images with the user's splits, '' where there are none, their files' sizes and times, int64
     of shape (n, 3), the files that could not be read, and how many were.
     """
-    paths, stats = texts(listing.paths), listing.stat_array()
+    images = sorted(listing.images, key=itemgetter(0))
+    columns: list[list[Any]] = [[image[place] for image in images] for place in range(6)]
+    names, labels, splits, groups, domains, touched = columns
+    paths, stats = texts(names), np.fromiter(chain.from_iterable(touched), np.int64, 3 * len(names)).reshape(-1, 3)
     known, digests = cache.known(paths, stats)
     if rehash:
         known[:] = False
@@ -150,11 +155,17 @@ def _read_changed(
     known[pending], digests[pending], stats[pending], failures = read_digests(
         listing.root, paths[pending].tolist(), stats[pending]
     )
-    splits = texts(listing.splits if listing.splits is not None else [""] * len(paths))
-    groups = texts(listing.groups) if listing.groups is not None else None
-    domains = texts(listing.domains) if listing.domains is not None else None
-    labels = texts(listing.labels) if len(listing.names) == 1 else np.array(listing.labels, dtype=object)
-    index = DatasetIndex(listing.root, paths, labels, splits, groups, digests, stats[:, 0], listing.names, domains)
+    index = DatasetIndex(
+        listing.root,
+        paths,
+        texts(labels) if len(listing.names) == 1 else np.array(labels, dtype=object),
+        texts(splits),
+        texts(groups) if any(groups) else None,
+        digests,
+        stats[:, 0],
+        listing.names,
+        texts(domains) if any(domains) else None,
+    )
     index = index.rows(known)
     return index, stats[known], failures, len(pending)
 
