@@ -138,7 +138,6 @@ def refit(
     y: NDArray[Any],
     seed: int,
     pca: int | float | None = None,
-    whiten: bool = False,
 ) -> Pipeline:
     """Fit a head with given parameters on all rows, as `tune` does with the best it found.
 
@@ -149,7 +148,7 @@ def refit(
     target, codes, _ = ANY_CLASSES.narrowed(y)
     problem = Problem(head, X, codes, target, (), seed)
     if pca is not None:
-        problem = changed(problem, head=without_scaler(head), projections=Projections(X, pca, whiten))
+        problem = changed(problem, head=without_scaler(head), projections=Projections(X, pca))
     with counting_warnings(), threadpool_limits(limits=1, user_api="openmp"):
         return fit_on_all(problem, params, y, jobs=1)
 
