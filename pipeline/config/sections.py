@@ -359,14 +359,12 @@ class TuningConfig(Section):
 
     strategy: Literal["bayes", "random", "grid"] = "bayes"
     trials: int = Field(16, ge=1)
-    seconds: float | None = Field(None, gt=0)
     budget: str | None = None
     folds: int = Field(5, ge=2)
     scoring: str = "auto"
     nested: bool = False
     seeds: int = Field(1, ge=1, le=100)
     pca: int | float | None = None
-    whiten: bool = False
     jobs: Count = "auto"
     memory: str = "auto"
 
@@ -410,14 +408,6 @@ class TuningConfig(Section):
             raise ValueError(f"expected 'auto' or a size above 0 such as '2GB' or '500MB', got {value!r}")
         return value
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> TuningConfig:
-        if self.budget is not None and self.seconds is not None:
-            raise ValueError("budget: is for all heads together, and seconds for each; give one of them")
-        if self.whiten and self.pca is None:
-            raise ValueError("whiten: works on principal components; give pca too, such as pca: 64")
-        return self
-
 
 class FinetuneConfig(Section):
     """Stage three: which backbone is trained end to end, from which linear head, and how."""
@@ -433,14 +423,9 @@ class FinetuneConfig(Section):
     batch_size: int = Field(32, ge=1)
     size: int | None = Field(None, ge=1)
     rate: float = Field(1e-3, gt=0)
-    rate_decay: float = Field(0.5, gt=0, le=1)
-    warmup: Share = 0.1
     augment: Literal["none", "flip", "crop", "trivial"] = "crop"
-    class_weight: Literal["balanced"] | None = None
-    batch_norm: Literal["frozen", "affine", "train"] = "frozen"
-    ema: Share = 0.0
-    profile_steps: int = Field(0, ge=0)
-    tensorboard: bool = False
+    watch: tuple[Literal["tensorboard", "profiler"], ...] = ()
+    """What a run writes besides, in its folder: its numbers for TensorBoard, and a table of torch's profiler."""
 
     @field_validator("unfreeze")
     @classmethod
