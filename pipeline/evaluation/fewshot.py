@@ -11,7 +11,7 @@ the inner loop on the head alone), Chen et al. 2019 (what it is to be compared w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -120,81 +120,63 @@ def draw(
     rng: np.random.Generator,
 ) -> Episodes | None:
     """Draw episodes without replacement; None where a class has its images in too few groups for both sides."""
-    rows = {label: np.flatnonzero(images.y == label) for label in classes.tolist()}
-    drawn = np.empty((count, ways, shots + queries), dtype=np.int64)
+    rows, units, wanted = (
+        [np.flatnonzero(images.y == label) for label in range(images.y.max() + 1)],
+        images.units,
+        shots + queries,
+    )
+    drawn = np.empty((count, ways, wanted), dtype=np.int64)
     for episode in drawn:
         chosen = rng.choice(classes, ways, replace=False).tolist()  # once: those that are hard to deal count as well
         for _ in range(DRAWS):
             mixed = [rng.permutation(rows[label]) for label in chosen]
-            found = _dealt(mixed, images.units, shots, queries, rng)
-            if found is not None:
-                episode[:] = found
+            if units is not None:
+                first = rng.random(units.max() + 1) < 0.5  # which groups are support
+                sides = [first[units[own]] for own in mixed]
+                pairs = zip(mixed, sides, strict=True)
+                mixed = [np.concatenate([own[side][:shots], own[~side][:queries]]) for own, side in pairs]
+            if min(map(len, mixed)) >= wanted:
+                episode[:] = [own[:wanted] for own in mixed]
                 break
         else:
             return None
     return Episodes(drawn[:, :, :shots].reshape(count, -1), drawn[:, :, shots:].reshape(count, -1), ways)
 
 
-def _dealt(
-    mixed: Sequence[Integers], units: Integers | None, shots: int, queries: int, rng: np.random.Generator
-) -> list[Integers] | None:
-    """Return the first rows of each class, support before queries, every group on one side; None where they do not suffice."""
-    if units is None:
-        return [rows[: shots + queries] for rows in mixed]
-    supports, dealt = rng.random(units.max() + 1) < 0.5, []
-    for rows in mixed:
-        support = supports[units[rows]]
-        dealt.append(np.concatenate([rows[support][:shots], rows[~support][:queries]]))
-    return dealt if all(len(rows) == shots + queries for rows in dealt) else None
+class Products(NamedTuple):
+    """Inner products of e episodes, float64, the rows of a class one behind the other.
 
-
-@dataclass(frozen=True)
-class Products:
-    """Inner products of e episodes, the rows of a class one behind the other.
-
-    support : of the n support images with one another, (e, n, n); query : of the queries with them, (e, n_queries, n)
+    support : of the n support images with one another, (e, n, n); query : of the queries with them, (e, n_queries, n);
+    one_hot : the class of each support image, 1 in its column, (n, ways)
     """
 
     support: Numbers
     query: Numbers
-    ways: int
+    one_hot: Numbers
 
-    @property
-    def shots(self) -> int:
-        """Support images of a class."""
-        return int(self.support.shape[1]) // self.ways
-
-    @property
-    def one_hot(self) -> Numbers:
-        """The class of each support image, 1 in its column, float64 of shape (n, ways)."""
-        return np.repeat(np.eye(self.ways), self.shots, axis=0)
-
-    @property
-    def to_means(self) -> Numbers:
-        """Inner products of queries with the mean of each class, shape (e, n_queries, ways)."""
-        return self.query @ self.one_hot / self.shots
-
-    @property
-    def means(self) -> Numbers:
-        """The squared length of the mean of each class, shape (e, 1, ways)."""
-        blocks = self.support.reshape(-1, self.ways, self.shots, self.ways, self.shots)
-        return np.asarray(np.einsum("ewiwj->ew", blocks) / self.shots**2)[:, None]
+    def with_means(self) -> tuple[Numbers, Numbers]:
+        """Return the inner products of queries with the mean of each class, (e, n_queries, ways), and its squared length, (e, 1, ways)."""
+        mean = self.one_hot / self.one_hot.sum(axis=0)
+        return self.query @ mean, np.sum(self.support @ mean * mean, axis=1, keepdims=True)
 
 
 def products(support: NDArray[np.float32], query: NDArray[np.float32], ways: int) -> Products:
-    """Return the inner products, float64, of support, float32 of shape (e, n, dim), and queries, (e, n_queries, dim)."""
+    """Return the inner products of support, float32 of shape (e, n, dim), and queries, (e, n_queries, dim)."""
     across = support.transpose(0, 2, 1)
-    return Products((support @ across).astype(np.float64), (query @ across).astype(np.float64), ways)
+    one_hot = np.repeat(np.eye(ways), support.shape[1] // ways, axis=0)
+    return Products((support @ across).astype(np.float64), (query @ across).astype(np.float64), one_hot)
 
 
 def cosine_prototypes(given: Products) -> Numbers:
     """Score by the cosine with the mean of each class: float64 of shape (e, n_queries, ways)."""
-    return given.to_means / np.sqrt(given.means)
+    inner, lengths = given.with_means()
+    return inner / np.sqrt(lengths)
 
 
 def nearest_centroid(given: Products) -> Numbers:
     """Score by the squared distance to the mean of each class (prototypical networks), without the queries' own length; shape as above."""
-    return 2 * given.to_means - given.means
+    inner, lengths = given.with_means()
+    return 2 * inner - lengths
 
 
 def knn(given: Products) -> Numbers:
@@ -315,7 +297,7 @@ def measure(images: LabelledFeatures, plan: EpisodePlan, shots: int) -> tuple[Ma
     Nothing but a line where there are too few images for so many shots. The shares are float64 of shape (episodes,).
     """
     classes, found = images.classes_of(shots + plan.queries), defaultdict[str, list[Numbers]](list)
-    count, every, fewer = len(classes), len(images.classes_of(1)), len(classes) - LEAST_BASE
+    count, every = len(classes), len(images.classes_of(1))
     if count < plan.ways:
         return {}, [
             f"K = {shots} is left out: {count} classes have {shots} + {plan.queries} images, and {plan.ways} are needed."
@@ -327,8 +309,7 @@ def measure(images: LabelledFeatures, plan: EpisodePlan, shots: int) -> tuple[Ma
         notes.append(f"K = {shots}: {count} of {every} classes have {shots} + {plan.queries} images.")
     if not len(divisions[0].base):
         notes.append(
-            f"No MAML: it learns on {LEAST_BASE} classes at least beside the {plan.ways} of an episode, and {count} have enough images"
-            + (f"; --ways {fewer} leaves it that many." if fewer > 1 else ".")
+            f"No MAML: it learns on {LEAST_BASE} classes at least beside the {plan.ways} of an episode, and {count} have enough images."
         )
     for part, division in zip(np.array_split(np.arange(plan.episodes), len(divisions)), divisions, strict=True):
         base = np.isin(images.y, division.base)
@@ -420,39 +401,41 @@ class FewShot:
         return next((point for point in self.points if (point.method, point.shots) == (method, shots)), None)
 
     def verdict(self) -> list[str]:
-        """Say where plain logistic regression is as good as all others, where it is not, and where nobody can tell."""
-        good, better, unknown = list[str](), list[str](), list[str]()
+        """Say of each number of shots whether plain logistic regression is as good as all others."""
+        lines = []
         for shots in self.shots:
             others = [point for point in self.points if point.shots == shots and point.method != PLAIN]
             best, reach = max(others, key=lambda point: point.ahead), max(point.ahead_interval[1] for point in others)
             low, high = (100 * end for end in best.ahead_interval)
+            told = (
+                f"{best.method} is better than plain {PLAIN} by {100 * best.ahead:.1f} points [{low:.1f}, {high:.1f}]"
+            )
             if reach <= MARGIN:
-                good.append(f"{shots}")
-            elif low > 0:
-                better.append(f"K = {shots}: {best.method} by {100 * best.ahead:.1f} points [{low:.1f}, {high:.1f}]")
-            else:
-                unknown.append(f"{shots} (another may be ahead by up to {100 * reach:.1f} points)")
-        point = f"{100 * MARGIN:g} point"
-        told = (
-            (good, f"Plain {PLAIN} is as good at K = {', '.join(good)}: none is ahead by more than {point}."),
-            (better, f"Better than plain {PLAIN}: {'; '.join(better)}."),
-            (unknown, f"Not told apart at K = {', '.join(unknown)}; --episodes takes more."),
-        )
-        return [line for found, line in told if found]
+                told = f"plain {PLAIN} is as good: no other is ahead by more than {100 * MARGIN:g} point"
+            elif low <= 0:
+                told = (
+                    f"plain {PLAIN} is not told apart from others, which may be ahead by up to {100 * reach:.1f} points"
+                )
+            lines.append(f"K = {shots}: {told}.")
+        return lines
 
     def to_text(self) -> str:
         """Return the table, the verdict and the notes, for a terminal."""
-        rows = [[method, *(_cell(self.at(method, shots)) for shots in self.shots)] for method in self.methods]
-        headers = ["accuracy, %", *(f"K = {shots}" for shots in self.shots)]
+        headers, rows = ["accuracy, %", *(f"K = {shots}" for shots in self.shots)], []
+        for method in self.methods:
+            points = [self.at(method, shots) for shots in self.shots]
+            rows.append(
+                [
+                    method,
+                    *(
+                        "-" if point is None else f"{100 * point.accuracy:.1f} ± {50 * np.ptp(point.interval):.1f}"
+                        for point in points
+                    ),
+                ]
+            )
         table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * len(self.shots)))
         title = (
             f"{self.embedding}: {self.ways}-way, K images per class, {self.queries} queries per class, {self.episodes:,} "
             f"episodes of {self.images:,} images in {self.classes:,} classes, ± 95 % over episodes"
         )
         return "\n".join([title, "", table, "", *self.verdict(), *self.notes])
-
-
-def _cell(point: Point | None) -> str:
-    if point is None:
-        return "-"
-    return f"{100 * point.accuracy:.1f} ± {50 * (point.interval[1] - point.interval[0]):.1f}"

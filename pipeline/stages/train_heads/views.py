@@ -18,6 +18,7 @@ from pipeline.embed.records import EmbeddingRecord
 from pipeline.embed.spec import VIEW
 from pipeline.evaluation import ACCURACY, HeadPredictions, Metric, Predictions, paired_answers
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.experiment import plain
 from pipeline.export.bundle import ModelBundle
 from pipeline.io.digests import fingerprint
 from pipeline.stages.train_heads.apart import ApartRows, Origin, cross_validated, origin, row_like, soft_vote, with_rows
@@ -87,7 +88,7 @@ def _find(best: Origin, parts: Sequence[EmbeddingRecord], asked: Asked, metric: 
     seconds = time.perf_counter() - start
     for way, (views, averaged) in WAYS.items():
         head, name = trained if views else bundle, f"{row.head}+{way}"
-        members = [replace(head, embedding=part.to_dict()) for part in parts]
+        members = [replace(head, embedding=plain(part)) for part in parts]
         made = soft_vote(name, head.params, members, held_out[way], task) if averaged else replace(head, head=name)
         told = HeadPredictions(
             _predicted(before.test, made, _mean(head, T, averaged)),
