@@ -217,7 +217,7 @@ def most_frequent(y: NDArray[np.int64], width: int) -> Head:
 def _like(name: str, kind: str, evaluator: Evaluator | None = None, **more: Any) -> Head:
     """Return the head of another kind of target that goes by the name of one of classes, with its space but for what is given."""
     bare = {"linear": False, "takes_class_weight": False, "fit": Pipeline.fit, "probabilities": kind == "multilabel"}
-    return replace(HEADS[name], targets=(kind,), evaluator=evaluator, **{**bare, **more})  # type: ignore[arg-type]
+    return replace(HEADS[name], targets=(kind,), evaluator=evaluator, **{**bare, **more})
 
 
 _of_numbers, _of_labels = partial(_like, kind="regression"), partial(_like, kind="multilabel")

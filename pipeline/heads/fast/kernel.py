@@ -144,4 +144,4 @@ def _work_bytes(problem: Problem) -> int:
     return kernels + min(int(cache * 1e6), 4 * pair**2)
 
 
-RBF_SVM = Evaluator("rbf_svm", rbf_svm, prepare_distances, usable=_fits_in_memory, work_bytes=_work_bytes)
+RBF_SVM = Evaluator(rbf_svm.__name__, rbf_svm, prepare_distances, usable=_fits_in_memory, work_bytes=_work_bytes)

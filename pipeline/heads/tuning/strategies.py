@@ -85,7 +85,7 @@ def _grid(space: Mapping[str, Dimension], defaults: Params, trials: int, size: i
 def _random(space: Mapping[str, Dimension], defaults: Params, trials: int, size: int, seed: int) -> Rounds:
     """The defaults, then independent draws from each dimension's prior."""
     generator = np.random.RandomState(seed)  # as in `_bayes`, where scikit-optimize takes no other
-    batch, seen = [dict(defaults)], {_key(defaults)}
+    batch, seen = list[Params]([defaults]), {_key(defaults)}
     while True:
         while len(batch) < size and len(seen) < cardinality(space):
             point = {key: _draw(row, float(generator.uniform())) for key, row in space.items()}
