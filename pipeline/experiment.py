@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,8 @@ MADE_BY = "made_by"
 """Names the program that wrote a file; a file that has it has digests too."""
 DIGEST = "digest"
 LINE_DIGEST = "line_digest"
+
+T = TypeVar("T")
 
 MOST_JSON = 1 << 28
 """Bytes of the largest document or journal that is read."""
@@ -119,7 +121,7 @@ class Artifacts:
 
     def seen_from_stores(self) -> str:
         """The output folder as seen from that of the feature stores: both may be moved together."""
-        return _seen_from(os.path.realpath(self.root), os.path.realpath(self.stores))
+        return os.path.relpath(os.path.realpath(self.root), os.path.realpath(self.stores))
 
     @property
     def entry(self) -> Path:
@@ -129,7 +131,7 @@ class Artifacts:
     def stores_told(self) -> dict[str, Any]:
         """What `features.json` says of the feature stores: where they are, and the experiment's entry there."""
         place = os.path.realpath(self.stores)
-        return {"stores": [_seen_from(place, os.path.realpath(self.root)), place], "entry": self.entry.stem}
+        return {"stores": [os.path.relpath(place, os.path.realpath(self.root)), place], "entry": self.entry.stem}
 
     def target(self, name: str) -> Path:
         """The output folder of one of several targets."""
@@ -154,13 +156,6 @@ class Artifacts:
     def bundle(self, embedding: str, head: str) -> Path:
         """The folder of one saved head."""
         return self.root / "heads" / embedding / head
-
-
-def _seen_from(path: str, folder: str) -> str:
-    try:
-        return os.path.relpath(path, folder)
-    except ValueError:  # another drive, on Windows
-        return path
 
 
 @dataclass(frozen=True)
@@ -254,8 +249,32 @@ def read_document(path: Path, kind: Kind) -> dict[str, Any]:
     return parse_document(_bytes_of(path, kind), kind, path)
 
 
+def write_record(path: Path, kind: Kind, record: Any) -> None:
+    """Write a dataclass as a document in one move."""
+    write_document(path, kind, plain(record))
+
+
+def read_record(path: Path, kind: Kind, of: type[T]) -> T:
+    """Read the dataclass that `write_record` wrote, of a type `of`; errors are those of `read_document`."""
+    document = read_document(path, kind)
+    try:
+        return cast(T, from_plain(of, {each.name: document[each.name] for each in fields(cast(Any, of))}))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise kind.damaged(path, f"it does not hold what its version says ({first_line(error)})") from None
+
+
 def parse_document(data: bytes | str, kind: Kind, path: Path) -> dict[str, Any]:
     """Check a document's text and return its content; `path` names it in errors, which are those of `read_document`."""
+    document = _whole_document(data, kind, path)
+    found = (document.get("format"), document.get("version"))
+    if found[0] != kind.format or found[1] not in (kind.version, *kind.older):
+        raise kind.error(
+            f"{path}: is {found[0]!r} version {found[1]!r}, expected {kind.format!r} version {kind.version}; {kind.again}"
+        )
+    return document
+
+
+def _whole_document(data: bytes | str, kind: Kind, path: Path) -> dict[str, Any]:
     try:
         document = json.loads(data)
         whole = isinstance(document, dict) and _is_whole(document)
@@ -265,11 +284,6 @@ def parse_document(data: bytes | str, kind: Kind, path: Path) -> dict[str, Any]:
         raise kind.damaged(path, f"it holds a {type(document).__name__}, expected an object")
     if not whole:
         raise kind.damaged(path, "its content is not the one that its digest names")
-    found = (document.get("format"), document.get("version"))
-    if found[0] != kind.format or found[1] not in (kind.version, *kind.older):
-        raise kind.error(
-            f"{path}: is {found[0]!r} version {found[1]!r}, expected {kind.format!r} version {kind.version}; {kind.again}"
-        )
     return document
 
 
@@ -278,6 +292,15 @@ def _is_whole(document: Mapping[str, Any]) -> bool:
         return True  # written by release 0.1
     content = {key: value for key, value in document.items() if key != DIGEST}
     return bool(document.get(DIGEST) == fingerprint(content))
+
+
+def require_whole(path: Path) -> None:
+    """See that a document or journal, of whatever kind and version, is the one that was written; PipelineError where it is not."""
+    kind = Kind("", 0, "run the command that wrote it again", "run the command that writes it")
+    if path.suffix == ".jsonl":
+        read_lines(path, kind)
+    else:
+        _whole_document(_bytes_of(path, kind), kind, path)
 
 
 def _bytes_of(path: Path, kind: Kind, most: int | None = MOST_JSON) -> bytes:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from documents import rewrite
+from judged_advice import judged
 from report_experiment import material, row, words
 
 from pipeline.cli import cli
 from pipeline.config import Config, dump_yaml
 from pipeline.errors import TrainingError
 from pipeline.evaluation import advice
-from pipeline.evaluation.advice import ARMS, LABEL, OTHER, STOP, Advice, Way, fit, judged, recommend
+from pipeline.evaluation.advice import ARMS, LABEL, OTHER, STOP, Advice, Way, fit, recommend
 from pipeline.experiment import ADVICE, Artifacts, read_document
 from pipeline.finetuning.pilot import statistics_shift
 from pipeline.report.page import section

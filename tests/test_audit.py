@@ -19,6 +19,7 @@ from sklearn.model_selection import cross_val_predict
 from pipeline.embed import baselines
 from pipeline.errors import PipelineError
 from pipeline.evaluation import audit
+from pipeline.experiment import AUDIT, write_record
 from pipeline.images import decode, hash_distances, perceptual_hash, prepare
 
 
@@ -148,7 +149,7 @@ FOUND = audit.Findings((audit.NearDuplicate("x.png", "y.png", 0.1, "train", "tes
 def test_what_was_found_is_read_as_it_was_written(tmp_path):
     outlier = audit.Outlier("été \udcff.png", "a", 4.25, 7)
     for findings in (audit.Findings(), FOUND, audit.Findings(FOUND.near_duplicates * 2, (outlier,))):
-        audit.write_findings(tmp_path / "audit.json", findings)
+        write_record(tmp_path / "audit.json", AUDIT, findings)
         assert audit.read_findings(tmp_path / "audit.json") == findings
     document = json.loads((tmp_path / "audit.json").read_text())
     del document["outliers"][0]["path"]

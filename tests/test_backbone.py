@@ -187,29 +187,35 @@ def test_at_the_last_layer_a_pooling_is_of_the_tokens_before_it(tokens: graph.To
 
 def test_pooling_that_has_no_meaning_is_refused() -> None:
     with pytest.raises(
-        BackboneError, match=r"layer 'x' gives 8, which has no class token; pooling 'cls\+avg' needs one"
+        BackboneError, match=r"layer 'x' gives 8, no pooling 'cls\+avg': it has no class token; use avg, max or flatten"
     ):
         graph.effective_pooling(torch.zeros(2, 8), "cls+avg", REGISTERS, "x")
-    with pytest.raises(BackboneError, match=r"layer 'x' gives 21 x 8; pooling 'map' is the network's own attention"):
+    with pytest.raises(
+        BackboneError,
+        match=r"layer 'x' gives 21 x 8, no pooling 'map': it is the network's own attention, at penultimate",
+    ):
         graph.effective_pooling(torch.zeros(2, 21, 8), "map", REGISTERS, "x")
     with pytest.raises(
         BackboneError,
-        match=r"layer 'layer4.1.relu_1' gives 512 x 1 x 1, which has no class token; pooling 'cls' needs one",
+        match=r"layer 'layer4.1.relu_1' gives 512 x 1 x 1, no pooling 'cls': it has no class token",
     ):
         load("resnet18", layers=("layer4",), pooling="cls")
-    with pytest.raises(BackboneError, match=r"layer 'x' gives 5 x 2 x 2, which is no image of at least 3 x 3 places"):
+    with pytest.raises(
+        BackboneError, match=r"layer 'x' gives 5 x 2 x 2, no pooling 'grid': it is no image of at least 3 x 3 places"
+    ):
         graph.effective_pooling(torch.zeros(2, 5, 2, 2), "grid", tokens=graph.Tokens(), layer="x")
     with pytest.raises(
-        BackboneError, match=r"layer 'x' gives 2 x 3 x 4, in which pooling 'avg' cannot tell places from channels"
+        BackboneError, match=r"layer 'x' gives 2 x 3 x 4, no pooling 'avg': places cannot be told from channels"
     ):
         graph.effective_pooling(torch.zeros(2, 2, 3, 4), "avg", tokens=graph.Tokens(), layer="x")
 
 
 def test_all_wrong_poolings_of_all_layers_are_told_at_once() -> None:
-    with pytest.raises(BackboneError, match="6 of the poolings asked for have no meaning") as caught:
+    with pytest.raises(BackboneError, match="layers that have no pooling that was asked for") as caught:
         load("resnet18", layers=("layer3", "layer4", "penultimate"), pooling=("cls", "map"))
-    told = [problem.partition(";")[0] for problem in caught.value.problems]
-    assert [line.split("'")[1] for line in told] == ["layer3.1.relu_1"] * 2 + ["layer4.1.relu_1"] * 2 + ["flatten"] * 2
+    assert [line.split("'")[1] for line in caught.value.problems] == ["layer3.1.relu_1"] * 2 + [
+        "layer4.1.relu_1"
+    ] * 2 + ["flatten"] * 2
 
 
 STAGES = {
@@ -245,31 +251,27 @@ def test_stages_end_in_every_family_where_its_resolution_or_its_block_ends(name:
     assert list(found.values()) == STAGES[name]
 
 
-def test_layers_and_poolings_are_embeddings_of_one_pass_and_what_is_one_already_is_not_doubled(
+def test_layers_and_poolings_are_embeddings_of_one_pass_and_what_is_a_vector_already_is_not_doubled(
     pixels: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    found = load("resnet18", layers=("penultimate", "stage3", "stage4"), pooling=("avg", "cls", "max"))
+    found = load("resnet18", layers=("penultimate", "stage3", "layer3"), pooling=("avg", "cls", "max"))
     assert [spec.name.removeprefix("resnet18-random-") for spec in found.specs] == [
         "penultimate", "stage3", "stage3-max",
     ]  # fmt: skip
-    told = [record.getMessage() for record in caplog.records]
-    assert "layer 'penultimate' gives one vector per image as it is: one embedding, whatever the pooling" in told
-    assert "stage4, pooled by avg, is penultimate: one embedding, not two" in told
-    assert any(
-        line.startswith("left out: layer 'layer3.1.relu_1' gives 256 x 2 x 2, which has no class") for line in told
-    )
+    told = "left out: layer 'layer3.1.relu_1' gives 256 x 2 x 2, no pooling 'cls': it has no class token; use avg, max or flatten"
+    assert told in caplog.messages
     by_name = load("resnet18", layers=("layer3",), pooling="max")
     assert found.specs[2].fingerprint() == by_name.specs[0].fingerprint()
     np.testing.assert_allclose(found.embed(pixels)[2], by_name.embed(pixels)[0], atol=1e-5)
 
 
 def test_a_layer_that_no_pooling_fits_and_a_stage_there_is_not_are_refused() -> None:
-    with pytest.raises(BackboneError, match=r"'cls' needs one"):
+    with pytest.raises(BackboneError, match=r"no pooling 'cls'"):
         load("resnet18", layers=("stage2",), pooling=("cls",))
     with pytest.raises(BackboneError) as error:
         load("resnet18", layers=("stage7",))
-    assert error.value.problems == ("no layer 'stage7', did you mean 'stage4'?; `manyheads layers MODEL` lists them",)
+    assert error.value.problems == ("no layer 'stage7', did you mean 'stage4'?",)
 
 
 def test_a_networks_own_name_is_before_that_of_a_stage() -> None:
@@ -288,9 +290,9 @@ def test_unknown_layers_are_reported_together_with_a_guess() -> None:
     with pytest.raises(BackboneError) as error:
         load("resnet18", layers=("layer4.1.relu_2", "avgpol"))
     assert str(error.value).splitlines() == [
-        "2 of the layers asked for are not in the network",
-        "  no layer 'layer4.1.relu_2', did you mean 'layer4.1.relu_1'?; `manyheads layers MODEL` lists them",
-        "  no layer 'avgpol', did you mean 'avgpool'?; `manyheads layers MODEL` lists them",
+        "layers that are not in the network; `manyheads layers MODEL` lists those that are",
+        "  no layer 'layer4.1.relu_2', did you mean 'layer4.1.relu_1'?",
+        "  no layer 'avgpol', did you mean 'avgpool'?",
     ]
 
 
@@ -482,14 +484,11 @@ def test_every_misfit_of_a_file_is_told_at_once(tmp_path: Path) -> None:
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(BackboneError) as error:
         load("squeezenet1_1", weights=str(tmp_path / "w.safetensors"))
-    assert (
-        error.value.message == f"weights file {tmp_path / 'w.safetensors'} does not fit squeezenet1_1: 3 of 52 tensors"
-    )
-    assert error.value.problems == (
-        "missing: features.3.squeeze.weight (16, 64, 1, 1)",
-        "unexpected: extra.weight (2,)",
-        "other shape: features.0.bias is (3,), expected (64,)",
-    )
+    assert error.value.message == f"weights file {tmp_path / 'w.safetensors'} does not fit squeezenet1_1"
+    missing, unexpected, other = error.value.problems
+    assert missing == 'Missing key(s) in state_dict: "features.3.squeeze.weight".'
+    assert unexpected == 'Unexpected key(s) in state_dict: "extra.weight".'
+    assert other.startswith("size mismatch for features.0.bias: copying a param with shape torch.Size([3])")
 
 
 def test_a_file_with_code_or_without_tensors_is_refused(tmp_path: Path) -> None:
@@ -589,21 +588,10 @@ def test_without_network_the_file_and_its_folder_are_named(hub: Path, monkeypatc
     )
 
 
-def test_a_checkpoint_that_is_not_what_its_name_says_is_refused(hub: Path) -> None:
-    hub.mkdir()
-    (hub / "squeezenet1_1-b8a52dc0.pth").write_bytes(b"not it")
-    with pytest.raises(
-        BackboneError,
-        match=r"is damaged: its SHA-256 starts with [0-9a-f]{8}, its name says b8a52dc0; delete it and run again",
-    ):
-        load("squeezenet1_1", weights="IMAGENET1K_V1")
-
-
-def test_enum_weights_bring_their_own_preprocessing(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_enum_weights_bring_their_own_preprocessing(hub: Path) -> None:
     hub.mkdir()
     model = weights.build("squeezenet1_1", {})
     torch.save(model.state_dict(), hub / "squeezenet1_1-b8a52dc0.pth")
-    monkeypatch.setattr(torchvision_models, "_sha256", lambda file: "b8a52dc0" + "0" * 56)
     made = backbone.load(BackboneConfig(name="squeezenet1_1", weights="IMAGENET1K_V1"), FP32, 0)
     assert made.specs[0].name == "squeezenet1_1-IMAGENET1K_V1-penultimate"
     assert not made.specs[0].untrained
@@ -648,7 +636,7 @@ def test_a_section_is_checked_without_fetching_or_loading_anything(hub: Path) ->
     assert not hub.exists()
     with pytest.raises(BackboneError, match=r"resnet50 has no weights 'IMAGENET1K_V9'"):
         weights.check(BackboneConfig(name="resnet50", weights="IMAGENET1K_V9"))
-    with pytest.raises(BackboneError, match="1 of the layers asked for is not in the network"):
+    with pytest.raises(BackboneError, match="no layer 'layer5'"):
         weights.check(BackboneConfig(name="resnet50", layers=("layer5",)))
     with pytest.raises(BackboneError, match=r"vit_b_32 takes images of 224 x 224 pixels only"):
         weights.check(BackboneConfig(name="vit_b_32", preprocessing=SMALL))
@@ -683,7 +671,7 @@ def test_the_precision_follows_from_what_the_machine_is(
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(
         BackboneError,
-        match=r"device 'cuda' is not available here, found .*cpu; set extraction.device \(predict: --device\) to one of these or to 'auto'",
+        match=r"device 'cuda' is not available here, found .*cpu and 0 GPUs; set extraction.device \(predict: --device\) to another",
     ):
         load(extraction=ExtractionConfig(device="cuda"))
 

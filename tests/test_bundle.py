@@ -198,7 +198,7 @@ def test_no_bundle_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BundleError) as caught:
         bundles.load(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}: no bundle here (bundle.json is missing); expected an experiment's output folder, in which `manyheads heads` "
+        f"{tmp_path}/bundle.json: missing; expected an experiment's output folder, in which `manyheads heads` "
         "writes bundles, or a bundle's folder"
     )
 

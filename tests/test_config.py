@@ -21,7 +21,8 @@ from pipeline.config import (
     HeadConfig,
     TuningConfig,
 )
-from pipeline.config.reading import KEYS
+from pipeline.config.reading import GONE
+from pipeline.config.sections import PreprocessingConfig, keys_of
 from pipeline.embed import baselines
 from pipeline.errors import BackboneError, ConfigError, HeadError
 from pipeline.evaluation import METRICS
@@ -66,7 +67,7 @@ tuning: {trials: ten, scoring: acuracy}
         "dataset.source: input should be 'digits', 'folder', 'manifest' or 'torchvision', got 'fodler', did you mean 'folder'?",
         "dataset.test_fraction: input should be less than 1, got 1.5",
         "backbones.0.weigths: unknown key, did you mean 'weights'?; "
-        "allowed: name, weights, layers, pooling, arguments, preprocessing, views, view",
+        "allowed: name, weights, layers, pooling, arguments, preprocessing, views",
         "baselines: unknown baseline 'pixel', did you mean 'pixels'?; allowed: majority, shares, mean, pixels, hog",
         "heads.0.name: unknown head 'logistic_regresion', did you mean 'logistic_regression'?; allowed: "
         + ", ".join(TABLES["classification"].known)
@@ -106,31 +107,27 @@ def test_what_may_be_one_of_several_kinds_is_one_problem(tmp_path: Path) -> None
 
 
 def test_a_key_that_is_gone_is_told_with_what_to_do(tmp_path: Path) -> None:
-    assert problems_of(tmp_path, GOOD, "extraction.processes=4", "extraction.decode=gpu", "tuning.device=cuda")[1:] == [
-        "extraction.processes: is gone: one process uses all processors and one GPU; remove it, and name a GPU with "
-        "extraction.device",
-        "extraction.decode: gpu is gone: the processor decodes; set it to standard, or fast for large photos",
+    gone = ["extraction.processes=4", "tuning.device=cuda", "finetune.training.steps=20", "finetune.patience=3"]
+    assert problems_of(tmp_path, GOOD, *gone)[1:] == [
+        "extraction.processes: is gone: one process uses all processors and one GPU, which extraction.device names; remove it",
         "tuning.device: is gone: heads are searched on the processor; remove it",
+        "finetune.patience: is gone: the best weights are kept anyway; set finetune.steps lower",
+        "finetune.training: is gone: its keys stand in finetune itself",
     ]
 
 
-def test_training_moved_into_finetune_and_every_key_of_before_is_told_with_the_new_one(tmp_path: Path) -> None:
-    old = {
-        "training.steps=20": "training.steps: is finetune.steps now",
-        "training.precision=bf16": "training.precision: is gone: extraction.precision holds for training too",
-        "training.range_test=true": "training.range_test: is gone: no rate is looked for; set finetune.rate",
-        "training.schedule=constant": "training.schedule: is gone: the rate falls along a cosine; remove it",
-        "training.mixup=0.4": "training.mixup: is gone: remove it, and set finetune.augment: trivial",
-        "training.cutmix=1.0": "training.cutmix: is gone: remove it, and set finetune.augment: trivial",
-        "training.sizes=[[0, 24]]": "training.sizes: is gone: images have the size of the weights' preprocessing; remove it",
-        "patience=3": "patience: is gone: the best weights are kept anyway; set finetune.steps lower",
-        "embedding=net": "embedding: is gone: write finetune.start: EMBEDDING",
-        "head=random": "head: is gone: write finetune.start: EMBEDDING/HEAD, or finetune.start: random",
-        "unfreeze=[{start: 0, scope: head}]": "unfreeze: {start: ..., scope: ...} is written as a pair now: [[0, head], [0.2, all]]",
-    }
-    found = problems_of(tmp_path, GOOD, *(f"finetune.{text}" for text in old))
-    assert found[0].endswith("config.yaml: 11 problems")
-    assert sorted(found[1:]) == sorted(f"finetune.{told}" for told in old.values())
+def test_a_view_is_asked_for_by_views(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, GOOD, "backbones.0.view=flip")[1:] == [
+        "backbones: unknown key 'view'; a view is asked for beside the images, such as views: [flip]"
+    ]
+    config = configuration.load(write(tmp_path, GOOD), ["backbones.0.views=[flip]"])
+    assert [section.view for section in config.sections] == [None, "flip"]
+    assert configuration.load(config, ["seed=1"]).sections == config.sections
+
+
+def test_there_are_few_keys() -> None:
+    sections = (Config, DatasetConfig, BackboneConfig, PreprocessingConfig, ExtractionConfig, HeadConfig, TuningConfig)
+    assert sum(len(keys_of(section)) for section in (*sections, FinetuneConfig)) <= 78
 
 
 @pytest.mark.parametrize("starts", [[], [0.1], [0, 0.5, 0.5], [0, 0.5, 0.2]])
@@ -143,13 +140,11 @@ def test_a_plan_with_holes_is_refused_before_anything_is_loaded(tmp_path: Path, 
 
 def test_files_that_name_every_key_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     plain = configuration.load(write(tmp_path, GOOD))
-    every = {path: row.default for path, row in KEYS.items() if path not in ("finetune.training", "extraction.decode")}
-    overrides = [f"{path}={json.dumps(value)}" for path, value in every.items()]
-    assert len(every) > 30
+    overrides = [f"{path}={json.dumps(default)}" for path, (default, _) in GONE.items()]
     assert configuration.load(write(tmp_path, GOOD), overrides) == plain
 
 
-def test_what_is_retired_is_told_beside_what_is_wrong(tmp_path: Path) -> None:
+def test_what_is_gone_is_told_beside_what_is_wrong(tmp_path: Path) -> None:
     assert problems_of(tmp_path, GOOD, "tuning.device=cuda", "tuning.trials=0")[1:] == [
         "tuning.trials: input should be greater than or equal to 1, got 0",
         "tuning.device: is gone: heads are searched on the processor; remove it",
@@ -262,7 +257,8 @@ def test_folder_yaml_explains_every_key_and_shows_its_default() -> None:
             shown.setdefault(section, {})[key] = ("#" in indent + inner, value or "")
     for name, fields in (("dataset", DatasetConfig), ("extraction", ExtractionConfig), ("tuning", TuningConfig),
                          ("finetune", FinetuneConfig), ("backbones", BackboneConfig), ("heads", HeadConfig)):  # fmt: skip
-        for key, field in fields.model_fields.items():
+        for key in keys_of(fields):
+            field = fields.model_fields[key]
             assert key in shown[name], f"folder.yaml does not explain {name}.{key}"
             commented, value = shown[name][key]
             if (
@@ -305,8 +301,7 @@ def test_two_heads_of_one_name_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "hint"),
     [
-        ("5", "got '5'; write '5GB' or '5MB'"),
-        ("0.5", "got '0.5'; write '0.5GB' or '0.5MB'"),
+        ("5", "got '5'"),
         ("0MB", "got '0MB'"),
         ("0.0 GB", "got '0.0 GB'"),
         ("2TB", "got '2TB'"),
@@ -363,9 +358,9 @@ def test_an_output_that_is_not_there_yet_is_fine(tmp_path: Path, monkeypatch: py
     [
         ("a: &x [1]\nb: *x\n", "line 2: aliases such as *x are not read; write the value out"),
         ("a: &x [*x]\n", "line 1: aliases such as *x are not read; write the value out"),
-        ("a: " + "[" * 1000, "lists and sections within each other are too deep"),
-        ("seed: !!int abc\n", "holds a value that cannot be read (invalid literal for int() with base 10: 'abc')"),
-        ("seed: " + "9" * 5000, "holds a value that cannot be read (Exceeds the limit (4300 digits)"),
+        ("a: " + "[" * 1000, "cannot be read as YAML (maximum recursion depth exceeded"),
+        ("seed: !!int abc\n", "cannot be read as YAML (invalid literal for int() with base 10: 'abc')"),
+        ("seed: " + "9" * 5000, "cannot be read as YAML (Exceeds the limit (4300 digits)"),
         ("? [a]\n: b\n", "line 1: a key is a list or section"),
         (
             "a thesis\n",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.data import DatasetIndex
 from pipeline.data.index import WrittenIndex, texts
 from pipeline.errors import DatasetError
-from pipeline.io.digests import content_digest, pack_digests
+from pipeline.io.digests import content_digest, digests_from_hex
 
 
 def make_index(
@@ -25,7 +25,7 @@ def make_index(
         Path("photos"),
         *(texts([row[column] for row in rows]) for column in range(3)),
         texts(groups) if groups is not None else None,
-        pack_digests(content_digest(content.encode("utf-8", "surrogatepass")) for content in contents),
+        digests_from_hex(content_digest(content.encode("utf-8", "surrogatepass")).hex() for content in contents),
         np.arange(1, len(rows) + 1, dtype=np.int64),
     )
 

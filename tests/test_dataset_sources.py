@@ -51,7 +51,7 @@ def entries(listing: Listing) -> list[tuple[str, str]]:
     return sorted((entry.path, entry.status) for entry in listing.entries)
 
 
-JPEG, PNG, TIFF = b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"II*\0\x08\0\0\0"
+JPEG, PNG = b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n"
 
 
 class TestFolder:
@@ -62,9 +62,7 @@ class TestFolder:
             "cat/e.dat": PNG,
             "cat/phone.heic": JPEG,
             "cat/f.avif": b"\0\0\0\x1cftypavif",
-            "cat/camera.NEF": TIFF,
-            "cat/old.tga": b"\0\0\2",
-            "cat/g.xyz": b"8BPS\0\1",
+            "cat/g.xyz": b"FUJIFILMCCD-RAW",
             "cat/h.xyz": b"%PDF-1.7",
             "cat/i.xyz": b"",
             "j.xyz": PNG,
@@ -77,11 +75,9 @@ class TestFolder:
             "cat/phone.heic", "dog/1.png",
         ]  # fmt: skip
         assert sorted((entry.path, entry.status, entry.reason) for entry in listing.entries) == [
-            ("cat/camera.NEF", "unsupported_format", "it is a camera's raw file (.nef); save the photo as JPEG or PNG"),
-            ("cat/g.xyz", "unsupported_format", "it is a Photoshop file; save it as JPEG or PNG"),
-            ("cat/h.xyz", "not_an_image", "it is a PDF document; save it as JPEG or PNG"),
+            ("cat/g.xyz", "unsupported_format", "it is a camera's raw file; save it as JPEG or PNG"),
+            ("cat/h.xyz", "not_an_image", NO_IMAGE),
             ("cat/i.xyz", "not_an_image", NO_IMAGE),
-            ("cat/old.tga", "unsupported_format", "images of kind .tga are not read; save it as JPEG or PNG"),
             ("j.xyz", "not_in_a_class", "it is in no class folder, so it has no label"),
         ]
 
@@ -112,7 +108,7 @@ class TestFolder:
         with pytest.raises(DatasetError) as caught:
             list_folder(tmp_path)
         assert str(caught.value) == (
-            f"{tmp_path}: test/, train/ look like splits above class folders, but meta/ beside them does not; move it "
+            f"{tmp_path}: test, train look like splits above class folders, but meta beside them does not; move it "
             "elsewhere, or list the images in a CSV manifest with dataset.source: manifest"
         )
 
@@ -145,7 +141,7 @@ class TestFolder:
         assert entries(listing) == [
             ("README.md", "not_an_image"),
             ("cat/notes.txt", "not_an_image"),
-            ("cat/phone.HEIC", "unsupported_format"),
+            ("cat/phone.HEIC", "not_an_image"),
             ("dog/no_ending", "not_an_image"),
             ("stray.png", "not_in_a_class"),
         ]
@@ -185,50 +181,26 @@ class TestFolder:
         (root / "fish").symlink_to(tmp_path / "secret")
         listing = list_folder(root)
         assert rows(listing) == [
-            ("bird/5.png", "bird"),
             ("cat/1.png", "cat"),
             ("cat/3.png", "cat"),
             ("dog/2.png", "dog"),
         ]
         assert entries(listing) == [
-            ("cat/gone.png", "unreadable"),
-            ("cat/out.png", "unreadable"),
-            ("fish", "unreadable"),
+            (path, "unreadable") for path in ("bird", "cat/gone.png", "cat/loop", "cat/out.png", "fish")
         ]
-        assert listing.ignored["symbolic links to a folder that is already read"] == 1
 
-    def test_two_folders_that_link_to_each_other_end(self, tmp_path: Path) -> None:
-        put(tmp_path, "cat/1.png", "dog/2.png")
-        (tmp_path / "cat/dogs").symlink_to("../dog")
-        (tmp_path / "dog/cats").symlink_to("../cat")
-        assert len(list_folder(tmp_path).paths) < 10
-
-    @pytest.mark.parametrize(
-        ("paths", "message"),
-        [
-            (
-                ["1.png", "2.png", "x.txt"],
-                "holds 2 images but no class folders; put the images of each class in a folder",
-            ),
-            (["notes.txt"], "holds no class folders; expected one folder per class with its images inside"),
-        ],
-    )
-    def test_a_folder_without_classes_is_refused(self, tmp_path: Path, paths: list[str], message: str) -> None:
-        with pytest.raises(DatasetError) as caught:
-            list_folder(put(tmp_path, *paths))
-        assert message in str(caught.value)
+    def test_a_folder_without_classes_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            DatasetError, match=r"holds no class folders \(2 images at its top\); put the images of each"
+        ):
+            list_folder(put(tmp_path, "1.png", "2.png", "x.txt"))
 
     def test_a_missing_folder_and_a_file_are_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(DatasetError, match=r"there is no such folder; set dataset.path"):
+        with pytest.raises(DatasetError, match=r"there is no such folder; dataset.path is the folder"):
             list_folder(tmp_path / "nowhere")
         put(tmp_path, "list.csv")
-        with pytest.raises(DatasetError, match=r"is a file, expected a folder .*dataset.source: manifest"):
+        with pytest.raises(DatasetError, match=r"is a file; .*dataset.source: manifest"):
             list_folder(tmp_path / "list.csv")
-
-    def test_a_split_given_alone_is_pointed_out(self, tmp_path: Path) -> None:
-        put(tmp_path, "train/cat/1.png", "train/dog/2.png", "test/cat/3.png")
-        (warning,) = list_folder(tmp_path / "train").warnings
-        assert warning.endswith(f"to use test beside it as well, give {tmp_path} as dataset.path")
 
     def test_an_unreadable_folder_is_named(self, tmp_path: Path) -> None:
         put(tmp_path, "cat/1.png", "dog/2.png")
@@ -278,16 +250,16 @@ class TestManifest:
         assert sorted(caught.value.problems) == sorted(
             [
                 "line 2: path '/etc/passwd' is not inside the manifest's folder; set dataset.root to the folder that holds all images",
-                "line 3: path '../x.png' leaves the manifest's folder by '..'",
+                "line 3: path '../x.png' is not inside the manifest's folder; set dataset.root to the folder that holds all images",
                 "line 4: path 'C:/x.png' is not inside the manifest's folder; set dataset.root to the folder that holds all images",
-                "line 5: path 'a\\\\1.png' has a backslash; write it with '/'",
-                "line 6: the path is empty",
+                "line 5: path 'a\\\\1.png' has a backslash or a NUL character; write it with '/'",
+                "line 6: path '' names no file",
                 "line 7: the label is empty",
                 "line 8: unknown split 'tset', expected train, validation, test or excluded",
                 "line 10: path 'a/2.png' is listed before, at line 8",
                 "line 11: 2 values, expected 3; quote values that hold a comma",
-                "line 12: no split, though other rows have one",
-                "line 13: path './' is a folder",
+                "2 rows have no split, though others have one",
+                "line 13: path './' names no file",
             ]
         )
 
@@ -347,15 +319,15 @@ class TestManifest:
         with pytest.raises(DatasetError) as caught:
             list_manifest(tmp_path / "list.parquet")
         assert caught.value.problems == (
-            "row 2: path '../x' leaves the manifest's folder by '..'",
+            "row 2: path '../x' is not inside the manifest's folder; set dataset.root to the folder that holds all images",
             "row 2: the label is empty",
         )
 
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            ("path,label\na,\u00e9\n".encode("latin-1"), "is not UTF-8 text"),
-            (b'path,label\na,"x\n', "is not CSV"),
+            ("path,label\na,\u00e9\n".encode("latin-1"), "line 1: is no CSV in UTF-8"),
+            (b'path,label\na,"x\n', "line 2: is no CSV in UTF-8"),
         ],
     )
     def test_a_file_that_is_no_manifest_is_refused(self, tmp_path: Path, data: bytes, message: str) -> None:
@@ -368,20 +340,18 @@ class TestManifest:
     @pytest.mark.parametrize(
         ("header", "problems"),
         [
-            ("file,label", ["there is no column 'path'; dataset.path_column names it", "its columns are file, label"]),
+            ("file,label", ["there is no column 'path'; dataset.path_column names it"]),
             (
                 "filepath,lable",
                 [
                     "there is no column 'path', did you mean 'filepath'?; dataset.path_column names it",
                     "there is no column 'label', did you mean 'lable'?; dataset.label_columns names it",
-                    "its columns are filepath, lable",
                 ],
             ),
             (
                 "path,label,Label,Group,group ",
                 [
                     "column 'group' is there 2 times; dataset.group_column names one of another name",
-                    "its columns are path, label, Label, Group, group ",
                 ],
             ),
         ],
@@ -391,8 +361,7 @@ class TestManifest:
     ) -> None:
         with pytest.raises(DatasetError) as caught:
             list_manifest(self.write(tmp_path, f"{header}\n"))
-        assert caught.value.problems == tuple(problems)
-        assert caught.value.message == f"{tmp_path}/list.csv: {len(problems) - 1} problem{'s' * (len(problems) > 2)}"
+        assert caught.value.problems == (*problems, f"its columns are {', '.join(header.split(','))}")
 
     def test_columns_are_those_that_the_config_names(self, tmp_path: Path) -> None:
         text = "file,split,Fold,patient,species,age\na/1.png,x,train,p1,cat,007\nb/3.jpg,y,test,p2,,3.50\n"
@@ -425,7 +394,7 @@ class TestManifest:
                 list_manifest(path, root=str(tmp_path / root))
             told = str(tmp_path / root)
             assert caught.value.problems == (
-                f"line 4: path '../secret.png' leaves {told} by '..'",
+                f"line 4: path '../secret.png' is not inside {told}; set dataset.root to the folder that holds all images",
                 f"line 5: path '/etc/passwd' is not inside {told}; set dataset.root to the folder that holds all images",
             )
         path.write_text("\n".join(text.splitlines()[:3]))
@@ -455,7 +424,7 @@ class TestManifest:
         ):
             list_manifest(path, label_separator=";", label_columns=("tags", "note"))
         path.write_text("path,a,b\na/1.png,,x\nb/3.jpg,,\n")
-        with pytest.raises(DatasetError, match="line 3: all its labels are empty"):
+        with pytest.raises(DatasetError, match="line 3: the label is empty"):
             list_manifest(path, label_columns=("a", "b"))
 
     def test_a_table_from_python_does_what_a_file_does(self, tmp_path: Path) -> None:
@@ -486,7 +455,7 @@ class TestManifest:
             manifest.manifest(columns, path, **keys)
         assert caught.value.problems == (
             "a label of column 'tags' holds ';'; set dataset.label_separator to what none holds",
-            f"row 2: path '../x' leaves {tmp_path} by '..'",
+            f"row 2: path '../x' is not inside {tmp_path}; set dataset.root to the folder that holds all images",
         )
         assert path.read_bytes() == before
         with pytest.raises(ConfigError, match=r"dataset\.label_colums: unknown key, did you mean 'label_columns'\?"):
@@ -495,9 +464,9 @@ class TestManifest:
             manifest.manifest(columns, tmp_path / "table.csv")
 
     def test_other_mistakes_with_the_path(self, tmp_path: Path) -> None:
-        with pytest.raises(DatasetError, match=r"there is no such manifest; set dataset.path to a CSV or Parquet file"):
+        with pytest.raises(DatasetError, match=r"list.csv: cannot be read \(there is no such file\)"):
             list_manifest(tmp_path / "list.csv")
-        with pytest.raises(DatasetError, match=r"is a folder, .*dataset.source: folder"):
+        with pytest.raises(DatasetError, match=r"is no file, .*dataset.source: folder"):
             list_manifest(tmp_path)
         (tmp_path / "list.parquet").write_bytes(b"not parquet")
         with pytest.raises(DatasetError, match="cannot be read as Parquet"):
@@ -592,26 +561,16 @@ class TestTorchvision:
             torchvision_manifest("CIFAR10", tmp_path)
         assert str(caught.value).startswith("CIFAR10 cannot be downloaded (")
         assert str(caught.value).endswith(
-            f"fetch http://127.0.0.1:9/cifar-10-python.tar.gz yourself, put it into {tmp_path}, and run again"
+            f"fetch http://127.0.0.1:9/cifar-10-python.tar.gz yourself, put it into {tmp_path} as torchvision.datasets.CIFAR10 "
+            "describes, and run again"
         )
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "CIFAR10-images").exists()
 
-    def test_mnist_names_its_raw_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        pytest.importorskip("torch")
-        from pipeline.io.vision import torchvision
-
-        monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-        with pytest.raises(
-            DatasetError, match=r"fetch http://127.0.0.1:9/train-images-idx3-ubyte.gz .*FashionMNIST/raw"
-        ):
-            torchvision_manifest("FashionMNIST", tmp_path)
-
     def test_an_unknown_or_unfit_name_lists_the_known(self, tmp_path: Path) -> None:
         pytest.importorskip("torch")
-        with pytest.raises(
-            DatasetError, match=r"'CIFAR11' is not in torchvision.datasets; there are .*CIFAR10, CIFAR100"
-        ):
-            torchvision_manifest("CIFAR11", tmp_path)
-        with pytest.raises(DatasetError, match="'FakeData' cannot be made from a folder and a download alone"):
-            torchvision_manifest("FakeData", tmp_path)
+        for name, near in {"CIFAR11": ", did you mean 'CIFAR10", "FakeData": ""}.items():
+            with pytest.raises(
+                DatasetError, match=f"{name}': torchvision has no data set of this name that it downloads{near}"
+            ):
+                torchvision_manifest(name, tmp_path)

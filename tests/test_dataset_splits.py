@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.data import DatasetIndex
 from pipeline.data.index import SplitPlan, difference, leakage_units, match_digests, match_texts, texts
 from pipeline.data.splits import make_test_split, prior_sides
-from pipeline.io.digests import content_digest, pack_digests
+from pipeline.io.digests import content_digest, digests_from_hex
 
 Image = tuple[str, str, str]
 """Content, label, group."""
@@ -26,7 +26,7 @@ def make_index(images: list[Image], splits: list[str] | None = None) -> DatasetI
         texts([label for _, label, _ in images]),
         texts(splits or ["train"] * len(images)),
         texts(groups) if any(groups) else None,
-        pack_digests(content_digest(content.encode()) for content, *_ in images),
+        digests_from_hex(content_digest(content.encode()).hex() for content, *_ in images),
         np.ones(len(images), dtype=np.int64),
     )
 
@@ -165,11 +165,11 @@ class TestMatch:
 
     def test_digests_are_found_at_their_first_row(self) -> None:
         def digests(words: str) -> np.ndarray:
-            return pack_digests(content_digest(word.encode()) for word in words)
+            return digests_from_hex(content_digest(word.encode()).hex() for word in words)
 
         assert match_digests(digests("abca"), digests("cxab")).tolist() == [2, -1, 0, 1]
-        assert match_digests(digests("ab"), pack_digests([])).tolist() == []
-        assert match_digests(pack_digests([]), digests("ab")).tolist() == [-1, -1]
+        assert match_digests(digests("ab"), digests_from_hex([])).tolist() == []
+        assert match_digests(digests_from_hex([]), digests("ab")).tolist() == [-1, -1]
 
     @pytest.mark.parametrize(
         ("old", "new", "expected"),
@@ -186,7 +186,9 @@ class TestMatch:
     )
     def test_differences_are_counted(self, old: dict[str, str], new: dict[str, str], expected: tuple[int, ...]) -> None:
         def state(files: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
-            return texts(list(files)), pack_digests(content_digest(content.encode()) for content in files.values())
+            return texts(list(files)), digests_from_hex(
+                content_digest(content.encode()).hex() for content in files.values()
+            )
 
         found = difference(*state(old), *state(new))
         assert (found.added, found.changed, found.removed, found.renamed) == expected

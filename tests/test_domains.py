@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.evaluation import Predictions
-from pipeline.evaluation.domains import LEAST, align, apart, suffering, weights, worth
+from pipeline.evaluation.domains import LEAST, align, apart, suffering, weights
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.export.bundle import load
@@ -59,7 +59,6 @@ def test_a_domain_divided_at_random_is_one_domain():
     assert sum(one.interval[0] <= 0.5 <= one.interval[1] for one in found) >= 7
     assert sum(one.p_value < 0.05 for one in found) <= 1
     assert not any(one.shown for one in found)
-    assert np.mean([one.frechet / one.chance for one in found]) == pytest.approx(1, abs=0.2)
 
 
 def test_what_is_shifted_is_told_apart_by_as_much_as_it_is_shifted():
@@ -91,8 +90,8 @@ def test_weights_are_those_of_the_images_that_are_like_the_domain():
     found = weights(source, drawn(601)[drawn(601)[:, 0] > np.median(source[:, 0])], 0)
     assert found.mean() == pytest.approx(1)
     assert found[first].mean() > 3 * found[~first].mean()
-    assert worth(found) < 0.8 * len(source)
-    assert worth(weights(source, drawn(602), 0)) > 0.9 * len(source)
+    assert found.std() > 0.5
+    assert weights(source, drawn(602), 0).std() < 0.34
 
 
 def test_classes_that_suffer_are_named_and_one_that_a_domain_lacks_is_not():
@@ -112,7 +111,7 @@ def test_classes_that_suffer_are_named_and_one_that_a_domain_lacks_is_not():
         0.5,
     )
     assert [one.label for one in found.classes if one.suffers] == ["1"]
-    assert (found.classes[2].images, found.classes[2].recall, found.classes[2].behind) == (0, None, None)
+    assert (found.classes[2].images, found.classes[2].recall, found.classes[2].suffers) == (0, None, False)
     assert not any(one.suffers for one in old.classes)
 
 

@@ -244,7 +244,6 @@ def test_a_broken_image_is_recorded_and_not_tried_again(photos: Path, monkeypatc
     assert len(dataset.failed_digests(Artifacts(config.output).dataset, policy_key(config.dataset.max_pixels))) == 1
     again = extract_features.run(config)
     assert again.work is None
-    assert again.failed == 1
     whole = (photos / "b" / "01.png").read_bytes()
     (photos / "a" / "broken.png").write_bytes(whole + b"mended")  # other bytes: tried again
     mended = extract_features.run(config)

@@ -21,7 +21,7 @@ from pipeline.config import Config, dump_yaml
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.evaluation import fewshot
 from pipeline.evaluation.fewshot import EpisodePlan, FewShot, LabelledFeatures, divide, draw, points_of
-from pipeline.experiment import Artifacts
+from pipeline.experiment import FEWSHOT, Artifacts, read_record, write_record
 from pipeline.report.page import section
 from pipeline.stages import fewshot as stage
 from pipeline.stages.maintenance import verify_files
@@ -215,11 +215,13 @@ def test_intervals_cover_the_true_accuracy():
 
 def test_a_document_comes_back_as_it_was_and_damage_is_told(tmp_path):
     result, path = result_of(0.01, 0.05), tmp_path / "fewshot.json"
-    fewshot.write(path, result)
-    assert fewshot.read(path) == result
+    write_record(path, FEWSHOT, result)
+    assert read_record(path, FEWSHOT, FewShot) == result
     rewrite(path, json.loads(path.read_text()) | {"points": [{"method": "knn"}]})
-    with pytest.raises(PipelineError, match="it does not hold what its version says; run `manyheads fewshot` again"):
-        fewshot.read(path)
+    with pytest.raises(
+        PipelineError, match=r"it does not hold what its version says .*; run `manyheads fewshot` again"
+    ):
+        read_record(path, FEWSHOT, FewShot)
 
 
 def test_the_page_has_the_chart_the_table_and_the_verdict():
@@ -256,7 +258,9 @@ def test_the_command_measures_once_and_shows_it_on_the_page(copied: Config, tmp_
     )
     files = Artifacts(copied.output)
     before = files.few_shot.stat()
-    assert stage.run(copied, shots=(1, 2), queries=4, episodes=20).result == fewshot.read(files.few_shot)
+    assert stage.run(copied, shots=(1, 2), queries=4, episodes=20).result == read_record(
+        files.few_shot, FEWSHOT, FewShot
+    )
     assert files.few_shot.stat().st_mtime_ns == before.st_mtime_ns
     assert "How far do a few examples take you?" in (files.root / "report.html").read_text(encoding="utf-8")
     assert verify_files(copied)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -106,8 +105,8 @@ def test_every_field_of_a_real_identity_is_refused_when_it_changes(embedded: Con
             section = section[key]
         before, section[name[-1]] = section[name[-1]], changed(section[name[-1]])
         assert fingerprint(other) != fingerprint(identity)
-        with pytest.raises(StoreError) as caught:
-            FeatureStore.open(path, identity=other)
+        with pytest.raises(StoreError, match="cannot be mixed with new ones") as caught:
+            StoreWriter.open(path, other, FeatureStore.open(path).dim)
         field = ".".join(name)
         for line in caught.value.problems:
             assert line.startswith(field)
@@ -115,8 +114,6 @@ def test_every_field_of_a_real_identity_is_refused_when_it_changes(embedded: Con
             assert ", this run has " in line
         if not isinstance(before, dict | list) and len(repr(before)) < 80:
             assert caught.value.problems == (f"{field}: the store has {before!r}, this run has {section[name[-1]]!r}",)
-        with pytest.raises(StoreError, match="cannot be mixed with new ones"):
-            StoreWriter.open(path, other, FeatureStore.open(path).dim)
 
 
 def test_every_field_of_the_spec_is_in_the_identity_or_changes_no_vector(embedded: Config) -> None:
@@ -144,10 +141,7 @@ def test_one_flipped_bit_of_one_weight_is_another_network(copied: Config, networ
     assert int(target.pending.sum()) == 9
     assert "weights: the store has '" in target.why
     assert "; " not in target.why, "the weights are all that differs"
-    with pytest.raises(StoreError, match="made differently than asked for") as caught:
-        FeatureStore.open(old, identity=json.loads(json.dumps(target.spec.identity())))
-    assert [line.partition(":")[0] for line in caught.value.problems] == ["weights"]
-    with pytest.raises(StoreError, match="identity "):
+    with pytest.raises(StoreError, match="made differently than asked for"):
         FeatureStore.open(old, target.spec.fingerprint())
     result = extract_features.run(flipped)
     assert result.work is not None

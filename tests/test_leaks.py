@@ -21,7 +21,7 @@ from pipeline.data import DatasetIndex
 from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, Head
 from pipeline.heads.tuning import make_folds, tune
-from pipeline.io.digests import content_digest, pack_digests
+from pipeline.io.digests import content_digest, digests_from_hex
 from pipeline.stages.train_heads import Task, make_task
 
 N = 120
@@ -77,7 +77,7 @@ def make_index(folder: Path, units: np.ndarray, *, copies: bool) -> DatasetIndex
     """Write an index whose images of one unit are copies of one content, or share a group; labels are chance."""
     labels = np.random.default_rng(0).integers(0, 2, units.max() + 1)[units].astype(str).astype(object)
     contents = units if copies else np.arange(N)
-    digests = pack_digests(content_digest(str(number).encode()) for number in contents.tolist())
+    digests = digests_from_hex(content_digest(str(number).encode()).hex() for number in contents.tolist())
     paths = np.array([f"{number:03d}.png" for number in range(N)], dtype=object)
     splits = np.where(units >= units.max() - 3, "test", "train").astype(object)
     groups = None if copies else np.array([f"person {unit}" for unit in units], dtype=object)

@@ -75,7 +75,7 @@ def test_a_word_finds_names_and_licences_and_what_was_fetched_is_here(hub: Path)
 def test_the_dimension_that_is_told_is_that_of_the_classifiers_input(name: str) -> None:
     module, _ = graph.trace(weights.build_empty(name, {}))
     layer = module.get_submodule(str(graph.classifier(module).target))
-    told = {found.dim() for found in weights.family_of(name).weights(name).values()}
+    told = {weights.penultimate_dim(name)}
     assert told == {getattr(layer, "in_features", None) or layer.in_channels}
 
 
@@ -147,14 +147,11 @@ def test_licences_stand_in_the_leaderboard_and_the_bundle_and_those_of_earlier_v
         "pixels": "none needed",
     }
     board = train_heads.run(permissive).leaderboard
-    assert f"Licences of the weights: {name} mit." in board.notes()
+    assert f"Licences of the weights: mit ({name})." in board.notes()
     row = board.row(f"{name}/nearest_centroid")
-    layers = tuple(
-        replace(row, embedding=f"regnet_small-bundled-{layer}") for layer in ("penultimate", "stage3", "stage4-max")
-    )
-    assert (
-        "Licences of the weights: regnet_small-bundled mit." in replace(board, rows=layers, recommendation=None).notes()
-    )
+    layers = replace(row, embedding="regnet_small-bundled-stage3"), row
+    notes = replace(board, rows=layers, recommendation=None).notes()
+    assert f"Licences of the weights: mit ({name}, regnet_small-bundled-stage3)." in notes
     assert {row.embedding: row.license for row in read_leaderboard(files.root).rows} == {
         name: "mit",
         "pixels": "none needed",

@@ -865,7 +865,7 @@ def test_learning_curve_grows_on_nested_stratified_parts():
 
 
 def test_pareto_keeps_what_nothing_beats_on_both_sides():
-    assert learning_curve.pareto([1, 2, 3, 2], [0.8, 0.9, 0.85, 0.9]) == (True, True, False, True)
+    assert learning_curve.pareto([1, 2, 3, 2], [0.8, 0.9, 0.85, 0.9]) == [True, True, False, True]
 
 
 # HeadPredictions beside a bundle

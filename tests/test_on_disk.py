@@ -33,7 +33,7 @@ from pipeline.heads.fast import linear
 from pipeline.heads.tuning import blocks, features, limited, make_folds, memory_needed, refit, room, tune, works_on_disk
 from pipeline.heads.tuning.evaluation import Problem
 from pipeline.io import process
-from pipeline.io.digests import content_digest, pack_digests
+from pipeline.io.digests import content_digest, digests_from_hex
 from pipeline.stages import train_heads
 from pipeline.stages.train_heads.task import objections
 from pipeline.store import FeatureStore, StoredRows
@@ -50,7 +50,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stored(folder: Path, X: np.ndarray) -> StoredRows:
     """Put rows into two segments of a store, in another order than they are asked for."""
-    digests = pack_digests(content_digest(str(number).encode()) for number in range(len(X)))
+    digests = digests_from_hex(content_digest(str(number).encode()).hex() for number in range(len(X)))
     order = np.random.default_rng(0).permutation(len(X))
     for half in np.array_split(order, 2):
         with StoreWriter.open(folder, {"test": "on disk"}, X.shape[1]) as writer:
@@ -202,7 +202,7 @@ def test_features_of_several_times_the_limit_are_tuned_within_it(tmp_path: Path)
     rng = np.random.default_rng(0)
     y = np.arange(20_000) % 3
     centres = 0.2 * rng.normal(size=(3, 256))
-    digests = pack_digests(content_digest(str(number).encode()) for number in range(len(y)))
+    digests = digests_from_hex(content_digest(str(number).encode()).hex() for number in range(len(y)))
     with StoreWriter.open(tmp_path / "store", {"test": "large"}, 256) as writer:  # 20 MB
         for start in range(0, len(y), 5000):
             part = slice(start, start + 5000)
@@ -230,7 +230,7 @@ def stage_one(output: Path) -> Config:
     X = np.random.default_rng(0).normal(size=(N, DIM)) + 0.8 * np.eye(3, DIM)[codes]
     splits = np.where(np.arange(N) % 5 == 0, "test", "train").astype(object)
     paths = np.array([f"{number:04d}.png" for number in range(N)], dtype=object)
-    digests = pack_digests(content_digest(path.encode()) for path in paths)
+    digests = digests_from_hex(content_digest(path.encode()).hex() for path in paths)
     labels = np.array(["a", "b", "c"], dtype=object)[codes]
     DatasetIndex(output, paths, labels, splits, None, digests, np.full(N, 10)).write(files.dataset)
     spec = EmbeddingSpec("net", "backbone", "test", "net", {}, "w", "d", "", "none", DIM, {}, "fp32", "torch")

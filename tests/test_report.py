@@ -150,7 +150,7 @@ def test_a_loss_is_shown_as_users_know_it_with_its_name():
     assert "-1." not in text
     assert "CV log loss" in text.splitlines()[0]
     assert "ridge (log loss 0.351 ± 0.012, lower is better)" in text
-    assert "| cross-validation (log loss) |" in re.sub(" +", " ", board.to_markdown())
+    assert "| CV log loss |" in re.sub(" +", " ", board.to_markdown())
 
 
 @pytest.mark.parametrize(("scoring", "name"), [("accuracy", "accuracy"), ("macro_f1", "macro F1")])
@@ -383,10 +383,8 @@ def test_what_picking_a_trial_adds_is_said_of_the_trials_it_is_known_of(tmp_path
         assert board_of(board.to_json()).recommendation == board.recommendation
     all_of_them, some, one = texts.values()
     assert all_of_them.endswith("points, picking the best of its 2 trials by about 0.8.")
-    assert some.endswith("its 3 trials by at least about 0.8 (from the 2 that were fitted on every fold).")
-    assert one.endswith(
-        "points; what picking the best of its 2 trials adds is not known, as only one was fitted on every fold."
-    )
+    assert some.endswith("its 3 trials by at least about 0.8.")
+    assert one.endswith("points.")  # of one trial nothing is known
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -526,7 +524,7 @@ def test_leaks_stand_above_the_table(gathered: Material, page: str):
     assert board_of(leaking.to_json()) == leaking
     line = (
         f"Leak: 3 of 60 test images are nearly the same as a training image; on the other test images {best.key} has "
-        f"50.0 % in place of {100 * best.test.accuracy:.1f} %."
+        f"accuracy 50.0 % in place of {100 * best.test.accuracy:.1f} %."
     )
     page = section("leaderboard", dataclasses.replace(gathered, leaderboard=leaking))
     for text, table in ((page, "<table>"), (leaking.to_text(), "embedding "), (leaking.to_markdown(), "| embedding")):
@@ -807,11 +805,9 @@ def test_several_experiments_are_ranked_by_the_score_that_was_tuned(tmp_path: Pa
 
 def test_compare_ranks_several_data_sets_and_draws_searches_on_one(tmp_path: Path):
     outputs = [write_board(tmp_path / name, {"ridge": 90, "knn": 80}, name) for name in ("bayes", "random", "grid")]
-    text = "\n".join(compare(outputs, tmp_path / "one"))
-    assert "| row" in text
-    assert re.search(r"resnet18-penultimate/ridge \| \*\*90.00\*\* \(16 trials, 0.000 s\)", text)
-    assert "score (accuracy) that each search found; bold is the highest of its row" in text
-    assert all(name in text for name in ("bayes", "random", "grid"))
+    assert compare(outputs, tmp_path / "one") == [
+        f"plot     {tmp_path / 'one' / 'search.png'} (resnet18-penultimate/knn)"
+    ]
     assert (tmp_path / "one" / "search.png").read_bytes().startswith(b"\x89PNG")
     for number, output in enumerate(outputs):
         board = dataclasses.replace(read_leaderboard(output), provenance={"task": str(number)})

@@ -239,7 +239,7 @@ def test_an_experiment_that_leaves_its_stores_behind_reads_them_and_copies_them(
     assert all(check.ok for check in maintenance.verify(moved, full=True))
     for work in (maintenance.gc, maintenance.repair):
         with pytest.raises(
-            StoreError, match=r"lies, outside of this experiment and of .*; `manyheads features` takes its"
+            StoreError, match=r"leads to .*, outside of this experiment and of .*; `manyheads features` takes its"
         ):
             work(moved)
     assert extract_features.run(moved, plan=True).pending == 0
@@ -345,7 +345,6 @@ def test_what_cannot_be_moved_is_copied(old: Config, why: str, monkeypatch: pyte
         FeatureStore.open(Artifacts("output").find_store(read_records(Path("output/features.json"))[0].store)).rows
         == 18
     )
-    assert sum("used by no embedding" in line for line in maintenance.status(old)) == 2
 
 
 def test_vectors_that_differ_are_not_taken_over(old: Config, caplog: pytest.LogCaptureFixture) -> None:

@@ -183,7 +183,11 @@ def test_what_is_no_image_is_told(images: object, got: str) -> None:
 def test_wrong_parameters_are_told_all_at_once_when_it_is_fitted() -> None:
     with pytest.raises(ConfigError) as caught:
         Embedder(layer=3, precision="fp8", pooling="mean").fit(["a.jpg"])
-    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["layers.0", "pooling.0", "precision"]
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "backbones.0.layers.0",
+        "backbones.0.pooling.0",
+        "extraction.precision",
+    ]
     with pytest.raises(BackboneError, match=r"resnet50 has several weights; say which.*IMAGENET1K_V1, IMAGENET1K_V2"):
         Embedder("resnet50").fit()
     with pytest.raises(BackboneError, match="no network 'resnet81', did you mean 'resnet18'"):
@@ -279,7 +283,7 @@ def test_a_classifier_says_what_predict_writes_and_keeps_nothing(experiment: Con
 def test_what_a_folder_does_not_hold_is_told(experiment: Config, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"says classes; use Classifier\.load"):
         Regressor.load(experiment.output)
-    with pytest.raises(BundleError, match=r"no bundle here \(bundle\.json is missing\)"):
+    with pytest.raises(BundleError, match=r"bundle\.json: missing; expected an experiment"):
         Classifier.load(tmp_path)
     guess = Artifacts(experiment.output).bundle("majority", "most_frequent")
     with pytest.raises(BundleError, match="is the constant guess, which looks at no image"):

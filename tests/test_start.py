@@ -175,14 +175,14 @@ def test_in_a_terminal_it_looks_tunes_and_says_what_next(
         ),
         (["phots"], ["did you mean 'photos'?"]),
         (["empty"], ["empty: holds no class folders"]),
-        (["photos/leaf"], ["photos/leaf: holds 9 images but no class folders"]),
+        (["photos/leaf"], ["photos/leaf: holds no class folders (9 images at its top)"]),
         (
             ["fit", "nowhere"],
             ["nowhere: there is no such file or folder", "a folder that holds a folder for each class"],
         ),
         (["photos", "--target", "price"], ["--target price: names a column of a manifest"]),
         (["photos", "--budget", "soon"], ["tuning.budget: expected a time above 0 such as '90s'", "got 'soon'"]),
-        (["photos/leaf/00.png"], ["is not UTF-8 text; a config is a YAML file"]),
+        (["photos/leaf/00.png"], ["is no config, which is YAML with keys"]),
     ],
 )
 def test_what_cannot_be_is_told_at_once(

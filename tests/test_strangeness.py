@@ -72,7 +72,8 @@ def test_distance_is_the_nth_lowest_of_one_minus_cosine():
 
 def test_what_is_kept_comes_back_and_anything_else_is_refused():
     rng = np.random.default_rng(0)
-    known = Reference(rng.normal(size=4).astype(np.float32), directions(rng.normal(size=(9, 4)), 0.0), rng.random(20))
+    rows = directions(rng.normal(size=(9, 4)), 0.0)
+    known = Reference(rng.normal(size=4).astype(np.float32), rows, rng.random(20), np.ones(9))
     found = Reference.from_bytes(known.to_bytes())
     np.testing.assert_allclose(found.references, known.references, atol=1e-3)
     np.testing.assert_array_equal(found.distances, known.distances)

@@ -15,14 +15,14 @@ from pipeline.data.targets import TARGETS, Classification
 from pipeline.errors import UnfittedError
 from pipeline.evaluation import METRICS
 from pipeline.heads import HEADS, TABLES
-from pipeline.io.digests import content_digest, pack_digests
+from pipeline.io.digests import content_digest, digests_from_hex
 from pipeline.stages.train_heads.task import Embedding, Task
 
 
 def index_of(labels: list[str]) -> DatasetIndex:
     texts: NDArray[np.object_] = np.array(labels, dtype=object)
     paths = np.array([f"{row}.png" for row in range(len(labels))], dtype=object)
-    digests = pack_digests(content_digest(path.encode()) for path in paths)
+    digests = digests_from_hex(content_digest(path.encode()).hex() for path in paths)
     return DatasetIndex(
         Path(), paths, texts, np.full(len(labels), "train", dtype=object), None, digests, np.ones(len(labels), int)
     )

@@ -35,7 +35,9 @@ installed = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason=
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if importlib.util.find_spec("huggingface_hub"):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
     return tmp_path / "hub" / "checkpoints"
 
 
@@ -215,7 +217,7 @@ def test_names_of_timm_say_which_weights_and_are_pooled_as_the_network_does() ->
         ("timm:resnt50.a1_in1k", "timm has no 'resnt50.a1_in1k'; the nearest are timm:resnet50.a1_in1k, timm:resnet50d.a1_in1k,"),
         ("timm:resnet50.a9_in1k", "timm has no 'resnet50.a9_in1k'; the nearest are timm:resnet50."),
         ("timm:resnet18", "timm:resnet18 has no weights 'pretrained'; there are a1_in1k, a2_in1k, a3_in1k, "),
-        ("timm:hf-hub:a/b", "timm:hf-hub:a/b: expected one of timm's tags; of another repository fetch the folder"),
+        ("timm:hf-hub:a/b", "timm has no 'hf-hub:a/b'; the nearest are timm:"),
         ("timm:local-dir:no/where", "no/where holds no network of timm (Config file not found: no/where/config.json); expected its"),
         ("timm:vit_base_patch16_sapiens2.fb", "vit_base_patch16_sapiens2.fb takes images of 1024 x 768 pixels and 3 channels, expected squares"),
     ],
@@ -225,17 +227,6 @@ def test_a_name_that_leads_nowhere_is_answered_in_one_line(name: str, message: s
         weights.check(section(name))
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
-
-
-@installed
-def test_what_is_known_of_the_short_names_is_what_timm_says() -> None:
-    for name, known in timm_models.KNOWN.items():
-        found = timm_models.find(name, {})
-        fetch = timm_models._to_fetch(found)
-        assert fetch is not None
-        said = (round(fetch.megabytes), timm_models._empty(found).head_hidden_size)
-        assert (*said, timm_models.preprocessing(found).size[0], found.cfg["license"]) == known
-    assert list(timm_models.KNOWN) == list(TIMM_NAMES)
 
 
 # ---- weights: a folder, a file, the Hub
@@ -305,51 +296,24 @@ def test_weights_are_told_with_their_size_and_without_a_network_in_one_line(cach
     fetch = weights.to_fetch(asked)
     assert fetch is not None
     assert (round(fetch.megabytes), fetch.folder) == (48, caches)
-    with pytest.raises(BackboneError, match=rf"cannot be fetched \(HF_HUB_OFFLINE is set\); fetch it elsewhere and put it in {caches}") as caught:  # fmt: skip
+    with pytest.raises(BackboneError, match=rf"cannot be fetched \(.*\); fetch it elsewhere and put it in {caches}; name") as caught:  # fmt: skip
         weights.load_network(asked, 0)
     assert "\n" not in str(caught.value)
-    assert not caches.exists()
+    with pytest.raises(BackboneError, match=r"^dinov2_base: timm/vit_base_patch14_reg4_dinov2.lvd142m of the Hugging Face Hub cannot be fetched \(.*\); fetch it elsewhere and write name: timm:local-dir:FOLDER") as caught:  # fmt: skip
+        weights.load_network(section("dinov2_base"), 0)
+    assert "\n" not in str(caught.value)
 
 
 @installed
-def test_what_the_hub_is_asked_by_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm_models, "_hub", lambda: None)
-    with pytest.raises(BackboneError, match=r"dinov2_base: timm/vit_base_patch14_reg4_dinov2.lvd142m of the Hugging Face Hub is fetched with huggingface_hub; run `pip install 'manyheads\[timm\]'`"):  # fmt: skip
-        weights.check(section("dinov2_base"))
+def test_a_gated_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import GatedRepoError
 
+    def refuse(*_: object, **__: object) -> None:
+        raise GatedRepoError.__new__(GatedRepoError)
 
-class _Errors:
-    """The errors of the Hub's library, as they derive from one another."""
-
-    class EntryNotFoundError(Exception): ...
-
-    class LocalEntryNotFoundError(EntryNotFoundError): ...
-
-    class GatedRepoError(Exception): ...
-
-
-@installed
-def test_a_gated_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Hub:
-        errors = _Errors
-        constants = type("constants", (), {"HF_HUB_CACHE": str(tmp_path)})
-
-        @staticmethod
-        def try_to_load_from_cache(repository: str, file: str) -> None:
-            return None
-
-        @staticmethod
-        def hf_hub_download(repository: str, file: str) -> str:
-            raise _Errors.GatedRepoError("401 Client Error.\nAccess is restricted.")
-
-    monkeypatch.setattr(timm_models, "_hub", lambda: Hub)
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    with pytest.raises(BackboneError) as caught:
+    monkeypatch.setattr(timm_models.library().models._hub, "hf_hub_download", refuse)
+    with pytest.raises(BackboneError, match=r"\(accept its terms on its page and run `hf auth login`\)"):
         weights.load_network(section("dinov3_base"), 0)
-    assert str(caught.value) == (
-        "dinov3_base: timm/vit_base_patch16_dinov3.lvd1689m of the Hugging Face Hub is given only to who accepts its terms: "
-        "do so on its page, run `hf auth login`, and try again"
-    )
 
 
 def test_without_timm_the_names_are_listed_and_each_use_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,17 +322,11 @@ def test_without_timm_the_names_are_listed_and_each_use_says_what_to_install(mon
 
     monkeypatch.setattr(timm_models, "library", absent)
     (row,) = [line for line in backbones.run("dinov2_base")[0].splitlines() if line.startswith("dinov2_base")]
-    assert row.split() == ["dinov2_base", "pretrained", "timm", "768", "518", "346", "apache-2.0", "to", "install"]
+    assert row.split() == ["dinov2_base", "timm", "to", "install"]
     with pytest.raises(BackboneError, match=r"^networks of timm need the package timm; run `pip install"):
         weights.check(section("dinov2_base"))
     with pytest.raises(BackboneError, match=r"^networks of timm need the package timm; run `pip install"):
         weights.check(section("timm:resnet50.a1_in1k"))
-
-
-def test_an_old_timm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm_models, "version", lambda name: "1.0.9.dev0")
-    with pytest.raises(BackboneError, match=r"timm 1\.0\.9\.dev0 is installed, 1\.0\.31 is needed; run `pip install"):
-        timm_models.library()
 
 
 # ---- fine-tuning

@@ -35,7 +35,7 @@ from pipeline.heads import HEADS
 from pipeline.heads.table import most_frequent
 from pipeline.heads.tuning import make_folds, tune
 from pipeline.images import policy_key
-from pipeline.io.digests import content_digest, digests_to_hex, pack_digests
+from pipeline.io.digests import content_digest, digests_from_hex, digests_to_hex
 from pipeline.stages import train_heads
 from pipeline.stages.train_heads.row import reweighted
 from pipeline.stages.train_heads.task import unseen_task
@@ -73,7 +73,7 @@ def stage_one(output: Path, *, labels_seed: int = 0, alike: Sequence[tuple[int, 
         test = np.flatnonzero(splits == "test")
         labels[test] = labels[np.random.default_rng(labels_seed).permutation(test)]
     paths = np.array([f"{number:04d}.png" for number in range(N)], dtype=object)
-    digests = pack_digests(content_digest(path.encode()) for path in paths)
+    digests = digests_from_hex(content_digest(path.encode()).hex() for path in paths)
     index = DatasetIndex(output, paths, labels, splits, None, digests, np.full(N, 10))
     index.write(files.dataset)
     good = rng.normal(size=(N, DIM)) + 1.2 * np.eye(3, DIM)[codes]
@@ -276,7 +276,7 @@ def test_near_duplicates_across_the_test_and_across_folds_are_said_with_the_scor
     assert lines[1].startswith(
         f"Leak: {len(parted)} of 120 training images are nearly the same as one of another fold;"
     )
-    assert f"{board.best.key} is right in {100 * expected[1]:.1f} % in place of {100 * expected[0]:.1f} %" in lines[1]
+    assert f"{board.best.key} has accuracy {100 * expected[1]:.1f} % in place of {100 * expected[0]:.1f} %" in lines[1]
     assert "the same `group`" in lines[2]
     assert train_heads.run(config).leaderboard.leaks == leaks
 
@@ -461,7 +461,7 @@ def test_images_that_failed_are_left_out_and_others_must_have_features(tmp_path:
     index = stage_one(tmp_path)
     files, config = Artifacts(tmp_path), quick(make_config(tmp_path))
     paths = np.append(index.paths, "9999.png")
-    digests = np.concatenate([index.digests, pack_digests([content_digest(b"new")])])
+    digests = np.concatenate([index.digests, digests_from_hex([content_digest(b"new").hex()])])
     grown = DatasetIndex(
         tmp_path,
         paths,

@@ -76,7 +76,7 @@ def moved_to(draws, y, trees):
 
 def test_extrapolated_votes_err_as_often_as_more_trees_would():
     generator = np.random.default_rng(0)
-    y = np.repeat(np.arange(10), 150)
+    y = np.repeat(np.arange(10), 400)
     gaps = []
     for strength in (0.3, 0.8):
         chances = generator.dirichlet(np.ones(10), len(y)) + strength * np.eye(10)[y]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Final, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -18,10 +18,10 @@ from pipeline.config.sections import (
     VECTORS,
     WEIGHTS_FILES,
     Config,
-    FinetuneConfig,
     Names,
     Section,
     guess,
+    keys_of,
     source_of,
 )
 from pipeline.errors import ConfigError, first_line, number_of
@@ -42,9 +42,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read ({error.strerror}); give an existing config file, such as configs/digits.yaml"
         ) from None
     except UnicodeDecodeError:
-        raise ConfigError(
-            f"{path}: is not UTF-8 text; a config is a YAML file, and images are given as a folder that holds one for each class"
-        ) from None
+        text = ""
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(
@@ -61,12 +59,8 @@ def parse_yaml(text: str, origin: str) -> Any:
     except yaml.MarkedYAMLError as error:
         where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{origin}{where}: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"{origin}: lists and sections within each other are too deep") from None
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:  # of a tag, or of too many digits
-        raise ConfigError(f"{origin}: holds a value that cannot be read ({first_line(error)})") from None
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        raise ConfigError(f"{origin}: cannot be read as YAML ({first_line(error)})") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -105,85 +99,46 @@ for _tag, _pattern, _first in (
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
-class Retired(NamedTuple):
-    """A key, or a spelling of its value, that is gone."""
+_TRAINING: Final[Mapping[str, Any]] = {
+    "steps": "auto", "batch_size": 32, "accumulate": 1, "replicas": 1, "optimizer": "adamw", "rate": 0.001, "rate_decay": 0.5,
+    "range_test": False, "momentum": 0.9, "weight_decay": 0.01, "warmup": 0.1, "schedule": "cosine", "cooldown": 0.4,
+    "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "dropout": 0.0, "augment": "crop", "smallest_crop": 0.5,
+    "class_weight": None, "clip_norm": None, "precision": "auto", "batch_norm": "frozen", "ema": 0.0, "average_top": 0,
+    "evaluate_every": "auto", "patience": None, "sizes": [], "profile_steps": 0, "tensorboard": False,
+}  # fmt: skip
+"""What 0.1 wrote into `finetune.training` of every experiment's config."""
 
-    default: object
-    """The value that meant what happens now."""
-    told: str
-    """What became of it and what to do instead."""
-    is_old: Callable[[Any], bool] = lambda value: True
-    """Whether a value is the old spelling, where the key is still there."""
-
-
-_GONE = {
-    "accumulate": Retired(1, "is gone: set finetune.batch_size, and finetune.rate with it"),
-    "weight_decay": Retired(0.01, "is gone: it is 0.01; remove it"),
-    "label_smoothing": Retired(0.0, "is gone: remove it"),
-    "mixup": Retired(0.0, "is gone: remove it, and set finetune.augment: trivial"),
-    "patience": Retired(None, "is gone: the best weights are kept anyway; set finetune.steps lower"),
-}
-"""Of `finetune`, and of `finetune.training` before."""
-
-_OF_TRAINING = {
-    "precision": Retired("auto", "is gone: extraction.precision holds for training too"),
-    "range_test": Retired(False, "is gone: no rate is looked for; set finetune.rate"),
-    "momentum": Retired(0.9, "is gone with the optimizer sgd; remove it"),
-    "schedule": Retired("cosine", "is gone: the rate falls along a cosine; remove it"),
-    "optimizer": Retired("adamw", "is gone: it is AdamW; remove it"),
-    "cutmix": Retired(0.0, "is gone: remove it, and set finetune.augment: trivial"),
-    "dropout": Retired(0.0, "is gone: remove it, and set finetune.augment: trivial"),
-    "smallest_crop": Retired(0.5, "is gone: crops keep half of the area or more; remove it"),
-    "clip_norm": Retired(None, "is gone: lower finetune.rate where the loss is no number"),
-    "evaluate_every": Retired("auto", "is gone: a run is evaluated ten times; remove it"),
-    "replicas": Retired(1, "is gone: torch's own threads share a step's work; remove it"),
-    "average_top": Retired(0, "is gone: no soup of weights is made; remove it, and set finetune.ema for an average"),
-    "sizes": Retired([], "is gone: images have the size of the weights' preprocessing; remove it"),
-    "cooldown": Retired(0.4, "is gone with the schedule trapezoid; remove it"),
-    **{
-        key: Retired(about.default, f"is finetune.{key} now")
-        for key, about in FinetuneConfig.model_fields.items()
-        if key not in ("start", "validation_fraction", "unfreeze")
-    },
-}
-
-KEYS: Final[Mapping[str, Retired]] = {
-    "dataset.follow_symlinks": Retired(False, "is gone: links are followed to what lies inside the folder; remove it"),
-    "extraction.processes": Retired(
-        "auto", "is gone: one process uses all processors and one GPU; remove it, and name a GPU with extraction.device"
+GONE: Final[Mapping[str, tuple[object, str]]] = {
+    "dataset.follow_symlinks": (False, "links are followed to what lies inside the folder; remove it"),
+    "extraction.processes": (
+        "auto",
+        "one process uses all processors and one GPU, which extraction.device names; remove it",
     ),
-    "extraction.decode": Retired(
-        None,
-        "gpu is gone: the processor decodes; set it to standard, or fast for large photos",
-        lambda value: value == "gpu",
-    ),
-    "tuning.device": Retired("auto", "is gone: heads are searched on the processor; remove it"),
-    "finetune.embedding": Retired("best", "is gone: write finetune.start: EMBEDDING"),
-    "finetune.head": Retired("best", "is gone: write finetune.start: EMBEDDING/HEAD, or finetune.start: random"),
-    "finetune.interpolate": Retired(True, "is gone: the weights between are always tried; remove it"),
-    "finetune.unfreeze": Retired(
-        [{"start": 0.0, "scope": "all"}],
-        "{start: ..., scope: ...} is written as a pair now: [[0, head], [0.2, all]]",
-        lambda value: isinstance(value, list) and any(isinstance(step, dict) for step in value),
-    ),
-    **{f"finetune.{key}": row for key, row in _GONE.items()},
-    **{f"finetune.training.{key}": row for key, row in (_GONE | _OF_TRAINING).items()},
-    "finetune.training": Retired({}, "is gone: its keys stand in finetune itself", lambda value: value == {}),
+    "tuning.device": ("auto", "heads are searched on the processor; remove it"),
+    "finetune.embedding": ("best", "write finetune.start: EMBEDDING"),
+    "finetune.head": ("best", "write finetune.start: EMBEDDING/HEAD, or finetune.start: random"),
+    "finetune.interpolate": (True, "the weights between are always tried; remove it"),
+    "finetune.accumulate": (1, "set finetune.batch_size, and finetune.rate with it"),
+    "finetune.weight_decay": (0.01, "it is 0.01; remove it"),
+    "finetune.label_smoothing": (0.0, "remove it"),
+    "finetune.mixup": (0.0, "remove it, and set finetune.augment: trivial"),
+    "finetune.patience": (None, "the best weights are kept anyway; set finetune.steps lower"),
+    "finetune.training": (_TRAINING, "its keys stand in finetune itself"),
 }
-"""Section and key -> what became of it."""
+"""A key of an earlier version -> its default, which is still read as files of then have it, and what to do in place of another value."""
 
 
-def without_retired(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a config without retired keys, and a line for each that meant something else than what happens now."""
+def _without_gone(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return a config without the keys that are gone, and a line for each that asked for something."""
     kept, problems = copy.deepcopy(dict(raw)), []
-    for path, row in KEYS.items():
-        *sections, key = path.split(".")
-        section: Any = kept
-        for name in sections:
-            section = section.get(name) if isinstance(section, dict) else None
-        old = isinstance(section, dict) and key in section and row.is_old(section[key])
-        if old and section.pop(key) != row.default:
-            problems.append(f"{path}: {row.told}")
+    for path, (default, told) in GONE.items():
+        name, key = path.split(".")
+        section = kept.get(name)
+        if isinstance(section, dict) and key in section and section.pop(key) != default:
+            problems.append(f"{path}: is gone: {told}")
+    finetune = kept.get("finetune")
+    if isinstance(finetune, dict) and finetune.get("unfreeze") == [{"start": 0.0, "scope": "all"}]:  # as 0.1 wrote it
+        del finetune["unfreeze"]
     return kept, problems
 
 
@@ -225,28 +180,28 @@ def load(
         _apply(raw, override)
     config = parse(raw, str(path), names)
     stores = config.store or str(Path(config.output).parent / "features")
+    images = Path(config.dataset.path or "")
     for key, folder in (("output", config.output), ("store", stores)):
         place = next(place for place in (Path(folder), *Path(folder).parents, Path()) if place.exists())
         if not place.is_dir():  # whatever is read there would look damaged
             raise ConfigError(
                 f"{path}: {key}: {place} is a file, expected a folder or a name that is free; choose another {key}"
             )
-        images = Path(config.dataset.path or "") if config.dataset.source == "folder" else None
-        if images and images.is_dir() and Path(folder).resolve().is_relative_to(images.resolve()):
+        among = config.dataset.source == "folder" and images.is_dir()
+        if among and Path(folder).resolve().is_relative_to(images.resolve()):
             raise ConfigError(
                 f"{path}: {key}: {folder} lies in the folder of images, {images}, where what is written would be taken for classes "
                 f"and images; choose a place outside of it (--set {key}=FOLDER)"
             )
-    if any(
-        ":" in name for name in [*(head.name for head in config.heads or ()), *(each.name for each in config.backbones)]
-    ):
+    names_of_all = [*(head.name for head in config.heads or ()), *(section.name for section in config.backbones)]
+    if any(":" in name for name in names_of_all):
         look_in(path.parent)
     return config
 
 
 def parse(raw: Mapping[str, Any], origin: str, names: Names | None = None) -> Config:
     """Validate nested mappings, ConfigError with every problem; `origin` names them, `names` are the words of the tables."""
-    kept, problems = without_retired(raw)
+    kept, problems = _without_gone(raw)
     try:
         config = Config.model_validate(kept, context=names)
     except ValidationError as error:
@@ -394,7 +349,7 @@ def _problem(location: str, details: list[Any]) -> str:
     if detail["type"] == "extra_forbidden":
         *above, key = detail["loc"]
         section = _section_of(_kinds_at(above)) or Config
-        allowed = list(section.model_fields)
+        allowed = keys_of(section)
         return f"{location}: unknown key{guess(str(key), allowed)}; allowed: {', '.join(allowed)}"
     if detail["type"] == "missing":
         return f"{location}: missing, expected a value"

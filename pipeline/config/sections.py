@@ -70,6 +70,11 @@ class Section(BaseModel):
         return _frozen(value)
 
 
+def keys_of(section: type[Section]) -> list[str]:
+    """Return the keys that a section of a config may have."""
+    return [key for key in section.model_fields if (section, key) != (BackboneConfig, "view")]
+
+
 def _frozen(value: Any) -> Any:
     """Return a value whose lists, as YAML has them, are tuples."""
     if isinstance(value, list):
@@ -276,7 +281,7 @@ class BackboneConfig(Section):
     """Changed images that are embedded as well, each an embedding of its own: the best head is also averaged over all of them, and
     learned from them, as rows to compare."""
     view: View | None = None
-    """One of them in place of the image, which is what `views` is made of."""
+    """The one that is embedded in place of the image, in what `Config.sections` makes of `views`; no key of a config."""
 
     @property
     def title(self) -> str:
@@ -294,10 +299,10 @@ class BackboneConfig(Section):
 
     @model_validator(mode="after")
     def _views_are_of_images(self) -> BackboneConfig:
-        if (self.views or self.view) and names_vectors(self.name):
+        if self.views and names_vectors(self.name):
             raise ValueError(f"views: {self.name} holds vectors that were made elsewhere, and views are of images")
-        if len({*self.views}) < len(self.views) or (self.views and self.view):
-            raise ValueError("views: each is to be named once, and without view")
+        if len({*self.views}) < len(self.views):
+            raise ValueError("views: each is to be named once")
         return self
 
     @model_serializer(mode="wrap")
@@ -402,9 +407,7 @@ class TuningConfig(Section):
     def _a_size(cls, value: Any) -> Any:
         found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB)", value) if isinstance(value, str) else None
         if value != "auto" and (found is None or not float(found[1])):
-            number = re.fullmatch(r"\d*\.?\d+", str(value)) and float(value) > 0
-            hint = f"; write '{value}GB' or '{value}MB'" if number else ""
-            raise ValueError(f"expected 'auto' or a size above 0 such as '2GB' or '500MB', got {value!r}{hint}")
+            raise ValueError(f"expected 'auto' or a size above 0 such as '2GB' or '500MB', got {value!r}")
         return value
 
     @model_validator(mode="after")
@@ -505,6 +508,13 @@ class Config(Section):
             plain = section.model_copy(update={"views": ()})
             found += [plain, *(plain.model_copy(update={"view": view}) for view in section.views)]
         return tuple(found)
+
+    @field_validator("backbones")
+    @classmethod
+    def _views_by_their_key(cls, value: tuple[BackboneConfig, ...]) -> tuple[BackboneConfig, ...]:
+        if any(section.view for section in value):
+            raise ValueError("unknown key 'view'; a view is asked for beside the images, such as views: [flip]")
+        return value
 
     @field_validator("concat")
     @classmethod

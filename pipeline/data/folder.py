@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.config import ARCHIVES
 from pipeline.data.failures import noticed, shown
 from pipeline.data.walk import SPLIT_NAMES, Folder, Listing, Walk, is_hidden, is_image_name
-from pipeline.errors import DatasetError, first
+from pipeline.errors import DatasetError, first, number_of
 from pipeline.images import Refused, entries, forget, inside, open_archive, read_elsewhere
 from pipeline.io.remote import address_of, file_system
 
@@ -114,7 +114,6 @@ def list_folder(root: Path, labelled: bool = True) -> Listing:
     walk, listing = _begun(root, os.path.realpath(root))
     if labelled:
         _add_layout(listing, walk)
-        _warn_of_siblings(listing, root)
     for start in () if labelled else [f"{name}/" for name in archives] or [""]:
         _add_images(listing, walk, start, "")
     return listing
@@ -126,31 +125,27 @@ def _begun(root: Path, inside: str = "/") -> tuple[Walk, Listing]:
 
 
 def _list_archives(root: Path, names: Sequence[str]) -> Listing:
-    """List the images in one archive, a folder in it, or several: WebDatasets, or laid out as folders are.
-
-    Several are splits where each is called like one, parts of one data set where they hold class folders, and else classes.
-    """
+    """List the images in one archive, a folder in it, or several: WebDatasets, or class folders, where several archives may be splits."""
     listing = Listing(root)
     if _add_web_dataset(listing, names or [""]):
         return listing
     look = Walk(root)
-    tops = [_descend(look, f"{name}/") for name in names]
-    walk, listing = _begun(root if names else root / _descend(look, ""))
+    if not names:
+        walk, listing = _begun(root / _descend(look, ""))
+        _add_layout(listing, walk)
+        return listing
+    walk, listing = _begun(root)
     splits = splits_of(names)
-    for name in names:
+    listing.splits = [] if splits else None
+    for name, split in zip(names, splits or names, strict=True):
         if problem := open_archive(address_of(root / name) or f"{root}/{name}").problem:
             walk.pass_over(name, "truncated", problem)
-    if not names:
-        _add_layout(listing, walk)
-    elif splits or any(look.read(top).folders for top in tops):
-        listing.splits = [] if splits else None
-        for top, split in zip(tops, splits or names, strict=True):
-            found = walk.read(top)
-            _pass_over_images(walk, top, found)
-            _add_classes(listing, walk, found.folders, top, split)
-    else:
-        _add_classes(listing, walk, names, "")
-        listing.labels = [name.rpartition("/")[2].partition(".")[0] for name in listing.labels]
+        top = _descend(look, f"{name}/")
+        found = walk.read(top)
+        if not found.folders:
+            raise DatasetError(_no_classes(f"{root}/{name}", found))
+        _pass_over_images(walk, top, found)
+        _add_classes(listing, walk, found.folders, top, split)
     return listing
 
 
@@ -231,57 +226,37 @@ def _require_listed(place: str) -> None:
         entries(place)
     except OSError as error:
         reason = "there is no such folder" if isinstance(error, FileNotFoundError) else error.strerror or error
-        what = f"cannot be listed ({reason})" if address_of(place) else reason
-        raise DatasetError(f"{address_of(place) or place}: {what}") from None
+        raise DatasetError(f"{address_of(place) or place}: {reason}") from None
 
 
 def _require_folder(root: Path) -> None:
-    if not root.exists():
-        raise DatasetError(
-            f"{root}: there is no such folder; set dataset.path to the folder that holds one folder per class"
-        )
     if not root.is_dir():
-        hint = "of archives zip and tar are read"
-        if root.suffix.lower() in {".csv", ".parquet"}:
-            hint = "a manifest file is read with dataset.source: manifest"
-        raise DatasetError(f"{root}: is a file, expected a folder that holds one folder per class; {hint}")
+        found = "is a file" if root.exists() else "there is no such folder"
+        raise DatasetError(
+            f"{root}: {found}; dataset.path is the folder that holds one folder per class, or an archive (zip, tar) of it; a manifest "
+            "(.csv, .parquet) is read with dataset.source: manifest"
+        )
 
 
 def _refuse_half_splits(root: Path | str, splits: Mapping[str, str | None]) -> None:
     """Classes called train and test that hold nothing but folders are splits with something else beside them."""
     named = [name for name, split in splits.items() if split]
-    if len({splits[name] for name in named}) < 2:
-        return
     look = Walk(Path(root))  # the listing's own walk will say what is wrong in there
     found = [look.read(f"{name}/") for name in named]
-    if not all(folder.folders for folder in found) or any(folder.images for folder in found):
+    if len(named) < 2 or not all(folder.folders and not folder.images for folder in found):
         return
-    others = ", ".join(f"{shown(name)}/" for name, split in splits.items() if not split)
+    others = ", ".join(shown(name) for name, split in splits.items() if not split)
     raise DatasetError(
-        f"{root}: {', '.join(f'{shown(name)}/' for name in named)} look like splits above class folders, but {others} beside them "
-        "does not; move it elsewhere, or list the images in a CSV manifest with dataset.source: manifest"
+        f"{root}: {', '.join(map(shown, named))} look like splits above class folders, but {others} beside them does not; move it "
+        "elsewhere, or list the images in a CSV manifest with dataset.source: manifest"
     )
 
 
 def _no_classes(root: Path | str, top: Folder) -> str:
-    if top.images:
-        return (
-            f"{root}: holds {len(top.images):,} images but no class folders; put the images of each class in a folder of its own, "
-            "or list them in a CSV manifest (path,label) with dataset.source: manifest; `manyheads embed` takes photos that have no "
-            "labels yet"
-        )
-    return f"{root}: holds no class folders; expected one folder per class with its images inside"
-
-
-def _warn_of_siblings(listing: Listing, root: Path) -> None:
-    """A user who gives train/ itself may not know that the test/ beside it is never read."""
-    if root.name.lower() not in SPLIT_NAMES or address_of(root):
-        return
-    near = [path for path in sorted(root.resolve().parent.iterdir()) if path.name != root.name and path.is_dir()]
-    if beside := [path.name for path in near if path.name.lower() in SPLIT_NAMES]:
-        listing.warnings.append(
-            f"{root} is read alone; to use {', '.join(beside)} beside it as well, give {root.parent} as dataset.path"
-        )
+    return (
+        f"{root}: holds no class folders ({number_of(len(top.images), 'image')} at its top); put the images of each class in a folder of its own, or list "
+        "them in a CSV manifest (path,label) with dataset.source: manifest; `manyheads embed` takes photos that have no labels yet"
+    )
 
 
 def _add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:

@@ -150,6 +150,9 @@ class SplitPlan:
     seed: int
     test_fraction: float
 
+    def __str__(self) -> str:
+        return f"seed {self.seed} and test_fraction {self.test_fraction:g}"
+
 
 @dataclass(frozen=True, eq=False)
 class DatasetIndex:

@@ -14,12 +14,12 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import cache, partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
@@ -29,15 +29,13 @@ from pipeline.data.failures import noticed, shown
 from pipeline.data.folder import archives_of, splits_of
 from pipeline.data.index import EXCLUDED, LABEL, SEPARATOR
 from pipeline.data.walk import SPLIT_NAMES, Listing, is_folder
-from pipeline.errors import DatasetError, first
-from pipeline.images import Refused, Stat, entries, forget, image_columns, open_archive, opened, read_elsewhere, stat_of
+from pipeline.errors import DatasetError, first, number_of
+from pipeline.images import Refused, Stat, entries, forget, image_columns, open_archive, opened, stat_of
 from pipeline.io.files import make_folder, write_atomic
 from pipeline.io.remote import address_of
 
 MOST_PROBLEMS = 50
 """Lines shown of one error."""
-
-LONGEST_PATH = 4096
 
 SPLITS = {**SPLIT_NAMES, EXCLUDED: EXCLUDED}
 """How a split may be called; images of the last stay out."""
@@ -55,7 +53,10 @@ def list_manifest(path: Path, config: DatasetConfig) -> Listing:
         forget(str(place))
     folder, names = archives_of(path, (".parquet",))
     files = [folder / name for name in names] or [path]
-    _require_file(files[0])
+    if files[0].exists() and not files[0].is_file():
+        raise DatasetError(
+            f"{path}: is no file, expected a CSV or Parquet file; class folders are read with dataset.source: folder"
+        )
     if files[0].suffix.lower() != ".parquet":
         return _listing(path, partial(_csv_rows, path), config)
     try:
@@ -79,7 +80,7 @@ def list_manifest(path: Path, config: DatasetConfig) -> Listing:
                 table = pyarrow.parquet.read_table(file)
         return _listing(path, partial(_table_rows, table, config), config)
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        reason = "there is no such file" if isinstance(error, NotADirectoryError) else " ".join(str(error).split())
         raise DatasetError(f"{path}: cannot be read as Parquet ({reason})") from None
 
 
@@ -127,57 +128,53 @@ def _listing(
     groups: list[str] = []
     domains: list[str] = []
     seen: dict[str, str] = {}
-    unsplit: list[str] = []
     for where, (name, split, group, domain, *labels) in read(partial(_places, origin, config, listing), problems):
         split = split.strip()
         name = next((name.removeprefix(start) for start in roots if name.startswith(start)), name)
         if separator is not None:
             taken = separator != SEPARATOR and any(SEPARATOR in label for label in compress(labels, several))
             problems += [f"{where}: a label holds {SEPARATOR!r}, which stands between labels in the index"] * taken
-            labels = [
-                _joined(label.split(separator)) if split else label
-                for label, split in zip(labels, several, strict=True)
-            ]
+            for place in np.flatnonzero(several).tolist():
+                words = map(str.strip, labels[place].split(separator))
+                labels[place] = SEPARATOR.join(dict.fromkeys(filter(None, words)))
         labels = labels or [""]
-        found = [*_path_problems(name, inside), *_label_problems(labels, any(several) or not labelled)]
+        found = [problem] if (problem := _path_problem(name, inside)) else []
+        if labelled and not any(several) and not any(map(str.strip, labels)):
+            found.append("the label is empty")
+        found += ["a label holds a NUL character"] * any("\0" in label for label in labels)
         if alone == "regression":
-            found += [
-                f"label {shown(text)!r} is no finite number" for text in labels if text.strip() and not _is_number(text)
-            ]
+            found += [f"label {shown(text)!r} is no finite number" for text in labels if not _is_number(text)]
         name = "/".join(part for part in name.split("/") if part not in {"", "."})
         if not found and name in seen:
             found.append(f"path {shown(name)!r} is listed before, at {seen[name]}")
-        if split and split.lower() not in SPLITS:
+        if split.lower() not in ("", *SPLITS):
             found.append(f"unknown split {split!r}, expected train, validation, test or {EXCLUDED}")
         if not domain.strip() and config.domain_column:
             found.append("the domain is empty")
         seen.setdefault(name, where)
         problems += [f"{where}: {problem}" for problem in found]
-        if not split and not found:
-            unsplit.append(where)
         listing.paths.append(name)
         listing.labels.append(labels[0] if len(labels) == 1 else tuple(labels))
         splits.append(SPLITS.get(split.lower(), ""))
         groups.append(group)
         domains.append(domain)
-    if any(splits):
-        listing.splits = splits
-        problems += [f"{where}: no split, though other rows have one" for where in unsplit]
-    if any(groups):
-        listing.groups = groups
+    listing.splits = splits if any(splits) else None
+    listing.groups = groups if any(groups) else None
+    if any(splits) and not all(splits):
+        problems.append(f"{splits.count(''):,} rows have no split, though others have one")
     if config.domain_column:
         listing.domains = domains
         if len({*domains}) == 1:
             problems.append(f"all images are of one domain, {domains[0]!r}; expected at least 2")
-    _refuse(origin, problems)
+    if problems:
+        raise DatasetError(f"{origin}: {number_of(len(problems), 'problem')}", first(problems, MOST_PROBLEMS))
     _find_files(listing)
     return listing
 
 
 def _places(origin: Path, config: DatasetConfig, listing: Listing, header: Sequence[str]) -> list[int | None]:
-    """Return where path, split, group, domain and each label stand in a row; None for a column that need not be there.
-
-    Columns are found by their exact name, else without regard to case and spaces around it.
+    """Return where path, split, group, domain and each label stand in a row, by their exact names or else without regard to case and
+    spaces around them; None for a column that need not be there.
     """
     wanted = [
         ("path_column", config.path_column or "path", True),
@@ -198,78 +195,35 @@ def _places(origin: Path, config: DatasetConfig, listing: Listing, header: Seque
             problems.append(f"there is no column {name!r}{guess(name, header)}; dataset.{key} names it")
         found.append(places[0] if places else None)
     if problems:
-        columns = f"its columns are {', '.join(header)}" if header else "it has no columns"
-        _refuse(origin, [*problems, columns], len(problems))
+        columns = f"its columns are {', '.join(header) or 'none'}"
+        raise DatasetError(f"{origin}: {number_of(len(problems), 'problem')}", [*problems, columns])
     others = [name.strip() for place, name in enumerate(header) if place not in found]
     if others:
         listing.warnings.append(f"{origin}: columns not used: {', '.join(others)}")
     return found
 
 
-def _path_problems(name: str, inside: str) -> list[str]:
-    """What makes a path from a file one that must not be opened."""
-    if not name:
-        return ["the path is empty"]
-    if "\0" in name:
-        return ["the path holds a NUL character"]
-    if "\\" in name:
-        return [f"path {shown(name)!r} has a backslash; write it with '/'"]
-    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
-        return [f"path {shown(name)!r} is not inside {inside}; set dataset.root to the folder that holds all images"]
+def _path_problem(name: str, inside: str) -> str | None:
+    """Say what makes a path from a file one that must not be opened."""
     parts = name.split("/")
-    if ".." in parts:
-        return [f"path {shown(name)!r} leaves {inside} by '..'"]
-    if all(part in {"", "."} for part in parts):
-        return [f"path {shown(name)!r} is a folder"]
-    if len(name.encode("utf-8", "surrogatepass")) > LONGEST_PATH:
-        return [f"a path of more than {LONGEST_PATH:,} bytes"]
-    return []
-
-
-def _label_problems(labels: Sequence[str], may_be_none: bool) -> list[str]:
-    """What is wrong with an image's labels; of several columns some may be empty, and where an image may have no label all."""
-    if not may_be_none and not any(label.strip() for label in labels):
-        return ["the label is empty" if len(labels) == 1 else "all its labels are empty"]
-    return ["a label holds a NUL character"] if any("\0" in label for label in labels) else []
+    if {*parts} <= {"", "."}:
+        return f"path {shown(name)!r} names no file"
+    if "\\" in name or "\0" in name:
+        return f"path {shown(name)!r} has a backslash or a NUL character; write it with '/'"
+    if name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name):
+        return f"path {shown(name)!r} is not inside {inside}; set dataset.root to the folder that holds all images"
+    return None
 
 
 def _is_number(text: str) -> bool:
     try:
-        return math.isfinite(float(text))
+        return math.isfinite(float(text.strip() or 0))
     except ValueError:
         return False
 
 
-def _joined(labels: Sequence[str]) -> str:
-    """Return several labels of an image as the index holds them."""
-    return SEPARATOR.join(dict.fromkeys(label for label in map(str.strip, labels) if label))
-
-
-def _refuse(path: Path, problems: Sequence[str], count: int | None = None) -> None:
-    if problems:
-        count = count or len(problems)
-        raise DatasetError(
-            f"{path}: {count:,} {'problem' if count == 1 else 'problems'}", first(problems, MOST_PROBLEMS)
-        )
-
-
-def _require_file(path: Path) -> None:
-    if not path.exists():
-        with suppress(OSError):  # in an archive, or remote
-            read_elsewhere(str(path), 1)
-            return
-        raise DatasetError(
-            f"{path}: there is no such manifest; set dataset.path to a CSV or Parquet file with columns path,label"
-        )
-    if path.is_dir():
-        raise DatasetError(
-            f"{path}: is a folder, expected a CSV or Parquet file; class folders are read with dataset.source: folder"
-        )
-    if not path.is_file():
-        raise DatasetError(f"{path}: is a pipe or device, expected a CSV or Parquet file")
-
-
 def _csv_rows(path: Path, choose: Choose, problems: list[str]) -> Iterator[ManifestRow]:
+    line = 1
     try:
         with io.TextIOWrapper(opened(str(path)), encoding="utf-8-sig", newline="") as file:
             first_line = file.readline()
@@ -282,17 +236,13 @@ def _csv_rows(path: Path, choose: Choose, problems: list[str]) -> Iterator[Manif
                 if len(row) == len(header):
                     yield f"line {line}", ["" if place is None else row[place] for place in places]
                 elif row:
-                    plural = "value" if len(row) == 1 else "values"
-                    problems.append(
-                        f"line {line}: {len(row)} {plural}, expected {len(header)}; quote values that hold a comma"
-                    )
+                    told = f"{number_of(len(row), 'value')}, expected {len(header)}; quote values that hold a comma"
+                    problems.append(f"line {line}: {told}")
                 line = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: is not UTF-8 text (byte {error.start:,}); save it as CSV UTF-8") from None
-    except csv.Error as error:
-        raise DatasetError(f"{path} line {reader.line_num}: is not CSV ({error})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path} line {line}: is no CSV in UTF-8 ({error})") from None
     except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DatasetError(f"{path}: cannot be read ({error.strerror or 'there is no such file'})") from None
 
 
 def _table_rows(table: Any, config: DatasetConfig, choose: Choose, problems: list[str]) -> Iterator[ManifestRow]:

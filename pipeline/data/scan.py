@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,11 +47,6 @@ IF_CLASSES = "If they are classes, set dataset.target: classification"
 MOST_PROBLEMS = 20
 """Lines of one error; more help nobody."""
 
-EDITED = (
-    f"{INDEX_FILE} is not the one that was written: it was edited, or is damaged; its splits are kept, delete it to have them "
-    "made anew"
-)
-
 _LEAKS = {
     "drop_train": ("the training copy is left out", "the training copy is excluded"),
     "drop_test": ("the test copy is left out", "the test copy is excluded"),
@@ -80,7 +74,11 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     base, plan = _split(found, before, config, seed)
     copies = find_copies(replace(found, splits=base))
     if config.leaks == "error" and copies.leaks:
-        raise _leak_error(found, copies)
+        pairs = [f"{shown(found.paths[one])} = {shown(found.paths[other])}" for one, other in copies.leaks]
+        raise DatasetError(
+            f"{len(pairs):,} training images are in the test set as well; remove one of each pair, or let dataset.leaks be drop_train",
+            first(pairs, MOST_PROBLEMS),
+        )
     index = replace(found, splits=apply_leaks(base, copies.leaking, config.leaks))
     entries = sorted([*listing.entries, *failures])
     known = remembered(read_failures(folder), index.paths.tolist(), index.digests)
@@ -92,6 +90,17 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
             index.write(folder, plan, config.source)
         if read or not unchanged:
             StatCache(index.paths, stats, index.digests, began, time.time_ns()).write(folder)
+    warnings = [*listing.warnings, *_split_warnings(index, config.kinds)]
+    asked = SplitPlan(seed, config.test_fraction)
+    if plan not in (None, asked):
+        warnings.append(
+            f"the test split made with {plan} is kept, though the config now says {asked}; delete {INDEX_FILE} to have it made anew"
+        )
+    if before.edited:
+        warnings.append(
+            f"{INDEX_FILE} is not the one that was written: it was edited, or is damaged; its splits are kept, delete it to have them "
+            "made anew"
+        )
     return ScanResult(
         index=index,
         unchanged=unchanged,
@@ -103,13 +112,7 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
         ignored=dict(listing.ignored),
         entries=tuple(entries),
         remembered=len(known),
-        warnings=(
-            *listing.warnings,
-            *_label_warnings(index, config.kinds),
-            *_split_warnings(index, config.kinds),
-            *_kept_split(plan, config, seed),
-            *([EDITED] if before.edited else []),
-        ),
+        warnings=tuple(warnings),
     )
 
 
@@ -172,15 +175,6 @@ def _split(
     return make_test_split(sides, plan, prior, config.kinds), plan
 
 
-def _kept_split(plan: SplitPlan | None, config: DatasetConfig, seed: int) -> list[str]:
-    if plan is None or plan == SplitPlan(seed, config.test_fraction):
-        return []
-    return [
-        f"the test split made with seed {plan.seed} and test_fraction {plan.test_fraction:g} is kept, though the config now says seed "
-        f"{seed} and test_fraction {config.test_fraction:g}; delete {INDEX_FILE} to have it made anew"
-    ]
-
-
 # ---- what is refused
 
 
@@ -189,8 +183,6 @@ def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failu
     origin = config.path if config.source == "manifest" else address_of(listing.root) or listing.root
     if len(index) == 0:
         problems = [f"{entry.path}: {entry.reason}" for entry in sorted([*listing.entries, *failures])]
-        if config.source == "manifest" and not problems:
-            raise DatasetError(f"{origin}: names no image; expected a row with path and label for each")
         raise DatasetError(f"{origin}: holds no image that can be read", first(problems, MOST_PROBLEMS))
     parts = index.by_target(config.kinds)
     found = [(name, _class_problem(part, listing, config, kind)) for name, kind, part in parts]
@@ -215,13 +207,8 @@ def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig,
             return "; ".join([error.message, *error.problems])
     classes, images = index.classes, len(index)
     if len(classes) < 2:
-        hint = ""
-        if config.source == "folder":
-            depth = 2 if listing.splits is not None else 1
-            below = sorted({parts[depth] for path in index.paths if len(parts := path.split("/")) > depth + 1})
-            if len(below) > 1:
-                hint = f"; inside it are {_some(below)}: if these are the classes, give {listing.root / classes[0]} as dataset.path"
         label = "".join(map(repr, classes)) or "that of no image"
+        hint = "; if the folders in it are the classes, give it as dataset.path" if config.source == "folder" else ""
         return f"all {images:,} images are of one class, {label}; expected at least 2 classes{hint}"
     return None if kind == "classification" else _doubt(classes, images, config.source)
 
@@ -251,26 +238,7 @@ def _are_numbers(classes: Sequence[str], images: int) -> bool:
     return bool((numbers % 1 != 0).any() or images < FEW_IMAGES * len(classes))
 
 
-def _leak_error(index: DatasetIndex, copies: Copies) -> DatasetError:
-    problems = [f"{shown(index.paths[one])} = {shown(index.paths[other])}" for one, other in copies.leaks]
-    return DatasetError(
-        f"{len(copies.leaks):,} training images are in the test set as well; remove one of each pair, or let dataset.leaks be drop_train",
-        first(problems, MOST_PROBLEMS),
-    )
-
-
 # ---- what is remarked
-
-
-def _label_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
-    """Labels that a person would take for one: they differ in case or spaces only."""
-    for column, _, part in countable(index, kinds):
-        alike: dict[str, list[str]] = defaultdict(list)
-        for name in part.classes:
-            alike[" ".join(name.casefold().split())].append(name)
-        for names in alike.values():
-            if len(names) > 1:
-                yield f"{column}labels {' and '.join(map(repr, names))} differ only in case or spaces; they are separate classes"
 
 
 def _split_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
@@ -292,9 +260,7 @@ def _split_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
 
 
 def _some(names: list[str], one: str = "class", many: str = "classes") -> str:
-    named = ", ".join(repr(name) for name in names[:5])
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return f"{one if len(names) == 1 else many} {named}{more}"
+    return f"{one if len(names) == 1 else many} {', '.join(first([*map(repr, names)], 5))}"
 
 
 def _remarks(index: DatasetIndex, copies: Copies, policy: str) -> list[Failure]:
@@ -316,30 +282,26 @@ def _remarks(index: DatasetIndex, copies: Copies, policy: str) -> list[Failure]:
 
 
 def fold_warnings(index: DatasetIndex, folds: int, kinds: Sequence[str] = ("auto",)) -> list[str]:
-    """Name the classes that have too few images, or groups of images, on the training side for so many folds.
+    """Name the classes that have fewer images, or groups of images, on the training side than folds.
 
-    One line where the images do not allow so many folds at all: then there are as many as they allow.
+    Where the images do not allow so many folds at all, say how many they allow, which there are then.
     """
-    return [f"{column}{line}" for column, _, part in countable(index, kinds) for line in _fold_warnings(part, folds)]
-
-
-def _fold_warnings(index: DatasetIndex, folds: int) -> Iterator[str]:
-    train = index.select("train", "validation")
-    names, images, units = _sizes(train)
-    if (possible := _possible_folds(train, images)) < folds:
-        yield (
-            f"tuning.folds is {folds}, and the training images allow {possible}: heads are tuned on as many, some of them without "
-            "the smallest classes"
-        )
-        return
-    for name, n_images, n_units in sorted(zip(names, images.tolist(), units.tolist(), strict=True)):
-        if n_images < folds:
-            have = "1 training image" if n_images == 1 else f"{n_images} training images"
-        elif n_units < folds:
-            have = f"training images of only {n_units} groups or distinct contents"
-        else:
-            continue
-        yield f"class {shown(name)} has {have}, fewer than the {folds} folds: some folds are without it; add images or set tuning.folds lower"
+    lines = []
+    for column, _, part in countable(index, kinds):
+        train = part.select("train", "validation")
+        names, images, units = _sizes(train)
+        few = sorted(name for name, count in zip(names, units.tolist(), strict=True) if count < folds)
+        if (possible := _possible_folds(train, images)) < folds:
+            lines.append(
+                f"{column}tuning.folds is {folds}, and the training images allow {possible}: heads are tuned on as many, some of them "
+                "without the smallest classes"
+            )
+        elif few:
+            lines.append(
+                f"{column}fewer training images, groups or distinct contents than the {folds} folds in {_some(few)}: some folds are "
+                "without; add images or set tuning.folds lower"
+            )
+    return lines
 
 
 def _sizes(index: DatasetIndex) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
@@ -366,29 +328,17 @@ def missing_side(index: DatasetIndex, kinds: Sequence[str] = ("auto",)) -> str |
 
 def _missing_side(index: DatasetIndex) -> str | None:
     train = index.select("train", "validation")
+    classes, images, units = _sizes(train)
     if not (index.splits == "test").any():
-        return f"no image is left for the test, and every leaderboard needs some: {_why_no_test(train)}"
-    classes, images, _ = _sizes(train)
+        return (
+            f"no image is left for the test, and every leaderboard needs some: no class has more than {units.max(initial=0)} distinct "
+            f"images, or groups that are never parted; add images, make groups smaller, raise dataset.test_fraction, or {_OTHER_SPLIT}"
+        )
     if len(classes) < 2:
         return f"the training images are of {len(classes)} class, and a classifier needs at least 2; {_OTHER_SPLIT}"
     if _possible_folds(train, images) < 2:
-        few = "every class has 1 training image" if images.max() < 2 else "all training images are of one group"
-        return f"cross-validation is not possible, as {few}; expected at least 2 folds, so give more images"
+        return "cross-validation is not possible: every class has 1 training image, or all are of one group; give more images"
     return None
-
-
-def _why_no_test(train: DatasetIndex) -> str:
-    names, _, units = _sizes(train)
-    most = int(units.max(initial=0))
-    if train.groups is not None and len(np.unique(train.units())) < len(np.unique(train.digests, axis=0)):
-        have, raised = ("one", "") if most == 1 else (f"at most {most}", "raise dataset.test_fraction, ")
-        return (
-            f"a group is never parted between training and test, and each of the {len(names)} classes has {have}; "
-            f"make the groups smaller, {raised}leave the `group` column out, or {_OTHER_SPLIT}"
-        )
-    if most < 3:  # two folds and a test
-        return f"no class has more than {most} distinct image{'s' * (most > 1)}, expected at least 3; add images"
-    return f"no class has more than {most} distinct images; add images, or set dataset.test_fraction above {0.5 / most:.2f}"
 
 
 # ---- what is told

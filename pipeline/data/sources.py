@@ -13,12 +13,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
 
-from pipeline.config import NO_LABELS, DatasetConfig
+from pipeline.config import NO_LABELS, DatasetConfig, guess
 from pipeline.data.folder import list_folder
 from pipeline.data.manifest import list_manifest
 from pipeline.data.walk import SPLIT_NAMES, Listing
@@ -54,22 +54,16 @@ def needs_download(config: DatasetConfig) -> bool:
 def written_once(root: Path, write: Callable[[Path], None]) -> Path:
     """Return `root` after `write` has filled it, in a temporary folder that is renamed when it is complete.
 
-    A killed run leaves a folder that the next one replaces. DatasetError when the files cannot be written.
+    A killed run leaves a folder that the next one replaces.
     """
     if root.exists():
         return root
     unfinished = root.with_name(f".{root.name}.unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        make_folder(unfinished)
-        write(unfinished)
-        os.sync()  # else a power cut after the rename could leave a complete folder of empty files
-        rename(unfinished, root)
-    except OSError as error:
-        reason = error.strerror or error
-        raise DatasetError(
-            f"{root}: the images cannot be written here ({reason}); free some space or choose another folder"
-        ) from None
+    shutil.rmtree(unfinished, ignore_errors=True)
+    make_folder(unfinished)
+    write(unfinished)
+    os.sync()  # else a power cut after the rename could leave a complete folder of empty files
+    rename(unfinished, root)
     return root
 
 
@@ -109,24 +103,15 @@ def torchvision_manifest(name: str, root: Path) -> Path:
 def _constructor(name: str) -> Callable[..., Any]:
     from pipeline.io.vision import torchvision
 
-    make = getattr(torchvision.datasets, name, None)
-    if make is None or not _fits(make):
-        known = sorted(key for key in torchvision.datasets.__all__ if _fits(getattr(torchvision.datasets, key)))
-        wrong = (
-            "is not in torchvision.datasets" if make is None else "cannot be made from a folder and a download alone"
-        )
-        raise DatasetError(f"dataset.name {name!r} {wrong}; there are {', '.join(known)}")
-    return make  # type: ignore[no-any-return]
-
-
-def _fits(make: Any) -> bool:
-    """Whether a class can be called with (root, train or split, download)."""
-    if not inspect.isclass(make):
-        return False
-    about = inspect.signature(make).parameters
-    given = [each for each in about.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
-    needed = [each.name for each in given if each.default is each.empty]
-    return needed == ["root"] and "download" in about
+    make: Any = getattr(torchvision.datasets, name, None)
+    about = inspect.signature(make).parameters if inspect.isclass(make) else {}
+    needed = [
+        key for key, each in about.items() if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    if needed != ["root"] or "download" not in about:
+        near = guess(name, torchvision.datasets.__all__)
+        raise DatasetError(f"dataset.name {name!r}: torchvision has no data set of this name that it downloads{near}")
+    return cast(Callable[..., Any], make)
 
 
 def _write(folder: Path, name: str, make: Callable[..., Any], root: Path) -> None:
@@ -135,7 +120,8 @@ def _write(folder: Path, name: str, make: Callable[..., Any], root: Path) -> Non
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label", "split"])
     for split, samples in _parts(name, make, root):
-        labels = _labels(samples)
+        names = getattr(samples, "classes", None)
+        names = names if isinstance(names, list | tuple) else []
         with bar(len(samples), "images", f"writing {name} {split}".rstrip()) as progress:
             for number in range(len(samples)):
                 image, target = samples[number][:2]
@@ -145,7 +131,8 @@ def _write(folder: Path, name: str, make: Callable[..., Any], root: Path) -> Non
                     )
                 path = f"{split}/{number:06d}.png".lstrip("/")
                 _write_png(folder / path, image)
-                writer.writerow([path, labels.get(target, str(target)), split])
+                label = names[target] if target < len(names) else str(target)
+                writer.writerow([path, label if isinstance(label, str) else ", ".join(map(str, label)), split])
                 progress.update()
     (folder / MANIFEST).write_bytes(text.getvalue().encode())
 
@@ -154,41 +141,26 @@ def _parts(name: str, make: Callable[..., Any], root: Path) -> Iterator[tuple[st
     """Give each split with its samples; the split is '' where the data set has none."""
     parameters = inspect.signature(make).parameters
     if "train" in parameters:
-        yield "train", _load(name, make, root, {"train": True})
-        yield "test", _load(name, make, root, {"train": False})
+        yield "train", _load(name, make, root, train=True)
+        yield "test", _load(name, make, root, train=False)
     elif "split" in parameters:
         given = set()
         for word in ("train", "trainval", "val", "valid", "test"):
             split = SPLIT_NAMES.get(word, "train")
             with suppress(ValueError):  # torchvision's answer to a split that this data set does not have
                 if split not in given:
-                    yield split, _load(name, make, root, {"split": word})
+                    yield split, _load(name, make, root, split=word)
                     given.add(split)
     else:
-        yield "", _load(name, make, root, {})
+        yield "", _load(name, make, root)
 
 
-def _load(name: str, make: Callable[..., Any], root: Path, part: dict[str, Any]) -> Any:
+def _load(name: str, make: Callable[..., Any], root: Path, **part: Any) -> Any:
     try:
         make_folder(root)
         return make(root=str(root), download=True, **part)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise DatasetError(f"{name} cannot be downloaded ({reason}); {_by_hand(make, root)}") from None
-
-
-def _by_hand(make: Any, root: Path) -> str:
-    """Say which files to fetch and where to put them."""
-    url = next((getattr(make, key) for key in ("url", "_URL") if isinstance(getattr(make, key, None), str)), None)
-    mirrors, resources = getattr(make, "mirrors", None), getattr(make, "resources", None)
-    if url is None and mirrors and resources:
-        url, root = " ".join(mirrors[-1] + file for file, *_ in resources), root / make.__name__ / "raw"
-    what = url or f"its files as torchvision.datasets.{make.__name__} describes"
-    return f"fetch {what} yourself, put it into {root}, and run again"
-
-
-def _labels(samples: Any) -> dict[int, str]:
-    classes = getattr(samples, "classes", None)
-    if not isinstance(classes, (list, tuple)):
-        return {}
-    return {number: name if isinstance(name, str) else ", ".join(map(str, name)) for number, name in enumerate(classes)}
+        raise DatasetError(
+            f"{name} cannot be downloaded ({' '.join(str(error).split())}); fetch {getattr(make, 'url', 'its files')} yourself, put it into "
+            f"{root} as torchvision.datasets.{name} describes, and run again"
+        ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,11 +34,6 @@ EXTENSIONS = frozenset({
     "apng", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "mpo", "pjp", "pjpeg", "png", "tif", "tiff", "webp",
 })  # fmt: skip
 """File name endings, in any case, that say "image" without a look into the file."""
-
-OTHER_IMAGES = frozenset({
-    "arw", "cr2", "cr3", "crw", "dng", "heic", "heif", "nef", "nrw", "orf", "pcx", "pef", "raf", "raw", "rw2", "srw", "tga",
-})  # fmt: skip
-"""Endings of images that are not read, where the content does not say so: a user who has them should hear of it as of a failure."""
 
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
@@ -126,25 +120,19 @@ class Folder:
     images: list[str] = field(default_factory=list)
     stats: list[Stat] = field(default_factory=list)
 
-    def add(self, name: str, stats: Stat) -> None:
-        """Add an image."""
-        self.images.append(name)
-        self.stats.append(stats)
-
 
 @dataclass
 class Walk:
     """A walk below `root`, and what it passed over: `entries` has a line for each file, `ignored` counts of the rest.
 
-    Paths are relative to the root; those of folders end in '/', and the root's own is ''. Symbolic links are followed to what lies
-    below `inside`, every folder once. The root, or a folder in it, may be an archive, the root also remote.
+    Paths are relative to the root; those of folders end in '/', and the root's own is ''. Symbolic links are followed to files below
+    `inside`. The root, or a folder in it, may be an archive, the root also remote.
     """
 
     root: Path
     inside: str = "/"
     entries: list[Failure] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
-    _linked: set[tuple[int, int]] = field(default_factory=set, init=False)
 
     def below(self, start: str = "") -> Iterator[tuple[str, Folder]]:
         """Yield every folder from `start` down with what it holds, in the order of their names."""
@@ -157,41 +145,45 @@ class Walk:
 
     def read(self, path: str) -> Folder:
         """Read one folder."""
-        if address_of(self.root) is not None:
-            return self._read_elsewhere(path)
         found = Folder()
         try:
-            descriptor = os.open(self.root / path, os.O_RDONLY | os.O_DIRECTORY)
+            self._read(path, found)
         except NotADirectoryError:
-            return self._read_elsewhere(path)
-        except OSError as error:
-            self.pass_over(path.rstrip("/"), "unreadable", f"the folder cannot be read: {error.strerror}")
-            return found
+            self._read_elsewhere(path, found)
+        except OSError as error:  # also a disk that fails in the middle of it
+            self.pass_over(path.rstrip("/"), "unreadable", f"the folder cannot be read to its end: {error.strerror}")
+        found.folders.sort()
+        return found
+
+    def _read(self, path: str, found: Folder) -> None:
+        if address_of(self.root) is not None:
+            raise NotADirectoryError
+        descriptor = os.open(self.root / path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             with os.scandir(descriptor) as entries:
                 for entry in entries:
                     name = entry.name
                     # The one hot line of a scan: nearly every entry is an image.
                     if is_image_name(name) and name[0] != "." and entry.is_file(follow_symlinks=False):
-                        found.add(name, stat_of(entry.stat(follow_symlinks=False)))
+                        found.images.append(name)
+                        found.stats.append(stat_of(entry.stat(follow_symlinks=False)))
                     elif is_hidden(name):
                         self.ignored["hidden files and folders"] += 1
                     elif entry.is_symlink():
                         self._take_link(path, name, found)
                     elif entry.is_dir(follow_symlinks=False):
                         found.folders.append(name)
+                    elif entry.is_file(follow_symlinks=False):
+                        self._take(path, name, stat_of(entry.stat(follow_symlinks=False)), found)
                     else:
-                        self._take_file(path, name, entry.stat(follow_symlinks=False), found)
-        except OSError as error:  # a disk that fails in the middle of it
-            self.pass_over(path.rstrip("/"), "unreadable", f"the folder cannot be read to its end: {error.strerror}")
+                        status = "unreadable" if is_image_name(name) else "not_an_image"
+                        self.pass_over(path + name, status, "it is not a regular file")
         finally:
             os.close(descriptor)
-        found.folders.sort()
-        return found
 
-    def _read_elsewhere(self, path: str) -> Folder:
+    def _read_elsewhere(self, path: str, found: Folder) -> None:
         """Read a folder inside an archive, or a remote one."""
-        found, full = Folder(), f"{self.root}/{path}".rstrip("/")
+        full = f"{self.root}/{path}".rstrip("/")
         try:
             archive = open_archive(place[0]) if (place := inside(full)) else None
             if archive is not None and archive.problem and path == "":
@@ -202,89 +194,48 @@ class Walk:
                 elif entry is None:
                     found.folders.append(name)
                 elif not isinstance(entry, Refused):
-                    problem = None if archive and archive.holds_images else self._problem(path + name)
-                    self._take(path + name, problem, entry, found)
+                    self._take(path, name, entry, found, archive is not None and archive.holds_images)
                 elif is_image_name(name):
                     self.pass_over(path + name, *entry)
                 else:
                     self.ignored["files in archives that are no images"] += 1
         except OSError as error:
             self.pass_over(path.rstrip("/"), "unreadable", f"it cannot be read: {error.strerror or error}")
-        return found
 
     def pass_over(self, path: str, status: str, reason: str) -> None:
         """Add a line."""
         self.entries.append(noticed(path, status, reason))
 
-    def _take(self, path: str, problem: tuple[str, str] | None, stats: Stat, found: Folder) -> None:
-        if problem is None:
-            found.add(path.rpartition("/")[2], stats)
-        else:
-            self.pass_over(path, *problem)
-
-    def _take_file(self, folder: str, name: str, about: os.stat_result, found: Folder) -> None:
+    def _take(self, folder: str, name: str, stats: Stat, found: Folder, is_image: bool = False) -> None:
         """Take in a file that is an image by its name or its content, or say what it is."""
-        if stat.S_ISREG(about.st_mode):
-            self._take(folder + name, self._problem(folder + name), stat_of(about), found)
+        problem = None if is_image or is_image_name(name) else self._problem(folder + name)
+        if problem is not None:
+            self.pass_over(folder + name, *problem)
         else:
-            status = "unreadable" if is_image_name(name) else "not_an_image"
-            self.pass_over(folder + name, status, "it is not a regular file")
+            found.images.append(name)
+            found.stats.append(stats)
 
     def _problem(self, path: str) -> tuple[str, str] | None:
-        """Say as status and reason why a file is not read as an image; None for one by its name, or where its content is one."""
-        if is_image_name(path.rpartition("/")[2]):
-            return None
-        try:
-            kind = kind_of(self._start(path))
-        except OSError as error:
-            return "unreadable", f"it cannot be read: {error.strerror}"
-        ending = ending_of(path)
-        if kind is not None and kind.format == "TIFF" and ending in OTHER_IMAGES:
-            return "unsupported_format", f"it is a camera's raw file (.{ending}); save the photo as JPEG or PNG"
-        if kind is None and ending in OTHER_IMAGES:
-            return "unsupported_format", f"images of kind .{ending} are not read; save it as JPEG or PNG"
-        if kind is None:
-            return "not_an_image", NO_IMAGE
-        if not kind.refusal:
-            return None
-        return "unsupported_format" if kind.is_image else "not_an_image", kind.refusal
-
-    def _start(self, path: str) -> bytes:
-        """Return the first bytes of a file."""
+        """Say as status and reason why a file's content is not read as an image; None where it is."""
         full = f"{self.root}/{path}"
         try:
-            descriptor = None if address_of(full) else os.open(full, os.O_RDONLY | os.O_NONBLOCK)
-        except NotADirectoryError:
-            descriptor = None
-        if descriptor is None:
-            return read_elsewhere(full, START_BYTES)
-        try:
-            return os.read(descriptor, START_BYTES)
-        finally:
-            os.close(descriptor)
+            if address_of(full) or not os.path.isfile(full):
+                kind = kind_of(read_elsewhere(full, START_BYTES))
+            else:
+                with open(full, "rb") as file:
+                    kind = kind_of(file.read(START_BYTES))
+        except OSError as error:
+            return "unreadable", f"it cannot be read: {error.strerror}"
+        if kind is None:
+            return "not_an_image", NO_IMAGE
+        return ("unsupported_format", kind.refusal) if kind.refusal else None
 
     def _take_link(self, folder: str, name: str, found: Folder) -> None:
-        """Take in a symbolic link, or say why not."""
-        path = folder + name
-        real = os.path.realpath(self.root / path)
+        """Take in a symbolic link to a file, or say why not."""
+        real = os.path.realpath(self.root / folder / name)
         if os.path.commonpath([real, self.inside]) != self.inside:
-            self.pass_over(path, "unreadable", f"it is a symbolic link that leaves {self.root}")
-            return
-        try:
-            about = os.stat(real)
-        except OSError as error:
-            self.pass_over(path, "unreadable", f"it is a broken symbolic link: {error.strerror}")
-            return
-        if not stat.S_ISDIR(about.st_mode):
-            self._take_file(folder, name, about, found)
-        elif (about.st_dev, about.st_ino) in self._linked | self._above(folder):
-            self.ignored["symbolic links to a folder that is already read"] += 1
+            self.pass_over(folder + name, "unreadable", f"it is a symbolic link that leaves {self.root}")
+        elif not os.path.isfile(real):
+            self.pass_over(folder + name, "unreadable", "it is a symbolic link to no file, and is not followed")
         else:
-            self._linked.add((about.st_dev, about.st_ino))
-            found.folders.append(name)
-
-    def _above(self, folder: str) -> set[tuple[int, int]]:
-        """The folder itself and those above it, by device and inode."""
-        parts = folder.split("/")[:-1]
-        above = [os.stat(self.root.joinpath(*parts[:depth])) for depth in range(len(parts) + 1)]
-        return {(about.st_dev, about.st_ino) for about in above}
+            self._take(folder, name, stat_of(os.stat(real)), found)

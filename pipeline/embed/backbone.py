@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import WEIGHTS_FILES, BackboneConfig, ExtractionConfig
 from pipeline.embed import graph as graphs
@@ -51,17 +50,6 @@ class Arithmetic:
     """`torch` or `openvino`."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What an embedding costs, but for its time."""
-
-    parameters: int = 0
-    operations: int = 0
-    """Floating point operations for an image, as torch counts them: two for a multiplication and its addition."""
-    megabytes: float = 0.0
-    """Of the weights, and of the largest input and output of a layer for one image."""
-
-
 class Backbone:
     """A frozen network in eval mode: pixels in, the vectors of each of its layers and poolings out, in one forward pass.
 
@@ -76,8 +64,6 @@ class Backbone:
         self._rows = graphs.rows(graph, network.module, config, size, network.has_classifier)
         # OpenVINO is handed the exact weights and does its own rounding.
         self._dtype = arithmetic.dtype if arithmetic.engine == "torch" else torch.float32
-        # By how much of their length vectors of one embedding may differ, averaged by other operations.
-        self._tolerance = 1e-4 if self._dtype == torch.float32 else 1e-2
         module = graphs.cut(graph, [row.node for row in self._rows]).to(device=self.device, dtype=self._dtype)
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._module = module.eval().requires_grad_(False)
@@ -89,7 +75,6 @@ class Backbone:
         tokens = graphs.tokens_of(network.module)
         self._rows = graphs.effective(lambda: self._outputs(pixels), self._rows, tokens, network.name, size)
         self._engine: Forward = self._by_torch
-        self._rows = self._distinct(self.embed(probes))
         self.probe: LayerFeatures = self.embed(probes)
         if arithmetic.engine == "openvino":
             self._engine = compile_openvino(self._vectors, size, arithmetic.precision, torch.get_num_threads())
@@ -99,24 +84,6 @@ class Backbone:
             _spec(network, row, vectors.shape[1], arithmetic)
             for row, vectors in zip(self._rows, self.probe, strict=True)
         )
-
-    def _distinct(self, vectors: LayerFeatures) -> list[graphs.EmbeddingRow]:
-        """Return the rows without a stage's that is another's too: the last one, averaged, is the penultimate layer."""
-
-        def is_again(number: int, other: int) -> bool:
-            a, b = vectors[number], vectors[other]
-            return a.shape == b.shape and bool(np.linalg.norm(a - b) <= self._tolerance * np.linalg.norm(a))
-
-        kept = []
-        for number, row in enumerate(self._rows):
-            others = (other for other, its in enumerate(self._rows) if other < number or not its.stage)
-            again = next((other for other in others if row.stage and is_again(number, other)), None)
-            if again is None:
-                kept.append(row)
-            else:
-                first = self._rows[again].layer
-                logger.info("%s, pooled by %s, is %s: one embedding, not two", row.layer, row.pooling, first)
-        return kept
 
     def embed(self, pixels: NDArray[np.uint8]) -> LayerFeatures:
         """Embed n images as `images.prepare` gives them, uint8 of shape (n, height, width, 3).
@@ -166,31 +133,15 @@ class Backbone:
                 return None
             maps, pooling = maps.float(), row.pooling if own.ndim == 4 else "avg"
             pooled = graphs.pool(maps, pooling)
-            if pooled.shape != vectors.shape or (pooled - vectors).norm() > self._tolerance * vectors.norm():
+            tolerance = 1e-4 if self._dtype == torch.float32 else 1e-2  # as they are averaged by other operations
+            if pooled.shape != vectors.shape or (pooled - vectors).norm() > tolerance * vectors.norm():
                 return None
             return graphs.contributions(maps, pooling, torch.from_numpy(weights).to(maps)).cpu().numpy()
 
-    def cost(self) -> Cost:
-        """Return what the network costs up to its last layer that is kept."""
-        sizes = [0]
-
-        def measure(module: nn.Module, given: tuple[object, ...], output: object) -> None:
-            tensors = [part for part in (*given, output) if isinstance(part, torch.Tensor)]
-            sizes.append(sum(part.numel() * part.element_size() for part in tensors))
-
-        leaves = [part for part in self._module.modules() if not any(part.children())]
-        hooks = [part.register_forward_hook(measure) for part in leaves]
-        try:
-            pixels = torch.zeros(1, *self.preprocessing.size, 3, dtype=torch.uint8, device=self.device)
-            with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-                self._outputs(pixels)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def weight(self) -> tuple[int, float]:
+        """Return how many parameters the network has up to its last layer that is kept, and how many megabytes they take."""
         parameters = list(self._module.parameters())
-        held = sum(part.numel() * part.element_size() for part in parameters)
-        count = sum(part.numel() for part in parameters)
-        return Cost(count, counter.get_total_flops(), (held + max(sizes)) / 1e6)
+        return sum(part.numel() for part in parameters), sum(part.nbytes for part in parameters) / 1e6
 
     def in_float64(self) -> Backbone:
         """Return the same network computing in float64, by torch, for who asks what float32 leaves open."""
@@ -274,9 +225,9 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
     network = load_network(config, seed)
     view = "" if config.view is None else config.view if config.view == "flip" else f"{config.view} {seed}"
     network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode, view=view))
-    own = family_of(network.architecture).auto_precision
-    asked = own if own and extraction.precision == "auto" else extraction.precision
-    dtype, precision, reason = resolve_precision(asked, device)
+    own = family_of(network.architecture).auto_precision if extraction.precision == "auto" else ""
+    dtype, precision, reason = resolve_precision(own or extraction.precision, device)
+    reason = f"the one for {network.name}, whose vectors bf16 may move" if own else reason
     if device.type == "cuda" and precision == "fp32":
         # cuDNN would round to 10 bits (TF32), and fp32 must mean the same on every device.
         torch.backends.cudnn.allow_tf32 = False
@@ -295,16 +246,13 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
     except RuntimeError as error:
         if engine != "openvino" or is_out_of_memory(error):
             raise
-        found = first_line(error)
+        why = f"OpenVINO cannot run {network.name} ({first_line(error)})"
         if extraction.engine == "openvino":
-            raise BackboneError(f"OpenVINO cannot run {network.name} ({found}); set extraction.engine: torch") from None
-        engine, why = "torch", f"OpenVINO cannot run this network ({found})"
+            raise BackboneError(f"{why}; set extraction.engine: torch") from None
+        engine = "torch"
         backbone = Backbone(network, config, replace(arithmetic, engine=engine))
-    # What was asked for needs no reason, and `predict` and `verify` ask for what the features were made with.
-    reason = f"the one for {network.name}, whose vectors bf16 may move" if own else reason
-    reason = "" if extraction.precision != "auto" else f": {reason}"
-    why = "" if extraction.engine == engine else f": {why}"
-    logger.info("%s on %s in %s%s; by %s%s", backbone.specs[0].name, device, precision, reason, engine, why)
+    name = backbone.specs[0].name
+    logger.info("%s on %s in %s: %s; by %s: %s", name, device, precision, reason, engine, why)
     return backbone
 
 

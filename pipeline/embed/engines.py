@@ -76,7 +76,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def native_bf16(flags: frozenset[str]) -> frozenset[str]:
-    """Return those of a processor's flags by which bf16 is quicker than fp32."""
+    """Return those of a processor's flags by which bf16 is quicker than fp32: matrix units (AMX), or AVX512-BF16 but on Intel's."""
     return frozenset() if "GenuineIntel" in flags and "amx_bf16" not in flags else flags & NATIVE_BF16
 
 
@@ -111,14 +111,11 @@ def resolve_device(asked: str) -> torch.device:
     if asked == "auto":
         return torch.device(next(kind for kind, available in there.items() if available))
     device = torch.device(asked)
-    if not there[device.type]:
+    if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         found = ", ".join(kind for kind, available in there.items() if available)
         raise BackboneError(
-            f"device {asked!r} is not available here, found {found}; set extraction.device (predict: --device) to one of these or to 'auto'"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BackboneError(
-            f"device {asked!r} is not available here: there are {torch.cuda.device_count()} GPUs, counted from 0"
+            f"device {asked!r} is not available here, found {found} and {torch.cuda.device_count()} GPUs; set "
+            "extraction.device (predict: --device) to another, or to 'auto'"
         )
     return device
 
@@ -131,11 +128,8 @@ def choose_batch_size(asked: int | str, device: str) -> int:
 def choose_precision(asked: str, device: str, flags: frozenset[str], cuda_bf16: bool = False) -> tuple[str, str]:
     """Return the number format of the network's arithmetic, and the reason for it.
 
-    `device` is `cpu`, `cuda` or `mps`; `flags` are the processor's as `cpu_flags` gives them.
-
-    On a processor, bf16 pays only with instructions of its own: x3 to x8 over fp32 with matrix units (AMX), x1.7 to x1.8 with
-    AVX512-BF16 alone on AMD's (ResNet-18 and ResNet-50 on an EPYC 9004, fp32 folded and channels-last), but x0.6 to x0.75 on
-    Intel's, which have one unit for it; emulated it is slower too.
+    `device` is `cpu`, `cuda` or `mps`; `flags` are the processor's as `cpu_flags` gives them. On a processor bf16 is 3 to 8 times as
+    fast as fp32 with AMX, 1.7 to 1.8 times with AVX512-BF16 alone on AMD's, and slower on Intel's or emulated.
     """
     if asked != "auto":
         return asked, "asked for"
@@ -168,11 +162,9 @@ def choose_engine(
 ) -> tuple[str, str]:
     """Return the engine and the reason for it; BackboneError when OpenVINO is asked for where it cannot be.
 
-    `images` is how many the data set has, `layer_norms` tells transformers and their kin from convolutional networks,
-    `there` is whether OpenVINO is installed.
-    Measured in bf16 on two cores with AMX, against torch with folded norms and channels last: 1.4 to 2.5 times as fast for
-    ResNets and MobileNets, 0.7 times for ConvNeXt and ViT. torch.compile made ConvNeXt 1.3 to 1.5 times as fast on an EPYC, ViT
-    and Swin 1.2, after 20 to 120 s of compiling with a compiler that the machine has to have: it is not used.
+    `images` is how many the data set has, `layer_norms` tells transformers and their kin from convolutional networks, `there` is
+    whether OpenVINO is installed. Measured in bf16 with AMX it is 1.4 to 2.5 times as fast as torch for ResNets and MobileNets, 0.7
+    times for ConvNeXt and ViT. torch.compile gives 1.2 to 1.5 after 20 to 120 s of compiling, and is not used.
     """
     if asked == "torch":
         return asked, "asked for"
@@ -231,8 +223,7 @@ def compile_openvino(vectors: TorchForward, size: tuple[int, int], precision: st
 
     began = time.perf_counter()
     try:
-        openvino = import_openvino()
-        core = _core()
+        openvino, core = import_openvino(), _core()
     except Exception as error:  # half an installation, or another package of that name, fails in any way
         raise RuntimeError(f"it is installed and cannot be imported: {first_line(error)}") from None
     with torch.inference_mode(), warnings.catch_warnings():
@@ -251,17 +242,16 @@ def compile_openvino(vectors: TorchForward, size: tuple[int, int], precision: st
     request = compiled.create_infer_request()
     logger.info("OpenVINO compiled the network in %.1f s", time.perf_counter() - began)
 
-    def infer(pixels: NDArray[np.uint8]) -> LayerFeatures:
-        """One batch; what fills up a short one is cut off again, and no image is changed by its neighbours."""
-        count = len(pixels)
-        if count < BATCH:
-            pixels = np.concatenate([pixels, np.zeros((BATCH - count, *pixels.shape[1:]), np.uint8)])
-        found = request.infer({0: np.ascontiguousarray(pixels)}, share_inputs=True)
-        return tuple(np.array(found[output][:count]) for output in range(len(found)))
-
     def run(pixels: NDArray[np.uint8]) -> LayerFeatures:
-        parts = [infer(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
-        return tuple(np.concatenate(outputs) for outputs in zip(*parts, strict=True))
+        parts = []
+        for start in range(0, len(pixels), BATCH):
+            part = pixels[start : start + BATCH]
+            count = len(part)
+            if count < BATCH:  # what fills it up is cut off again, and no image is changed by its neighbours
+                part = np.concatenate([part, np.zeros((BATCH - count, *part.shape[1:]), np.uint8)])
+            found = request.infer({0: np.ascontiguousarray(part)}, share_inputs=True)
+            parts.append([np.array(found[output][:count]) for output in range(len(found))])
+        return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
     return run
 

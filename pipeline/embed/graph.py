@@ -42,38 +42,28 @@ GRID = 3
 # ---- nodes
 
 
-def _outputs_of(
-    network: nn.Module, layers: Sequence[str], images: torch.Tensor, look: Callable[[Any], Any]
-) -> list[Any]:
-    """Run a network and return what `look` finds in the output of each module named, None of one that does not run.
-
-    images : of the network's float dtype, shape (n, 3, height, width)
-    """
-    found: dict[str, Any] = {}
-
-    def keep(layer: str, module: nn.Module, given: Any, output: Any) -> None:
-        found[layer] = look(output)
-
-    hooks = [network.get_submodule(layer).register_forward_hook(partial(keep, layer)) for layer in layers]
-    try:
-        network(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(map(found.get, layers))
-
-
 class Taps(nn.Module):
-    """A network that cannot be traced, run as it is: gives what comes out of some of its modules."""
+    """A network run as it is: gives what comes out of some of its modules, None for one that does not run."""
 
     def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
-        self.network = network
-        self._layers = layers
+        self.network, self._layers = network, layers
 
     def forward(self, images: torch.Tensor) -> tuple[Any, ...]:
         """Return the layers' outputs, of any shape and dtype, for images of the network's dtype, shape (n, 3, height, width)."""
-        return tuple(_outputs_of(self.network, self._layers, images, lambda output: output))
+        found: dict[str, Any] = {}
+
+        def keep(layer: str, module: nn.Module, given: Any, output: Any) -> None:
+            found[layer] = output
+
+        modules = [(layer, self.network.get_submodule(layer)) for layer in self._layers]
+        hooks = [module.register_forward_hook(partial(keep, layer)) for layer, module in modules]
+        try:
+            self.network(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return tuple(map(found.get, self._layers))
 
 
 TracedNetwork = tuple[fx.GraphModule | Taps, dict[str, fx.Node | None]]
@@ -92,11 +82,8 @@ def trace(model: nn.Module, probe: torch.Tensor | None = None) -> TracedNetwork:
             return module, names
         reason = "its graph computes something else"
     except Exception as error:  # a forward pass is any Python code
-        if is_out_of_memory(error):
-            raise
         reason = first_line(error)
-    if probe is not None:
-        logger.info("%s runs as it is, as it cannot be traced: %s", type(model).__name__, reason)
+    logger.info("%s runs as it is, as it cannot be traced: %s", type(model).__name__, reason)
     return Taps(model, ()), dict.fromkeys(name for name, _ in model.named_modules() if name)
 
 
@@ -105,14 +92,10 @@ def _same(module: fx.GraphModule, model: nn.Module, probe: torch.Tensor) -> bool
     with torch.inference_mode():
         try:
             expected = model(probe)
-        except (RuntimeError, AssertionError, ValueError, BackboneError) as error:
-            if is_out_of_memory(error):
-                raise
+        except (RuntimeError, AssertionError, ValueError, BackboneError):
             return True
         found = module.forward(probe)
-    if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor) or found.shape != expected.shape:
-        return False
-    return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 
 
 def traced(model: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node | None]]:
@@ -195,38 +178,35 @@ def resolve(
     has_classifier: bool = True,
     stages: Callable[[], Mapping[str, str]] = dict,
 ) -> list[str]:
-    """Return the node name of each layer asked for; `penultimate` is the input of the classifier.
+    """Return the node name of each layer asked for; `penultimate` is the network's own feature, or the input of the classifier.
 
     `stages` gives `stage_ends`, where a layer is no name of the network's own. BackboneError with one line for every unknown layer,
-    or for every one that is not before a classifier that the weights lack.
+    or for those that are not before a classifier that the weights lack.
     """
     module, names = graph
-    ends = {layer: _last_of(layer, names) for layer in asked if layer != PENULTIMATE}
-    by_stage = stages() if None in ends.values() else {}
-    ends = {layer: end or by_stage.get(layer) for layer, end in ends.items()}
-    unknown = [layer for layer, end in ends.items() if end is None]
-    if unknown:
-        raise BackboneError(
-            f"{len(unknown)} of the layers asked for {'is' if len(unknown) == 1 else 'are'} not in the network",
-            [
-                f"no layer {layer!r}{guess(layer, [PENULTIMATE, *by_stage, *names])}; `manyheads layers MODEL` lists them"
-                for layer in unknown
-            ],
-        )
-    if POOLED in names:
-        return [str(ends.get(layer, POOLED)) for layer in asked]
     by_node = {node: name for name, node in names.items()}
+    found = {layer: _last_of(layer, names) for layer in asked}
     if PENULTIMATE in asked:
-        ends[PENULTIMATE] = by_node.get(classifier(module).args[0])  # type: ignore[arg-type]
-    found = [str(ends[layer]) for layer in asked]
-    if not has_classifier:
-        before = [*names][: [*names].index(by_node[classifier(module)])]
-        late = dict.fromkeys(layer for layer, end in zip(asked, found, strict=True) if end not in before)
+        own = POOLED in names
+        found[PENULTIMATE] = POOLED if own else by_node.get(classifier(module).args[0])  # type: ignore[arg-type]
+    if None in found.values():
+        by_stage = stages()
+        found = {layer: end or by_stage.get(layer) for layer, end in found.items()}
+        known = [PENULTIMATE, *by_stage, *names]
+        unknown = [f"no layer {layer!r}{guess(layer, known)}" for layer, end in found.items() if end is None]
+        if unknown:
+            raise BackboneError(
+                "layers that are not in the network; `manyheads layers MODEL` lists those that are", unknown
+            )
+    if not has_classifier and POOLED not in names:
+        order = [*names]
+        last = order.index(by_node[classifier(module)])
+        late = [layer for layer, end in found.items() if order.index(str(end)) >= last]
         if late:
             raise BackboneError(
                 f"the weights have no classifier, so they give no {', '.join(late)}; use layers: [{PENULTIMATE}]"
             )
-    return found
+    return [str(found[layer]) for layer in asked]
 
 
 def _last_of(layer: str, names: Iterable[str]) -> str | None:
@@ -243,16 +223,16 @@ def shapes(graph: TracedNetwork, size: tuple[int, int]) -> list[tuple[str, tuple
     images = torch.zeros(n_images, 3, *size)
     with torch.inference_mode():
         if isinstance(module, Taps):
-            outputs = _outputs_of(module.network, list(names), images, lambda output: output)
+            outputs = Taps(module.network, [*names])(images)
         else:
             ShapeProp(module).propagate(images)
             outputs = [node and node.meta.get("tensor_meta") for node in names.values()]
-    found = [(name, getattr(output, "shape", None)) for name, output in zip(names, outputs, strict=True)]
-    return [
-        (name, tuple(shape[1:]))
-        for name, shape in found
-        if isinstance(shape, torch.Size) and len(shape) > 1 and shape[0] == n_images
-    ]
+    found = []
+    for name, output in zip(names, outputs, strict=True):
+        shape = getattr(output, "shape", None)
+        if isinstance(shape, torch.Size) and len(shape) > 1 and shape[0] == n_images:
+            found.append((name, tuple(shape[1:])))
+    return found
 
 
 def cut(graph: TracedNetwork, layers: Sequence[str]) -> nn.Module:
@@ -311,10 +291,9 @@ def map_before(module: nn.Module, output: int, images: torch.Tensor) -> torch.Te
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a network, named in the same way in every family."""
+    """A part of a network, named `stem`, `stage1` ... `stageN` or `head` in every family."""
 
     name: str
-    """`stem`, `stage1` ... `stageN` or `head`."""
     modules: tuple[str, ...]
     """Names of its modules, in the order of definition."""
     end: str
@@ -331,7 +310,9 @@ def find_stages(network: nn.Module, size: tuple[int, int], head: str) -> tuple[S
     names = [name for name, _ in network.named_modules()]
     with torch.inference_mode():
         images = torch.zeros(1, 3, *size, device=next(network.parameters()).device)
-        resolutions = dict(zip(names, _outputs_of(network.eval(), names, images, _resolution), strict=True))
+        outputs = dict(zip(names, Taps(network.eval(), names)(images), strict=True))
+    of_maps = {name for name, output in outputs.items() if isinstance(output, torch.Tensor) and output.ndim == 4}
+    resolutions = {name: tuple(outputs[name].shape[-2:]) if name in of_maps else None for name in names}
     runs: list[list[str]] = []
     for name in _pieces(network, "", head, resolutions):
         same = runs and resolutions.get(name) is not None and resolutions[name] == resolutions.get(runs[-1][-1])
@@ -348,11 +329,6 @@ def find_stages(network: nn.Module, size: tuple[int, int], head: str) -> tuple[S
         for number, (run, end) in enumerate(zip(runs, ends, strict=True))
     ]
     return (*stages, Stage("head", (head,), head)) if head else tuple(stages)
-
-
-def _resolution(output: Any) -> tuple[int, ...] | None:
-    """Height and width of maps; None of anything else."""
-    return tuple(output.shape[-2:]) if isinstance(output, torch.Tensor) and output.ndim == 4 else None
 
 
 def _pieces(network: nn.Module, name: str, head: str, resolutions: Mapping[str, tuple[int, ...] | None]) -> list[str]:
@@ -489,37 +465,30 @@ def effective_pooling(output: torch.Tensor, pooling: str, tokens: Tokens, layer:
 
     output : a layer's, of any dtype, shape (n, ...): only its shape is looked at
     """
-    shape = " x ".join(map(str, output.shape[1:]))
-    instead = "use avg, max or flatten"
-    if pooling in {"cls", "cls+avg"} and not (
-        tokens.class_token and output.ndim in ({2, 3} if pooling == "cls" else {3})
-    ):
-        raise BackboneError(
-            f"layer {layer!r} gives {shape}, which has no class token; pooling {pooling!r} needs one, {instead}"
-        )
-    if pooling == "map" and not (tokens.attention_pool and output.ndim == 2):
-        raise BackboneError(
-            f"layer {layer!r} gives {shape}; pooling 'map' is the network's own attention over its last tokens: use layers: "
-            f"[{PENULTIMATE}] of a network that has one, such as siglip2_base"
-        )
+    axes = _axes_of_places(output) if output.ndim in {3, 4} else ()
+    why = ""
+    if pooling in {"cls", "cls+avg"}:
+        there = tokens.class_token and output.ndim in ({2, 3} if pooling == "cls" else {3})
+        why = "" if there else "it has no class token"
+    elif pooling == "map":
+        there = tokens.attention_pool and output.ndim == 2
+        why = "" if there else f"it is the network's own attention, at {PENULTIMATE} of a network that has one"
+    elif output.ndim > 2 and pooling != "flatten" and not axes:
+        why = "places cannot be told from channels"
+    elif output.ndim > 2 and pooling == "grid" and (len(axes) == 1 or output.shape[axes[0]] < GRID):
+        why = f"it is no image of at least {GRID} x {GRID} places"
+    if why:
+        shape = " x ".join(map(str, output.shape[1:]))
+        raise BackboneError(f"layer {layer!r} gives {shape}, no pooling {pooling!r}: {why}; use avg, max or flatten")
     if output.ndim == 2:
         return "none"
     if pooling in {"flatten", "cls"}:
         return pooling
     pooling = "avg" if pooling == "own" else pooling
-    axes = _axes_of_places(output) if output.ndim in {3, 4} else ()
-    if pooling == "grid" and axes and (len(axes) == 1 or output.shape[axes[0]] < GRID):
-        raise BackboneError(
-            f"layer {layer!r} gives {shape}, which is no image of at least {GRID} x {GRID} places; {instead}"
-        )
-    if axes:
-        patches = output.shape[1] - tokens.prefix
-        # Without them, as behind the first layer, the rest would be no square of patches.
-        square = output.ndim == 3 and patches > 0 and math.isqrt(patches) ** 2 == patches
-        return f"{pooling}[{tokens.prefix}:]" if square and tokens.prefix else pooling
-    raise BackboneError(
-        f"layer {layer!r} gives {shape}, in which pooling {pooling!r} cannot tell places from channels; use pooling: flatten"
-    )
+    patches = output.shape[1] - tokens.prefix
+    # Without them, as behind the first layer, the rest would be no square of patches.
+    square = output.ndim == 3 and patches > 0 and math.isqrt(patches) ** 2 == patches
+    return f"{pooling}[{tokens.prefix}:]" if square and tokens.prefix else pooling
 
 
 # ---- rows: the embeddings of a network
@@ -537,8 +506,6 @@ class EmbeddingRow:
     node: str
     output: int
     """Which of the network's outputs, one for each layer and pooling that were asked for."""
-    stage: bool
-    """Whether the layer is a stage's, and no name of the network's own."""
 
     @property
     def words(self) -> list[str]:
@@ -556,10 +523,7 @@ def rows(
     asked = [(layer, pooling, source(layer, pooling, tokens)) for layer in config.layers for pooling in config.pooling]
     stages = partial(stage_ends, model, graph, size)
     nodes = resolve(graph, [found for _, _, found in asked], has_classifier, stages)
-    return [
-        EmbeddingRow(*each, node, output, each[2] != PENULTIMATE and _last_of(each[2], graph[1]) is None)
-        for output, (each, node) in enumerate(zip(asked, nodes, strict=True))
-    ]
+    return [EmbeddingRow(*each, node, output) for output, (each, node) in enumerate(zip(asked, nodes, strict=True))]
 
 
 def effective(
@@ -568,8 +532,8 @@ def effective(
     """Return the rows with the pooling that applies, having run two images through before the work starts.
 
     `run` gives the network's outputs for the two, with weights or on torch's meta device. Of several poolings of a layer those
-    that have no meaning there, or make no difference, are left out and told. BackboneError when the network does not take the
-    images; with one line for every way of the layers that give no vectors in any.
+    that have no meaning there are left out, with a warning. BackboneError when the network does not take the images; with a line
+    for every pooling of the layers that have none.
     """
     try:
         with torch.inference_mode():
@@ -580,31 +544,24 @@ def effective(
         told = f"{name} cannot take images of {size[0]} x {size[1]} pixels"
         raise BackboneError(f"{told} ({first_line(error)}); change preprocessing.crop") from None
     found: dict[tuple[str, str], EmbeddingRow] = {}
-    refused: list[str] = []
-    for layer in dict.fromkeys(row.layer for row in rows):
-        own = [row for row in rows if row.layer == layer]
-        fitting, problems = list[EmbeddingRow](), list[str]()
-        for row in own:
-            output = outputs[row.output]
-            if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
-                raise BackboneError(
-                    f"layer {row.node!r} does not give a tensor per image; `manyheads layers` lists those that do"
-                )
-            try:
-                fitting.append(replace(row, pooling=effective_pooling(output, row.pooling, tokens, row.node)))
-            except BackboneError as error:
-                problems.append(error.message)
-        if not fitting:
-            refused += problems
-        elif len(own) > 1 and {row.pooling for row in fitting} == {"none"}:
-            logger.info("layer %r gives one vector per image as it is: one embedding, whatever the pooling", layer)
-        else:
-            for problem in problems:
-                logger.warning("left out: %s", problem)
-        for row in fitting:
-            found.setdefault((row.node, row.pooling), row)
-    if len(refused) == 1:
-        raise BackboneError(refused[0])
-    if refused:
-        raise BackboneError(f"{len(refused)} of the poolings asked for have no meaning at their layer", refused)
+    fitting: set[str] = set()
+    refused: list[tuple[str, str]] = []
+    for row in rows:
+        output = outputs[row.output]
+        if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
+            raise BackboneError(
+                f"layer {row.node!r} does not give a tensor per image; `manyheads layers` lists those that do"
+            )
+        try:
+            pooling = effective_pooling(output, row.pooling, tokens, row.node)
+        except BackboneError as error:
+            refused.append((row.layer, error.message))
+            continue
+        fitting.add(row.layer)
+        found.setdefault((row.node, pooling), replace(row, pooling=pooling))
+    problems = [problem for layer, problem in refused if layer not in fitting]
+    if problems:
+        raise BackboneError("layers that have no pooling that was asked for", problems)
+    for _, problem in refused:
+        logger.warning("left out: %s", problem)
     return list(found.values())

@@ -105,8 +105,12 @@ class Loader:
         try:
             while True:
                 while len(under_way) < AHEAD and (chunk := list(islice(rest, self.batch_size))):
-                    batch = Batch(chunk, free.pop() if free else self._memory(len(chunk)))
-                    under_way.append((batch, self._submit(pool, batch)))
+                    n, ways = len(chunk), self.preprocessings
+                    distinct = {} if free else {way: np.zeros((n, *way.size, 3), np.uint8) for way in set(ways)}
+                    batch = Batch(chunk, free.pop() if free else [distinct[way] for way in ways])
+                    size = max(1, min(CHUNK, -(-n // self.workers)))
+                    rows = [range(start, min(start + size, n)) for start in range(0, n, size)]
+                    under_way.append((batch, [pool.submit(self._fill, batch, some) for some in rows]))
                 if not under_way:
                     return
                 batch, parts = under_way.popleft()
@@ -118,17 +122,6 @@ class Loader:
                 free.append(batch.pixels)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-    def _memory(self, size: int) -> list[NDArray[np.uint8]]:
-        distinct = {way: np.zeros((size, *way.size, 3), np.uint8) for way in set(self.preprocessings)}
-        return [distinct[way] for way in self.preprocessings]
-
-    def _submit(self, pool: ThreadPoolExecutor, batch: Batch) -> list[Future[tuple[float, float]]]:
-        size = max(1, min(CHUNK, -(-len(batch.items) // self.workers)))
-        return [
-            pool.submit(self._fill, batch, range(start, min(start + size, len(batch.items))))
-            for start in range(0, len(batch.items), size)
-        ]
 
     def _fill(self, batch: Batch, rows: range) -> tuple[float, float]:
         """Fill some rows of a batch; return the seconds spent reading and decoding."""
@@ -220,16 +213,13 @@ def in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> LayerFeatures:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        _halve(lane, len(pixels))  # outside the handler, whose traceback still holds the memory
+        # Outside the handler, whose traceback still holds the memory.
+        if lane.limit == 1:
+            raise BackboneError("not even one image fits into memory; use a smaller network or preprocessing.crop")
+        lane.limit = max(1, min(lane.limit, len(pixels)) // 2)
+        gc.collect()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # else what was freed stays cut to the size of what did not fit
+        logger.warning("memory ran out; going on with %d images at a time", lane.limit)
     return tuple(np.concatenate(arrays) for arrays in zip(*passes, strict=True))
-
-
-def _halve(lane: Lane, tried: int) -> None:
-    if lane.limit == 1:
-        raise BackboneError("not even one image fits into memory; use a smaller network or preprocessing.crop")
-    lane.limit = max(1, min(lane.limit, tried) // 2)
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()  # else what was freed stays cut to the size of what did not fit
-    logger.warning("memory ran out; going on with %d images at a time", lane.limit)

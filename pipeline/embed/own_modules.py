@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import OWN, PreprocessingConfig, guess, names_code
+from pipeline.config import OWN, guess, names_code
 from pipeline.embed import graph
-from pipeline.embed.published import UNKNOWN, Arguments, Family, Published, tensors_digest
+from pipeline.embed.published import UNKNOWN, Arguments, Family, Published, read_preprocessing, tensors_digest
 from pipeline.embed.spec import probe_images
 from pipeline.embed.torchvision_models import preprocessing_of
 from pipeline.errors import BackboneError, first_line
@@ -35,12 +35,6 @@ USUAL = Preprocessing(resize=256, crop=224)
 AS_FAMILIES_DO = ("torch", "torchvision", "timm")
 """Libraries whose source is not part of the identity: their releases keep what a network computes."""
 
-TOLERANCE = 1e-4
-"""How far a vector may be from the same one computed otherwise, relative to its largest number."""
-
-CONVERSIONS = ("ToTensor", "PILToTensor", "ToImage", "ToDtype", "ConvertImageDtype")
-"""Steps of torchvision's that change how pixels are kept, which is done here anyway."""
-
 
 class OwnNetwork(nn.Module):
     """A module of the user's with a last layer of zeros behind it.
@@ -54,9 +48,10 @@ class OwnNetwork(nn.Module):
         self.name, self.preprocessing = name, preprocessing
         self.network = network.eval()
         self.code: Mapping[str, str] = {}
-        images = _probes(preprocessing)
+        images = torch.from_numpy(probe_images(preprocessing.size)[:2]).permute(0, 3, 1, 2) / 255
         vectors = self._run(images)
-        self.leaf_modules = () if self._traces(images, vectors) else (type(network),)
+        traced, _ = graph.trace(network, images)
+        self.leaf_modules = (type(network),) if isinstance(traced, graph.Taps) else ()
         self.classifier = nn.Linear(vectors.shape[-1], num_classes)
         for parameter in self.classifier.parameters():
             parameter.data.zero_()  # as the digest of the weights must be the same each time
@@ -69,7 +64,7 @@ class OwnNetwork(nn.Module):
         vectors = self.network(images)
         if isinstance(vectors, torch.Tensor) and vectors.ndim != 2:
             raise BackboneError(
-                f"{self.name}: gives {_shape(vectors[0])} for an image, and a last layer needs one vector; pool in its forward"
+                f"{self.name}: gives {tuple(vectors.shape[1:])} for an image, and a last layer needs one vector; pool in its forward"
             )
         scores: torch.Tensor = self.classifier(vectors)
         return scores
@@ -86,59 +81,18 @@ class OwnNetwork(nn.Module):
                 "image size under preprocessing, or in a transform that the function returns with it"
             ) from None
         if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != len(images):
-            what = _shape(output) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+            what = tuple(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
             raise BackboneError(
-                f"{self.name}: gives {what} for {len(images)} images, expected a tensor with a vector for each, such as "
-                f"{len(images)} x 512"
-            )
-        with torch.inference_mode():
-            alone = self.network(images[:1])
-        if not _close(alone, output[:1]):
-            raise BackboneError(
-                f"{self.name}: gives an image another vector alone than beside a second one; a vector may depend on its image alone"
+                f"{self.name}: gives {what} for {len(images)} images, expected a tensor with a vector for each, such as (2, 512)"
             )
         return output
-
-    def _traces(self, images: torch.Tensor, expected: torch.Tensor) -> bool:
-        try:
-            with torch.inference_mode():
-                found = graph.traced(self.network)[0].forward(images)
-            if _close(found, expected):
-                return True
-            reason = "its graph computes something else"
-        except Exception as error:  # tracing runs the user's code with stand-ins for tensors
-            reason = first_line(error)
-        told = "%s cannot be traced (%s): what its forward returns can be embedded, no layer inside"
-        logger.info(told, self.name, reason)
-        return False
-
-
-def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()), equal_nan=True)
-
-
-def _probes(preprocessing: Preprocessing) -> torch.Tensor:
-    """Two images as the network is given them, float32 of shape (2, 3, height, width)."""
-    pixels = torch.from_numpy(probe_images(preprocessing.size)[:2]).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    return ((pixels - mean) / std).contiguous()
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return " x ".join(map(str, tensor.shape)) or "one number"
-
-
-def with_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name tensors, of any shape and dtype, of the user's module as they are called within the whole; those that are stay so."""
-    whole = any(name.startswith("network.") for name in state)
-    return {name if whole else f"network.{name}": tensor for name, tensor in state.items()}
 
 
 # ---- the user's function
 
 
 def _function(name: str) -> Callable[..., Any]:
-    """Import a user's own function from `module:function`; BackboneError when it cannot be imported or called."""
+    """Import `module:function`; BackboneError when it cannot be imported or called."""
     module_name, _, attribute = name.partition(":")
     module = users_module(module_name, f"backbone {name!r}", BackboneError)
     found = getattr(module, attribute, None)
@@ -156,10 +110,6 @@ def _call(name: str, arguments: Arguments) -> tuple[nn.Module, Preprocessing]:
     function, takes = _function(name), list[str]()
     with contextlib.suppress(TypeError, ValueError):  # of a function that is not written in Python
         takes += inspect.signature(function).parameters
-    if "num_classes" in takes:
-        raise BackboneError(
-            f"{name}: num_classes is the size of the layer that `finetune` puts behind it; give it another name"
-        )
     ours = {"num_classes", "image_size"} - {*takes}
     given = {key: value for key, value in arguments.items() if key not in ours}
     try:
@@ -212,36 +162,14 @@ def _digest_of_source(things: Iterable[Any]) -> str:
 
 
 def _described(transform: Any, name: str) -> Preprocessing:
-    """The transform that a function returned: a mapping with the keys of `preprocessing`, or torchvision's."""
+    """The transform that a function returned: a mapping with the keys of `preprocessing`, or a preset of torchvision's weights."""
     try:
-        if isinstance(transform, Preprocessing):
-            return transform
-        if isinstance(transform, Mapping):
-            return Preprocessing(**PreprocessingConfig.model_validate(dict(transform)).model_dump())
-        return preprocessing_of(transform) if hasattr(transform, "resize_size") else _composed(transform.transforms)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        return read_preprocessing(transform) if isinstance(transform, Mapping) else preprocessing_of(transform)
+    except (ValueError, TypeError, AttributeError) as error:
         raise BackboneError(
             f"{name}: its transform is not understood ({first_line(error)}); expected the keys of preprocessing (resize, crop, "
-            "interpolation, mean, std), or torchvision's Resize, CenterCrop, ToTensor and Normalize"
+            "interpolation, mean, std), or what weights.transforms() of torchvision gives"
         ) from None
-
-
-def _composed(steps: Iterable[Any]) -> Preprocessing:
-    found: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    for step in steps:
-        kind = type(step).__name__
-        if kind in ("Resize", "CenterCrop"):
-            sides = [step.size] if isinstance(step.size, int) else [int(side) for side in step.size]
-            found[{"Resize": "resize"}.get(kind, "crop")] = sides[0] if len(sides) == 1 else (sides[0], sides[1])
-        if kind == "Resize":
-            found["interpolation"] = getattr(step.interpolation, "value", step.interpolation)
-        elif kind == "Normalize":
-            found |= {"mean": tuple(map(float, step.mean)), "std": tuple(map(float, step.std))}
-        elif kind not in ("CenterCrop", *CONVERSIONS):
-            raise ValueError(f"it has a {kind}")
-    if "resize" not in found or not ("crop" in found or isinstance(found["resize"], tuple)):
-        raise ValueError("it has no Resize, or no CenterCrop after it")
-    return Preprocessing(**{"crop": found["resize"], **found})
 
 
 def _weights(name: str) -> dict[str, Published]:

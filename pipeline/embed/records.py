@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -66,7 +65,8 @@ class EmbeddingRecord:
     """The embeddings that it is made of, where it is a `concat`."""
 
     def __post_init__(self) -> None:
-        if _leads_out(self.store) or _leads_out(self.name) or "/" in self.name:
+        parts = {*self.store.split("/"), *self.name.split("/")}
+        if parts & {"", ".", ".."} or {"\0", "\\"} & {*self.store, *self.name} or "/" in self.name:
             raise StoreError(
                 f"embedding {self.name!r}: its store {self.store!r} lies outside of its experiment; not opened"
             )
@@ -109,11 +109,6 @@ class EmbeddingRecord:
     def from_dict(values: Mapping[str, Any]) -> EmbeddingRecord:
         """Return the record that `to_dict` wrote; one of `MALFORMED` when it is of another version."""
         return cast(EmbeddingRecord, from_plain(EmbeddingRecord, values))
-
-
-def _leads_out(place: str) -> bool:
-    parts = place.split("/")
-    return not place or "\0" in place or "\\" in place or place.startswith("/") or bool({"", ".", ".."} & {*parts})
 
 
 # ---- features.json
@@ -355,20 +350,9 @@ def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = Fals
     if engine != spec.engine:
         told = "%s was made by %s, this run has %s: the same network, whose vectors agree but for rounding"
         logger.warning(told, record.name, spec.engine, engine)
-
-    def made_by(engine: str) -> EmbeddingModel:
-        asked = {"device": device, "precision": spec.precision, "decode": decode}
-        extraction = ExtractionConfig.model_validate(asked if section is None else {**asked, "engine": engine})
-        return load(section, spec.architecture, extraction, record.seed)
-
-    try:
-        embedder = made_by(engine)
-    except BackboneError as error:
-        if engine != "openvino":
-            raise
-        embedder = made_by("torch")  # what else may be wrong is wrong again
-        told = "%s; torch computes the same network, whose vectors agree but for rounding"
-        logger.warning(told, error.message.partition(";")[0])
+    asked = {"device": device, "precision": spec.precision, "decode": decode}
+    extraction = ExtractionConfig.model_validate(asked if section is None else {**asked, "engine": engine})
+    embedder = load(section, spec.architecture, extraction, record.seed)
     for output, made in enumerate(embedder.specs):
         if replace(made, engine=spec.engine).fingerprint() == record.fingerprint:
             return embedder, output
@@ -438,35 +422,17 @@ def find_parts(groups: Sequence[Sequence[str]], known: Mapping[str, PartT]) -> l
     return [tuple(known[name] for name in group) for group in groups]
 
 
-def by_name(records: Sequence[EmbeddingRecord]) -> dict[str, EmbeddingRecord]:
-    """Return records by name, those of a network that stands in for another also by what the other's would be."""
-    asked = {default_name(each): record for record in records if (each := record.instead_of)}
-    return asked | {record.name: record for record in records}
-
-
-def default_name(section: BackboneConfig) -> str:
-    """Return what the first embedding of a section is called that names no pooling."""
-    return embedding_name(section.name, section.weights, section.layers[0])
-
-
 def concatenated(groups: Sequence[Sequence[str]], records: Sequence[EmbeddingRecord]) -> tuple[EmbeddingRecord, ...]:
     """Return a record for each list of names; raises as `find_parts` does."""
-    taken = {record.name for record in records}
-    found = []
-    for parts in find_parts(groups, by_name(records)):
-        record = _side_by_side(parts)
-        if record.name in taken:
-            record = replace(record, name="+".join(part.name for part in parts))
-        taken.add(record.name)
-        found.append(record)
-    return tuple(found)
+    return tuple(map(_side_by_side, find_parts(groups, {record.name: record for record in records})))
 
 
 def _side_by_side(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
     """Describe several embeddings as one; a name that they begin with alike is said once."""
     names = [part.name.split("-") for part in parts]
-    alike = sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*names, strict=False)))
-    shared = min(alike, *(len(words) - 1 for words in names))
+    shared = 0
+    while all(len(words) > shared + 1 for words in names) and len({words[shared] for words in names}) == 1:
+        shared += 1
     trained = [part.spec.trained_on for part in parts if part.spec.trained_on is not None]
 
     def each_once(words: Iterable[str]) -> str:

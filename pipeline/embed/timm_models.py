@@ -10,7 +10,6 @@ import difflib
 import importlib
 import logging
 import math
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -28,31 +27,6 @@ from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
 
 logger = logging.getLogger(__name__)
-
-OLDEST = (1, 0, 31)
-"""The version that all this was tested with; before 1.0.26 some networks had a random layer behind their features."""
-
-FILES = ("model.safetensors", "pytorch_model.bin")
-"""Names of weights on the Hugging Face Hub, in the order in which timm looks for them."""
-
-
-class NetworkFacts(NamedTuple):
-    """What a table of networks says of one, also where timm is not installed."""
-
-    megabytes: float
-    dim: int
-    image: int
-    license: str
-
-
-KNOWN: Mapping[str, NetworkFacts] = {
-    "dinov2_base": NetworkFacts(346, 768, 518, "apache-2.0"),
-    "dinov3_base": NetworkFacts(343, 768, 256, "dinov3-license"),
-    "siglip2_base": NetworkFacts(372, 768, 224, "apache-2.0"),
-    "clip_base": NetworkFacts(345, 768, 224, "apache-2.0"),
-    "convnextv2_tiny": NetworkFacts(115, 768, 224, "cc-by-nc-4.0"),
-}
-"""By the short names; timm says the same."""
 
 
 class TimmWeights(NamedTuple):
@@ -72,13 +46,9 @@ class TimmWeights(NamedTuple):
 
 
 def library() -> ModuleType:
-    """Import timm; BackboneError when it is not installed or too old."""
-    found = version("timm")
-    if found is None:
+    """Import timm; BackboneError when it is not installed."""
+    if version("timm") is None:
         raise BackboneError("networks of timm need the package timm; run `pip install 'manyheads[timm]'`")
-    if tuple(int(part) for part in found.split(".")[:3] if part.isdecimal()) < OLDEST:
-        wanted = ".".join(map(str, OLDEST))
-        raise BackboneError(f"timm {found} is installed, {wanted} is needed; run `pip install 'manyheads[timm]'`")
     from pipeline.io.vision import torchvision  # noqa: F401 - without its operators, which this declares, timm's import fails
 
     return importlib.import_module("timm")
@@ -91,13 +61,17 @@ def find(name: str, arguments: Arguments) -> TimmWeights:
     """
     models = library().models
     if name.startswith(LOCAL_DIR):
-        return _in_folder(Path(name.removeprefix(LOCAL_DIR)), arguments)
+        folder = Path(name.removeprefix(LOCAL_DIR))
+        try:
+            cfg, network, given = models._hub.load_model_config_from_path(folder)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            reason = first_line(error)
+            raise BackboneError(
+                f"{folder} holds no network of timm ({reason}); expected its config.json and its weights"
+            ) from None
+        tag = f"{network}.{cfg['tag']}" if cfg.get("tag") else network
+        return TimmWeights(tag, cfg, {**_token(network), **given, **arguments})
     tag = TIMM_NAMES.get(name, name.removeprefix(TIMM_PREFIX))
-    if ":" in tag or "/" in tag:
-        raise BackboneError(
-            f"{name}: expected one of timm's tags; of another repository fetch the folder, such as with `hf download`, and write "
-            f"name: {LOCAL_DIR}FOLDER"
-        )
     network, _, weights = tag.partition(".")
     cfg = None
     if models.is_model(network):
@@ -108,16 +82,6 @@ def find(name: str, arguments: Arguments) -> TimmWeights:
         near = difflib.get_close_matches(tag, known, n=3, cutoff=0.4) or known[:3]
         raise BackboneError(f"timm has no {tag!r}; the nearest are {', '.join(TIMM_PREFIX + each for each in near)}")
     return TimmWeights(tag, cfg.to_dict(), {**_token(network), **arguments})
-
-
-def _in_folder(folder: Path, arguments: Arguments) -> TimmWeights:
-    try:
-        cfg, network, given = library().models._hub.load_model_config_from_path(folder)
-        tag = f"{network}.{cfg['tag']}" if cfg.get("tag") else network
-        return TimmWeights(tag, cfg, {**_token(network), **given, **arguments})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = first_line(error)
-    raise BackboneError(f"{folder} holds no network of timm ({reason}); expected its config.json and its weights")
 
 
 def _token(network: str) -> dict[str, Any]:
@@ -152,11 +116,6 @@ def create(found: TimmWeights, weights: Mapping[str, Any] | None = None) -> nn.M
 def _pre_logits(self: Any, images: torch.Tensor) -> Any:
     """The forward pass of a network that gives its own feature."""
     return self.pooled(self.forward_head(self.unpooled(self.forward_features(images)), pre_logits=True))
-
-
-def _empty(found: TimmWeights) -> Any:
-    with torch.device("meta"):
-        return create(found)
 
 
 def preprocessing(found: TimmWeights) -> Preprocessing:
@@ -216,8 +175,6 @@ def _load_published(name: str, arguments: Arguments) -> nn.Module:
     found = find(name, arguments)
     if _is_local(found):
         return _load(found, name, {})
-    if missing := _to_install(found, name):
-        raise BackboneError(missing)
     path = _here(found) or _fetch(found, name)
     # A file of the Hub is in timm's own format; others may be the authors'.
     foreign = bool(found.cfg.get("custom_load")) and not found.cfg.get("hf_hub_id")
@@ -232,17 +189,6 @@ def _load_file(name: str, arguments: Arguments, path: Path) -> nn.Module:
 
 
 def _weights(name: str) -> dict[str, Published]:
-    if name in KNOWN and _lacking():
-        known = KNOWN[name]
-        told = Published(
-            load=partial(_load_published, name),
-            preprocessing=Preprocessing(resize=known.image, crop=known.image),
-            to_install=_lacking,
-            license=known.license,
-            megabytes=known.megabytes,
-            dim=lambda: known.dim,
-        )
-        return {"pretrained": told}
     found = find(name, {})
     if _is_local(found) or "." in found.tag:
         has_weights = any(found.cfg.get(key) for key in ("source", "hf_hub_id", "url"))
@@ -252,25 +198,13 @@ def _weights(name: str) -> dict[str, Published]:
     return {tag.removeprefix(prefix): _published(TIMM_PREFIX + tag) for tag in tags}
 
 
-def _lacking() -> str:
-    """Return why timm cannot be used, '' where it can."""
-    try:
-        library()
-    except BackboneError as error:
-        return error.message
-    return ""
-
-
 def _published(name: str) -> Published:
     found = find(name, {})
     return Published(
         load=partial(_load_published, name),
         preprocessing=preprocessing(found),
         to_fetch=partial(_to_fetch, found),
-        to_install=partial(_to_install, found, name),
         license=str(found.cfg.get("license") or UNKNOWN).lower(),
-        megabytes=KNOWN[name].megabytes if name in KNOWN else 0.0,
-        dim=lambda: _empty(found).head_hidden_size,
     )
 
 
@@ -281,11 +215,13 @@ def _is_local(found: TimmWeights) -> bool:
     return found.cfg.get("source") == "local-dir"
 
 
-def _hub() -> ModuleType | None:
-    try:
-        return importlib.import_module("huggingface_hub")
-    except ImportError:
+def _to_fetch(found: TimmWeights) -> Fetch | None:
+    if _is_local(found) or _here(found):
         return None
+    numbers = 0
+    with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
+        numbers = sum(value.numel() for value in create(found).state_dict().values())
+    return Fetch(_origin(found), _cache(found), numbers * 4 / 1e6)
 
 
 def _origin(found: TimmWeights) -> str:
@@ -294,63 +230,44 @@ def _origin(found: TimmWeights) -> str:
 
 
 def _cache(found: TimmWeights) -> Path:
-    hub = _hub() if found.cfg.get("hf_hub_id") else None
-    return Path(hub.constants.HF_HUB_CACHE if hub else Path(torch.hub.get_dir()) / "checkpoints")
-
-
-def _to_install(found: TimmWeights, name: str) -> str:
-    if not found.cfg.get("hf_hub_id") or found.cfg.get("source") or _hub():
-        return ""
-    return f"{name}: {_origin(found)} is fetched with huggingface_hub; run `pip install 'manyheads[timm]'`"
-
-
-def _to_fetch(found: TimmWeights) -> Fetch | None:
-    if _is_local(found) or _here(found):
-        return None
-    numbers = 0
-    with contextlib.suppress(RuntimeError, NotImplementedError):
-        numbers = sum(value.numel() for value in _empty(found).state_dict().values())
-    return Fetch(_origin(found), _cache(found), numbers * 4 / 1e6)
+    """Return the folder in which weights are kept: of the Hugging Face Hub's library, or torch's."""
+    if found.cfg.get("hf_hub_id"):
+        return Path(importlib.import_module("huggingface_hub").constants.HF_HUB_CACHE)
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def _here(found: TimmWeights) -> Path | None:
     """Return the file of weights that was fetched before, found without asking anybody."""
-    if not found.cfg.get("hf_hub_id"):
+    repository = found.cfg.get("hf_hub_id")
+    if not repository:
         path = _cache(found) / str(found.cfg["url"]).rpartition("/")[2]
         return path if path.exists() else None
-    hub = _hub()
-    paths = [hub.try_to_load_from_cache(found.cfg["hf_hub_id"], file) for file in FILES] if hub else []
+    hub = importlib.import_module("huggingface_hub")
+    paths = [hub.try_to_load_from_cache(repository, file) for file in ("model.safetensors", "pytorch_model.bin")]
     return next((Path(path) for path in paths if isinstance(path, str)), None)
 
 
 def _fetch(found: TimmWeights, name: str) -> Path:
-    origin, hub = _origin(found), _hub() if found.cfg.get("hf_hub_id") else None
-    logger.info("fetching %s to %s", origin, _cache(found))
+    """Fetch weights as timm does; return their file, BackboneError where they cannot be had."""
+    logger.info("fetching %s to %s", _origin(found), _cache(found))
+    # Each retry is a warning; what fails is told once, in our words.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    hub = library().models._hub
     try:
-        # As the library of the Hub reads it.
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-            raise OSError("HF_HUB_OFFLINE is set")
-        if hub is None:
-            return Path(library().models._hub.download_cached_file(found.cfg["url"], progress=False))
-        # Each retry is a warning; what fails is told once, in our words.
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        for file in FILES:
-            try:
-                return Path(hub.hf_hub_download(found.cfg["hf_hub_id"], file))
-            except hub.errors.EntryNotFoundError as error:
-                if isinstance(error, hub.errors.LocalEntryNotFoundError):  # there is no network
-                    raise
-        raise OSError(f"it has none of {', '.join(FILES)}")
+        if found.cfg.get("hf_hub_id"):
+            hub.load_state_dict_from_hf(found.cfg["hf_hub_id"])
+        else:
+            hub.download_cached_file(found.cfg["url"], cache_dir=_cache(found))
     except Exception as error:  # of the network, of three libraries
-        if hub is not None and isinstance(error, hub.errors.GatedRepoError):
-            raise BackboneError(
-                f"{name}: {origin} is given only to who accepts its terms: do so on its page, run `hf auth login`, and try again"
-            ) from None
-        reason = first_line(error)
-    elsewhere = f"put it in {_cache(found)}" if hub is None else f"write name: {LOCAL_DIR}FOLDER"
-    raise BackboneError(
-        f"{name}: {origin} cannot be fetched ({reason}); fetch it elsewhere and {elsewhere}; {NO_DOWNLOAD}"
-    )
+        gated = type(error).__name__ == "GatedRepoError"
+        reason = "accept its terms on its page and run `hf auth login`" if gated else first_line(error)
+        how = f"write name: {LOCAL_DIR}FOLDER" if found.cfg.get("hf_hub_id") else f"put it in {_cache(found)}"
+        raise BackboneError(
+            f"{name}: {_origin(found)} cannot be fetched ({reason}); fetch it elsewhere and {how}; {NO_DOWNLOAD}"
+        ) from None
+    path = _here(found)
+    assert path is not None, "it was fetched"
+    return path
 
 
 def _resolve(name: str, arguments: Arguments) -> tuple[str, Arguments]:

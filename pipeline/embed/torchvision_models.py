@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +90,16 @@ def _published(architecture: str, member: Any) -> Published:
     path = Path(torch.hub.get_dir()) / "checkpoints" / str(member.url.rsplit("/", 1)[-1])
 
     def load(arguments: Arguments) -> nn.Module:
-        _require_checkpoint(member, path)
-        with _tensors_only():
-            return _build(architecture, {**arguments, "weights": member})
+        if not path.exists():
+            logger.info("fetching %s to %s", member.url, path.parent)
+        try:
+            with _tensors_only():
+                return _build(architecture, {**arguments, "weights": member, "progress": sys.stderr.isatty()})
+        except OSError as error:
+            raise BackboneError(
+                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {path.parent}; "
+                f"{NO_DOWNLOAD}"
+            ) from None
 
     return Published(
         load,
@@ -103,45 +107,7 @@ def _published(architecture: str, member: Any) -> Published:
         lambda: None if path.exists() else Fetch(member.url, path.parent, megabytes),
         license=LICENSES.get(member.meta.get("license"), UNKNOWN),
         megabytes=megabytes,
-        dim=partial(_dim, architecture),
     )
-
-
-@cache
-def _dim(architecture: str) -> int:
-    """What goes into the last layer, which scores the classes; found on torch's meta device but for some regnets."""
-    try:
-        with torch.device("meta"):
-            module = _build(architecture, {})
-    except RuntimeError:  # they compute their widths with tensors
-        module = _build(architecture, {})
-    *_, last = (part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d))
-    return last.in_features if isinstance(last, nn.Linear) else last.in_channels
-
-
-def _require_checkpoint(member: Any, path: Path) -> None:
-    """Have torchvision's file where torchvision keeps it, fetched if need be, with the hash in its name."""
-    found = re.search(r"-([a-f0-9]{8,})\.", path.name)
-    prefix = found.group(1) if found else ""
-    if not path.exists():
-        logger.info("fetching %s to %s", member.url, path.parent)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(member.url, str(path), prefix or None, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:
-            raise BackboneError(
-                f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {path.parent}; "
-                f"{NO_DOWNLOAD}"
-            ) from None
-    if prefix and not (digest := _sha256(path)).startswith(prefix):
-        raise BackboneError(
-            f"{path} is damaged: its SHA-256 starts with {digest[: len(prefix)]}, its name says {prefix}; delete it and run again"
-        )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from pipeline.embed.engines import choose_batch_size
 from pipeline.embed.loader import Item, Lane, embed
 from pipeline.embed.records import load, open_store, place, read_specs, spec_key, write_specs
 from pipeline.embed.spec import EmbeddingSpec, embedding_name
-from pipeline.errors import BackboneError, ConfigError, DatasetError, StoreError, first, number_of
+from pipeline.errors import BackboneError, DatasetError, StoreError, first, number_of
 from pipeline.experiment import STORES, Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, ImageProblem
 from pipeline.images.reading import Pixels, given_key, one_by_one
@@ -65,6 +64,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     name, weights, arguments : as in a config's `backbones`; `weights` may be left out where there is one kind
     layer, pooling : which output is kept, and how it becomes one vector, by the words of `layers` and `pooling` there
     preprocessing : a mapping with the keys of a config's `preprocessing`; by default what belongs to the weights
+    view : one of a config's `views`, which takes the place of the image
     precision, engine, decode, device : as in a config's `extraction`; the engine is torch unless asked for
     max_pixels : the most that an image may have
     seed : of weights that are `random`
@@ -82,6 +82,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         pooling: str | None = None,
         arguments: Mapping[str, Any] | None = None,
         preprocessing: Mapping[str, Any] | None = None,
+        view: str | None = None,
         precision: str = "auto",
         engine: str = "torch",
         decode: str = "standard",
@@ -97,6 +98,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         self.pooling = pooling
         self.arguments = arguments
         self.preprocessing = preprocessing
+        self.view = view
         self.precision = precision
         self.engine = engine
         self.decode = decode
@@ -156,18 +158,14 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         """Return a config of this one embedding, and the section of its network, None of a baseline; ConfigError with all that is wrong."""
         weights = _usual_weights(self.name) if self.weights is None and isinstance(self.name, str) else self.weights
         section = {"name": self.name, "layers": [self.layer], "weights": weights}
-        section |= {word: getattr(self, word) for word in ("pooling", "preprocessing", "arguments")}
+        section |= {word: getattr(self, word) for word in ("pooling", "preprocessing", "arguments", "view")}
         raw = {
             "backbones": [{key: value for key, value in section.items() if value is not None}],
             "extraction": {word: getattr(self, word) for word in ("device", "precision", "engine", "decode")},
             "dataset": {"max_pixels": self.max_pixels},
             "seed": self.seed,
         }
-        try:
-            config = configuration.parse(raw, type(self).__name__)
-        except ConfigError as error:
-            lines = [re.sub(r"^(backbones\.0|extraction|dataset)\.", "", line) for line in error.problems]
-            raise ConfigError(error.message, lines) from None
+        config = configuration.parse(raw, type(self).__name__)
         if self.name in baselines.NAMES:
             return config, None
         other = published.stand_in(config.backbones[0])
@@ -232,12 +230,8 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         """Return the vectors of the k images of n that can be used, float32 of shape (k, dim), having embedded what the store lacks."""
         assert self.store is not None
         path = place(spec, Artifacts(self.store, self.store))
-        digests: Digests = np.zeros((len(images), 2), np.uint64)
-        for number, image in enumerate(images):
-            try:
-                digests[number] = np.frombuffer(given_key(image, self.max_pixels), "<u8")
-            except ImageProblem as problem:
-                problems[number] = problem
+        digests, unread = digests_of(images, self.max_pixels)
+        problems |= unread
         store = open_store(path, spec.fingerprint())
         missing = np.ones(len(images), bool) if store is None else store.missing(digests)
         missing[list(problems)] = False
@@ -261,7 +255,10 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         if other := lock.holder(path):
             log.warning("%s: waiting for %s, which writes to it", path, other)
         writing = StoreWriter.open(path, spec.identity(), spec.dim, probe=self._network().probe[0], patience=math.inf)
-        with writing as writer, _hashes(path.parent) as hashes:
+        hashing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        with contextlib.suppress(StoreError):  # of another process that writes perceptual hashes, which find copies
+            hashing = StoreWriter.open(path.parent / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16", patience=1.0)
+        with writing as writer, hashing as hashes:
             numbers = missing[writer.fresh(digests[missing])]  # another process may have embedded some meanwhile
             try:
                 for here, vectors in self._embed(images, numbers.tolist(), problems, digests, hashes):
@@ -277,17 +274,20 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         problems |= {number: problem for number, problem in again.items() if problem}
 
 
+def digests_of(images: Images, max_pixels: int) -> tuple[Digests, Problems]:
+    """Return the digests that name the contents of n images, uint64 of shape (n, 2), and which cannot be read, and why."""
+    digests, problems = np.zeros((len(images), 2), np.uint64), Problems()
+    for number, image in enumerate(images):
+        try:
+            digests[number] = np.frombuffer(given_key(image, max_pixels), "<u8")
+        except ImageProblem as problem:
+            problems[number] = problem
+    return digests, problems
+
+
 def _name(images: Images, number: int) -> str:
     image = images[number]
     return image if isinstance(image, str) else getattr(image, "filename", "") or f"image {number}"
-
-
-def _hashes(folder: Path) -> contextlib.AbstractContextManager[Any]:
-    """Open the store of perceptual hashes, by which `heads` finds copies; give None where another process writes to it."""
-    try:
-        return StoreWriter.open(folder / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16", patience=1.0)
-    except StoreError:
-        return contextlib.nullcontext()
 
 
 @lru_cache(maxsize=NETWORKS)

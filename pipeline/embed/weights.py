@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,22 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.config import OWN, WEIGHTS_FILES, BackboneConfig, PreprocessingConfig, guess, names_code, names_vectors
+from pipeline.config import OWN, WEIGHTS_FILES, BackboneConfig, guess, names_code, names_vectors
 from pipeline.embed import baselines, efficientnet_lite, own_modules, timm_models, torchvision_models
 from pipeline.embed.graph import PENULTIMATE, classifier_name, cut, effective, rows, tokens_of, trace
-from pipeline.embed.published import BUNDLED, NO_WEIGHTS, UNKNOWN, Arguments, Family, Fetch, Published, tensors_digest
+from pipeline.embed.published import (
+    BUNDLED,
+    NO_WEIGHTS,
+    UNKNOWN,
+    Arguments,
+    Family,
+    Fetch,
+    Published,
+    read_preprocessing,
+    tensors_digest,
+)
 from pipeline.embed.spec import embedding_name
-from pipeline.errors import BackboneError, first, first_line
+from pipeline.errors import BackboneError, first_line
 from pipeline.experiment import MADE_BY
 from pipeline.images import Preprocessing
 from pipeline.io.digests import fingerprint
@@ -33,7 +42,8 @@ from pipeline.io.process import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-MAX_PROBLEMS = 20
+MOST_LETTERS = 300
+"""Of each list of tensors that a weights file has too many or too few of."""
 
 # ---- families
 
@@ -59,7 +69,7 @@ def family_of(architecture: str) -> Family:
 
 
 def network_names() -> list[str]:
-    """Return all names that a config can have for a network."""
+    """Return all names that a config can have for a network of a library."""
     return [name for family in FAMILIES for name in family.names()]
 
 
@@ -114,6 +124,16 @@ def build_empty(architecture: str, arguments: Arguments) -> nn.Module:
             return build(architecture, arguments)
 
 
+@cache
+def penultimate_dim(name: str) -> int:
+    """Return the length of the vector before a network's last layer, found without its weights."""
+    module = build_empty(name, {})
+    if hasattr(module, "head_hidden_size"):  # of timm
+        return int(module.head_hidden_size)  # type: ignore[arg-type]
+    *_, last = (part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d))
+    return last.in_features if isinstance(last, nn.Linear) else last.in_channels
+
+
 # ---- files of weights, of which nothing but tensors is taken
 
 METADATA_KEY = "manyheads"
@@ -133,8 +153,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """
     if not path.is_file():
         raise BackboneError(
-            f"weights file {path} does not exist; a path in a config is relative to the config's folder, one given with --set to "
-            "the folder the command is run in"
+            f"weights file {path} does not exist; a path in a config is relative to the config's folder"
         )
     try:
         if path.suffix == ".safetensors":
@@ -145,7 +164,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     except Exception as error:  # the readers raise almost anything on damaged files
         reason = first_line(error)
         raise BackboneError(
-            f"weights file {path} cannot be read as tensors only ({reason}); save it with torch.save(model.state_dict(), ...) or as .safetensors"
+            f"weights file {path} cannot be read as tensors only ({reason}); save it with torch.save(model.state_dict(), ...)"
         ) from None
 
 
@@ -186,8 +205,7 @@ def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
     if others:
         told = "%s: tensors that are no part of the network are left out: %d, such as %s"
         logger.info(told, path, len(others), others[0])
-    densenet = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # its old names are written the new way
-    return {densenet.sub(r"\1\2", name): value for name, value in state.items()}
+    return state
 
 
 def bundled() -> dict[str, Any]:
@@ -261,12 +279,14 @@ def _sized(config: BackboneConfig) -> BackboneConfig:
 
 
 def _network(
-    config: BackboneConfig, module: nn.Module, weights: str, preprocessing: Preprocessing | None = None, **rest: Any
+    config: BackboneConfig,
+    module: nn.Module,
+    weights: str,
+    preprocessing: Preprocessing | None = None,
+    resolved: tuple[str, Arguments] | None = None,
+    **rest: Any,
 ) -> Network:
-    architecture: str = config.name
-    arguments: Arguments = config.arguments
-    if any(family.has(config.name) for family in FAMILIES):  # a file that describes itself may be called anything
-        architecture, arguments = family_of(config.name).resolve(config.name, config.arguments)
+    architecture, arguments = resolved or family_of(config.name).resolve(config.name, config.arguments)
     return Network(
         module=module,
         name=config.name,
@@ -293,25 +313,25 @@ def _from_state(
             f"{origin} holds a network of code, {architecture}, which can do anything when it is built; write name: {architecture} "
             "only if you know who wrote that"
         )
-    state = own_modules.with_prefix(state) if names_code(architecture) else state
+    if names_code(architecture) and not any(name.startswith("network.") for name in state):
+        state = {f"network.{name}": tensor for name, tensor in state.items()}  # of the user's module alone
     arguments = {**description.get("arguments", {}), **config.arguments}
     module, has_classifier = _fill(architecture, arguments, state, origin)
     if not has_classifier:
         logger.info("%s has no classifier: all that comes before one can be embedded", origin)
     if "preprocessing" in description:
-        module.preprocessing = _described(description["preprocessing"])  # type: ignore[assignment]
+        module.preprocessing = read_preprocessing(description["preprocessing"])  # type: ignore[assignment]
     elif not hasattr(module, "preprocessing"):
         module.preprocessing = _usual_preprocessing(architecture)  # type: ignore[assignment]
-    license = description.get("license", UNKNOWN)
-    network = _network(config, module, readable, trained_on=description.get("trained_on"), license=license)
-    return replace(network, architecture=architecture, arguments=arguments, has_classifier=has_classifier)
-
-
-def _described(values: Mapping[str, Any]) -> Preprocessing:
-    """The transform that a weights file of this project describes."""
-    given = {key: value for key, value in values.items() if key in PreprocessingConfig.model_fields}
-    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    return Preprocessing(**plain)
+    return _network(
+        config,
+        module,
+        readable,
+        resolved=(architecture, arguments),
+        trained_on=description.get("trained_on"),
+        license=description.get("license", UNKNOWN),
+        has_classifier=has_classifier,
+    )
 
 
 def _usual_preprocessing(architecture: str) -> Preprocessing:
@@ -341,8 +361,8 @@ def _fill(
 ) -> tuple[nn.Module, bool]:
     """Build a network from a state dict; the number of classes is the file's, and each tensor gets the dtype of the network's.
 
-    Returned with whether the file has the network's last layer, which is zero otherwise. BackboneError with one line for every
-    tensor that is missing, left over or of another shape.
+    Returned with whether the file has the network's last layer, which is zero otherwise. BackboneError with what is missing, left
+    over or of another shape.
     """
     state = {name: value for name, value in state.items() if not name.startswith(torchvision_models.AUXILIARY)}
     empty = build_empty(architecture, arguments)
@@ -355,24 +375,12 @@ def _fill(
     if not has_classifier:  # what may be in its place is a projection head
         state = {name: value for name, value in state.items() if not name.startswith(head)}
         state |= {name: torch.zeros(value.shape) for name, value in expected.items() if name.startswith(head)}
-    counters = {name for name in expected if name.endswith(".num_batches_tracked")}  # old files have none
-    problems = [
-        f"missing: {name} {tuple(expected[name].shape)}" for name in expected if name not in {*state, *counters}
-    ]
-    problems += [f"unexpected: {name} {tuple(state[name].shape)}" for name in state if name not in expected]
-    problems += [
-        f"other shape: {name} is {tuple(state[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if problems:
-        raise BackboneError(
-            f"weights file {origin} does not fit {architecture}: {len(problems)} of {len(expected)} tensors",
-            first(problems, MAX_PROBLEMS),
-        )
-    kept = {name: value.to(expected[name].dtype) for name, value in state.items()}
-    kept |= {name: torch.zeros((), dtype=torch.long) for name in expected if name not in kept}
-    module.load_state_dict(kept, strict=True, assign=True)
+    state = {name: value.to(expected[name].dtype) if name in expected else value for name, value in state.items()}
+    try:
+        module.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        problems = [line.strip()[:MOST_LETTERS] for line in str(error).splitlines()[1:]]
+        raise BackboneError(f"weights file {origin} does not fit {architecture}", problems) from None
     return module.eval(), has_classifier
 
 

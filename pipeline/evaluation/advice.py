@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import combinations
@@ -40,71 +40,41 @@ Record = Mapping[str, Any]
 """What was measured of a cell or an experiment: `signs`, `pilot`, and of a cell `truth`, as `advisor_cells.json` has them."""
 
 
-def _per_class(record: Record) -> float:
-    found = record["signs"]
-    return math.log10(max(int(found["images"] - found["copies"]), 1) / int(found["classes"]))
-
-
-def _gap(record: Record) -> float:
-    return float(record["signs"]["train"] - record["signs"]["linear"])
-
-
-def _slope(record: Record) -> float:
-    return float(record["signs"]["linear"] - record["signs"]["half"])
-
-
-def _curved(record: Record) -> float:
-    return float(max(record["signs"]["rbf"], record["signs"]["neighbours"]) - record["signs"]["linear"])
-
-
-def _error(record: Record) -> float:
-    return math.log10(max(1 - float(record["signs"]["cv"]), 0.005))
-
-
-def _shift(record: Record) -> float:
-    return float(record["pilot"]["shift"] or 0.0)
-
-
-def _start(record: Record) -> float:
-    return max(float(record["pilot"]["start"]), 1e-6)
-
-
-def _drop(record: Record) -> float:
-    return 1 - float(record["pilot"]["losses"][1]) / _start(record)
-
-
-def _growth(record: Record) -> float:
-    return float(record["pilot"]["losses"][0] - record["pilot"]["losses"][1]) / _start(record)
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f} points"
-
-
-def _power(value: float) -> str:
-    return f"{10**value:.3g}"
-
-
-def _plain(value: float) -> str:
-    return f"{value:.2f}"
-
-
-SIGNS: Mapping[str, tuple[str, Callable[[Record], float], Callable[[float], str]]] = {
-    "per_class": ("images per class without near-duplicates", _per_class, _power),
-    "error": ("error of the linear head out of fold, as a share", _error, _power),
-    "gap": ("accuracy of the linear head on its training images minus that out of fold", _gap, _points),
-    "slope": ("what the second half of the images brought", _slope, _points),
-    "curved": ("kNN or RBF minus linear", _curved, _points),
-    "shift": ("distance of the images from the statistics of the network, in its standard deviations", _shift, _plain),
-    "drop": ("share of the loss that the pilot took away", _drop, _plain),
-    "growth": ("share of the loss that more images took away in the pilot", _growth, _plain),
+SIGNS: Mapping[str, tuple[str, str]] = {
+    "per_class": ("images per class without near-duplicates", "{power:.3g}"),
+    "error": ("error of the linear head out of fold, as a share", "{power:.3g}"),
+    "gap": ("accuracy of the linear head on its training images minus that out of fold", "{points:+.1f} points"),
+    "slope": ("what the second half of the images brought", "{points:+.1f} points"),
+    "curved": ("kNN or RBF minus linear", "{points:+.1f} points"),
+    "shift": ("distance of the images from the statistics of the network, in its standard deviations", "{value:.2f}"),
+    "drop": ("share of the loss that the pilot took away", "{value:.2f}"),
+    "growth": ("share of the loss that more images took away in the pilot", "{value:.2f}"),
 }
-"""What is looked at: a name, what it is in words, how it comes of a record (counts and errors as powers of ten), and its text."""
+"""What is looked at: by name what it is in words, and how it is written."""
+
+
+def signs_of(record: Record) -> dict[str, float]:
+    """Return what is looked at of a record, by the names of `SIGNS`; images per class and errors are decimal logarithms."""
+    found, pilot = record["signs"], record["pilot"]
+    start, (fewer, all_of_them) = max(float(pilot["start"]), 1e-6), pilot["losses"]
+    return {
+        "per_class": math.log10(max(int(found["images"] - found["copies"]), 1) / int(found["classes"])),
+        "error": math.log10(max(1 - float(found["cv"]), 0.005)),
+        "gap": float(found["train"] - found["linear"]),
+        "slope": float(found["linear"] - found["half"]),
+        "curved": float(max(found["rbf"], found["neighbours"]) - found["linear"]),
+        "shift": float(pilot["shift"] or 0.0),
+        "drop": 1 - float(all_of_them) / start,
+        "growth": float(fewer - all_of_them) / start,
+    }
+
+
+def _written(name: str, value: float) -> str:
+    return SIGNS[name][1].format(value=value, points=100 * value, power=10**value)
 
 
 def _said(name: str, value: float) -> str:
-    words, _, text = SIGNS[name]
-    return f"{words}: {text(value)}"
+    return f"{SIGNS[name][0]}: {_written(name, value)}"
 
 
 @dataclass(frozen=True)
@@ -134,7 +104,7 @@ class Rule:
         """Say which signs lie outside of the cells; nothing where the rule may speak."""
         x, room = _row(record, self.names), BEYOND * (self.high - self.low)
         return tuple(
-            f"{_said(name, value)}, measured from {SIGNS[name][2](low)} to {SIGNS[name][2](high)}"
+            f"{_said(name, value)}, measured from {_written(name, low)} to {_written(name, high)}"
             for name, value, low, high, more in zip(self.names, x, self.low, self.high, room, strict=True)
             if not low - more <= value <= high + more
         )
@@ -142,23 +112,18 @@ class Rule:
     def expect(self, record: Record) -> dict[str, Expected]:
         """Return what each arm should bring."""
         x = np.concatenate([[1.0], (_row(record, self.names) - self.centre) / self.spread])
-        error = 1 - record["signs"]["cv"]
-        found = {}
+        error, found = 1 - record["signs"]["cv"], {}
         for arm in ARMS:
-            share = float(x @ self.weights[arm])
-            half = _quantile(np.abs(self.errors[arm]))
+            share, off = float(x @ self.weights[arm]), np.sort(np.abs(self.errors[arm]))
+            # Within it a new cell lies with probability `COVERAGE`.
+            half = float(off[min(math.ceil((len(off) + 1) * COVERAGE), len(off)) - 1])
             found[arm] = Expected(error * share, (error * (share - half), error * (share + half)))
         return found
 
 
 def _row(record: Record, names: Iterable[str]) -> NDArray[np.float64]:
-    return np.array([SIGNS[name][1](record) for name in names])
-
-
-def _quantile(off: NDArray[np.float64]) -> float:
-    """Return the distance within which a new cell lies with probability `COVERAGE`, from those of n cells, float64 (n,)."""
-    place = math.ceil((len(off) + 1) * COVERAGE) - 1
-    return float(np.sort(off)[min(place, len(off) - 1)])
+    signs = signs_of(record)
+    return np.array([signs[name] for name in names])
 
 
 def cells() -> dict[str, Record]:
@@ -169,49 +134,46 @@ def cells() -> dict[str, Record]:
     return found
 
 
-def share_gained(record: Record, arm: str) -> float:
-    """Return what an arm took away of the error that the frozen features left in cross-validation."""
-    return float(record["truth"][arm]["test"] - record["truth"]["frozen"]) / max(1 - float(record["signs"]["cv"]), 1e-6)
+def _ridge(
+    X: NDArray[np.float64], Y: NDArray[np.float64], penalty: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Fit a ridge regression with a free constant on standardised X, float64 (n, k), and Y, float64 (n, n_arms).
 
-
-def _solver(X: NDArray[np.float64], penalty: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return what makes the weights of a ridge regression with a free constant out of y, float64 (1 + k, n), and its design, float64 (n, 1 + k).
-
-    X : float64 of shape (n, k), standardised
+    Returns weights, float64 (1 + k, n_arms), and how far it is off for each cell when it is fitted on the others, float64 (n, n_arms):
+    the residual over one minus the cell's own weight in its prediction.
     """
     A = np.column_stack([np.ones(len(X)), X])
-    return np.linalg.solve(A.T @ A + np.diag([0.0] + [penalty] * X.shape[1]), A.T), A
-
-
-def _left_out(X: NDArray[np.float64], Y: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
-    """Return how far a regression is off for each cell when it is fitted on the others: float64 of the shape of Y, (n, n_arms).
-
-    Of ridge that is the residual over one minus the cell's own weight in its prediction.
-    """
-    solver, A = _solver(X, penalty)
+    solver = np.linalg.solve(A.T @ A + np.diag([0.0] + [penalty] * X.shape[1]), A.T)
     hat = A @ solver
-    return np.asarray((hat @ Y - Y) / (1 - np.diag(hat))[:, None])
+    return solver @ Y, (hat @ Y - Y) / (1 - np.diag(hat))[:, None]
 
 
 def fit(records: Sequence[Record]) -> Rule:
     """Fit the rule on cells: signs and penalty are those that are least off, in accuracy, for cells left out."""
-    all_signs = np.stack([_row(record, SIGNS) for record in records])
-    centre, spread = all_signs.mean(axis=0), np.maximum(all_signs.std(axis=0), 1e-9)
-    Z = (all_signs - centre) / spread
-    Y = np.array([[share_gained(record, arm) for arm in ARMS] for record in records])
-    error = np.array([[1 - record["signs"]["cv"]] for record in records])
+    signs = np.stack([_row(record, SIGNS) for record in records])
+    centre, spread = signs.mean(axis=0), np.maximum(signs.std(axis=0), 1e-9)
+    Z, error = (signs - centre) / spread, np.array([[1 - record["signs"]["cv"]] for record in records])
+    truths = [record["truth"] for record in records]
+    gained = np.array([[truth[arm]["test"] - truth["frozen"] for arm in ARMS] for truth in truths])
     choices = [
         (list(places), penalty)
         for count in range(1, MOST_SIGNS + 1)
         for places in combinations(range(len(SIGNS)), count)
         for penalty in PENALTIES
     ]
-    off = [float(((_left_out(Z[:, places], Y, penalty) * error) ** 2).sum()) for places, penalty in choices]
-    places, penalty = choices[int(np.argmin(off))]
-    weights = dict(zip(ARMS, (_solver(Z[:, places], penalty)[0] @ Y).T, strict=True))
-    errors = dict(zip(ARMS, _left_out(Z[:, places], Y, penalty).T, strict=True))
-    names, kept = tuple(np.array(list(SIGNS))[places].tolist()), all_signs[:, places]
-    return Rule(names, kept.min(axis=0), kept.max(axis=0), centre[places], spread[places], weights, errors)
+    fitted = [_ridge(Z[:, places], gained / np.maximum(error, 1e-6), penalty) for places, penalty in choices]
+    best = int(np.argmin([((off * error) ** 2).sum() for _, off in fitted]))
+    places, (weights, errors) = choices[best][0], fitted[best]
+    names, kept = tuple(np.array(list(SIGNS))[places].tolist()), signs[:, places]
+    return Rule(
+        names,
+        kept.min(axis=0),
+        kept.max(axis=0),
+        centre[places],
+        spread[places],
+        dict(zip(ARMS, weights.T, strict=True)),
+        dict(zip(ARMS, errors.T, strict=True)),
+    )
 
 
 # ---- what to recommend
@@ -318,61 +280,3 @@ def read_advice(path: Path, key: str | None = None) -> Advice | None:
         return made if key in (None, document["key"]) else None
     except (PipelineError, KeyError, TypeError, ValueError, AttributeError):
         return None
-
-
-# ---- the proof: each cell advised by a rule that has not seen it
-
-
-@dataclass(frozen=True)
-class Judged:
-    """How the advice does on cells, each left out in turn, and beside always and never fine-tuning."""
-
-    names: tuple[str, ...]
-    advised: tuple[str, ...]
-    gains: tuple[float, ...]
-    """What was advised brought, in accuracy."""
-    regrets: tuple[float, ...]
-    """What the best of stopping and both arms brought more, in accuracy."""
-    covered: float
-    """Share of the intervals that hold the true gain."""
-    spared: float
-    """Of the cells where no arm brings `WORTH`, the share in which it says stop."""
-    worth: Mapping[str, float]
-    """Mean gain minus `WORTH` for each whole run's minutes, of the advice, of always training everything, and of never."""
-
-
-def judged(records: Mapping[str, Record]) -> Judged:
-    """Advise each cell by the rule of the others."""
-    names, advised, gains, regrets, inside, spared, prices = tuple(records), [], [], [], [], [], []
-    for name in names:
-        record, truth = records[name], records[name]["truth"]
-        rule = fit([records[other] for other in names if other != name])
-        expected = rule.expect(record)
-        true = {arm: truth[arm]["test"] - truth["frozen"] for arm in ARMS} | {STOP: 0.0}
-        ways = [Way(STOP, 0.0)] + [
-            Way(way, expected[arm].gain, expected[arm].interval, truth[arm]["minutes"]) for way, arm in TRAIN.items()
-        ]
-        taken = recommend(ways).name
-        arm = TRAIN.get(taken, STOP)
-        advised.append(taken)
-        gains.append(true[arm])
-        regrets.append(max(true.values()) - true[arm])
-        inside += [expected[each].interval[0] <= true[each] <= expected[each].interval[1] for each in ARMS]
-        prices.append(0.0 if arm == STOP else truth[arm]["minutes"] / max(truth["all"]["minutes"], 1e-9))
-        if max(true[each] for each in ARMS) < WORTH:
-            spared.append(arm == STOP)
-    always = [records[name]["truth"]["all"]["test"] - records[name]["truth"]["frozen"] for name in names]
-    worth = {
-        "advice": float(np.mean(gains) - WORTH * np.mean(prices)),
-        "always": float(np.mean(always) - WORTH),
-        "never": 0.0,
-    }
-    return Judged(
-        names,
-        tuple(advised),
-        tuple(gains),
-        tuple(regrets),
-        float(np.mean(inside)),
-        float(np.mean(spared)) if spared else 1.0,
-        worth,
-    )

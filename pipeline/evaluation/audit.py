@@ -11,9 +11,9 @@ import csv
 import io
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,10 @@ from scipy.special import expit
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
-from pipeline.errors import StoreError, first_line
-from pipeline.experiment import AUDIT, Artifacts, from_plain, read_document, to_cell, write_document
+from pipeline.errors import StoreError
+from pipeline.experiment import AUDIT, Artifacts, read_record, to_cell
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, hash_distances
-from pipeline.io.digests import Digests
+from pipeline.io.digests import Digests, fingerprint
 from pipeline.store import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -122,18 +122,9 @@ def to_csv(issues: LabelIssues, findings: Findings) -> dict[str, str]:
     return made
 
 
-def write_findings(path: Path, findings: Findings) -> None:
-    """Write down what was found."""
-    write_document(path, AUDIT, asdict(findings))
-
-
 def read_findings(path: Path) -> Findings:
-    """Read what was found; PipelineError when it is missing, damaged, or of another format or version."""
-    document = read_document(path, AUDIT)
-    try:
-        return cast(Findings, from_plain(Findings, {field.name: document[field.name] for field in fields(Findings)}))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AUDIT.damaged(path, first_line(error)) from None
+    """Read what stage two found; PipelineError when it is missing, damaged, or of another format or version."""
+    return read_record(path, AUDIT, Findings)
 
 
 def label_issues(
@@ -276,7 +267,7 @@ def read_hashes(files: Artifacts, digests: Digests) -> NDArray[np.uint8]:
     hashes = np.zeros((len(digests), HASH_BYTES), dtype=np.uint8)
     for path in reversed(files.find_stores(HASH_STORE)):
         try:
-            store = FeatureStore.open(path, identity=HASH_IDENTITY)
+            store = FeatureStore.open(path, fingerprint(HASH_IDENTITY))
             known = ~store.missing(digests)
             hashes[known] = store.read(digests[known])
         except StoreError as error:

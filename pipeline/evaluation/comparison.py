@@ -175,22 +175,16 @@ def _gap_of(
     metric: Metric, a: Predictions, b: Predictions, units: NDArray[np.int64]
 ) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
     """Return what gives score(a) - score(b) after exchanges: coins of shape (r, n_units), 0 where a unit's answers change sides."""
-    if metric.weighted is not None:
-        quick = metric.weighted(joined([a, b]))
-
-        def taken(stays: NDArray[np.int64]) -> NDArray[np.float64]:
-            return quick(np.concatenate([stays, 1 - stays], axis=1))
-
-        return lambda coins: taken(coins[:, units]) - taken(1 - coins[:, units])
+    both, n = joined([a, b]), len(units)
     if metric.shares is None:
+        scored = rescored(metric, [replace(both, units=np.concatenate([units, units + units.max() + 1]))])
 
-        def slow(coins: NDArray[np.int64]) -> NDArray[np.float64]:
-            stays = coins[:, units] == 1
-            mixed = [(joined([a.rows(stay), b.rows(~stay)]), joined([b.rows(stay), a.rows(~stay)])) for stay in stays]
-            return np.array([metric.score(left) - metric.score(right) for left, right in mixed])
+        def gap(coins: NDArray[np.int64]) -> NDArray[np.float64]:
+            stay, change = np.concatenate([coins, 1 - coins], axis=1), np.concatenate([1 - coins, coins], axis=1)
+            return (scored(stay) - scored(change))[:, 0]
 
-        return slow
-    shares, n = metric.shares(joined([a, b])), len(units)
+        return gap
+    shares = metric.shares(both)
     first, second = unit_sums(shares[:n], units), unit_sums(shares[n:], units)
     moves = first - second
     differ = np.flatnonzero(abs(moves).sum(axis=1))
@@ -295,11 +289,14 @@ def compare(
     spare = len(values) - 1 if winner.units is None else freedom(winner.units)
     differences, errors, p_values, factor = _against_best(values, keys.index(best), inflation, spare, seed)
     others, wide = [key for key in keys if key != best], factor * float(np.sqrt(inflation))
-    tested = [key for key in others if best in test and key in test]
-    on_test = _adjusted({key: paired_answers(metric, test[best], test[key], seed) for key in tested})
-    folded = [key for key in others if best in folds and len(folds.get(key, ())) == k > 1]
-    on_folds = _adjusted({key: corrected_t(folds[best], folds[key], 1 / (k - 1)) for key in folded})
-    rows = []
+    on_test, on_folds, rows = dict[str, Paired](), dict[str, Paired](), []
+    for key in others:
+        if best in test and key in test:
+            on_test[key] = paired_answers(metric, test[best], test[key], seed)
+        if best in folds and len(folds.get(key, ())) == k > 1:
+            by_fold = corrected_t(folds[best], folds[key], 1 / (k - 1))
+            on_folds[key] = replace(by_fold, interval=metric.clipped_difference(by_fold.interval))
+    on_test, on_folds = _adjusted(on_test), _adjusted(on_folds)
     for column, key in enumerate(keys):
         row, difference, p_value = out_of_fold[key], float(differences[column]), float(p_values[column])
         if key == best:
@@ -311,16 +308,13 @@ def compare(
             half = max(drawn, least_half_width(metric, winner, row, wide))
             interval = metric.clipped_difference((difference - half, difference + half))
         same = p_value >= LEVEL or paired_p(metric, winner, row, seed) >= LEVEL
-        by_fold = on_folds.get(key)
-        if by_fold is not None:
-            by_fold = replace(by_fold, interval=metric.clipped_difference(by_fold.interval))
-        rows.append(Difference(key, difference, interval, p_value, same, on_test.get(key), by_fold))
+        rows.append(Difference(key, difference, interval, p_value, same, on_test.get(key), on_folds.get(key)))
     return tuple(rows)
 
 
 def _adjusted(found: Mapping[str, Paired]) -> dict[str, Paired]:
     adjusted = holm([paired.p_value for paired in found.values()]).tolist()
-    return {key: replace(paired, p_value=p) for (key, paired), p in zip(found.items(), adjusted, strict=True)}
+    return {key: replace(found[key], p_value=p) for key, p in zip(found, adjusted, strict=True)}
 
 
 def _discordant(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> tuple[int, int]:

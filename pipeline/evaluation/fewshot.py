@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,6 @@ from tabulate import tabulate
 from pipeline.data.targets import Numbers
 from pipeline.evaluation.intervals import Interval, mean_interval
 from pipeline.evaluation.strangeness import directions
-from pipeline.experiment import FEWSHOT, from_plain, read_document, write_document
 
 if TYPE_CHECKING:
     import torch
@@ -458,17 +456,3 @@ def _cell(point: Point | None) -> str:
     if point is None:
         return "-"
     return f"{100 * point.accuracy:.1f} ± {50 * (point.interval[1] - point.interval[0]):.1f}"
-
-
-def write(path: Path, result: FewShot) -> None:
-    """Write the document in one move."""
-    write_document(path, FEWSHOT, asdict(result))
-
-
-def read(path: Path) -> FewShot:
-    """Read the document; PipelineError when it is missing, damaged or of another version."""
-    document = read_document(path, FEWSHOT)
-    try:
-        return cast(FewShot, from_plain(FewShot, {name: document[name] for name in FewShot.__dataclass_fields__}))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise FEWSHOT.damaged(path, "it does not hold what its version says") from None

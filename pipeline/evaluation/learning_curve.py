@@ -113,7 +113,7 @@ def curve_from_scores(
     scores : for each size float64 of shape (n_draws,)
     """
     points = tuple(
-        CurvePoint(size, float(np.mean(row)), mean_interval(np.asarray(row)), tuple(float(v) for v in row))
+        CurvePoint(size, float(np.mean(row)), mean_interval(np.asarray(row)), tuple(np.asarray(row).tolist()))
         for size, row in zip(sizes, scores, strict=True)
     )
     if len(points) < 4:
@@ -122,9 +122,8 @@ def curve_from_scores(
     held_back: tuple[HeldBack, ...] = ()
     if len(points) - hidden >= 4:
         held_back = _predict(points[:-hidden], {point.size: point.accuracy for point in points[-hidden:]}, seed)
-    return LearningCurve(
-        points, _fit(points), held_back, _predict(points, {2 * there_are: None, 4 * there_are: None}, seed)
-    )
+    ahead = _predict(points, {2 * there_are: None, 4 * there_are: None}, seed)
+    return LearningCurve(points, _fit(points), held_back, ahead)
 
 
 RATES = np.geomspace(0.05, 2.0, 80)
@@ -174,9 +173,9 @@ def ahead(curve: LearningCurve, size: int, seed: int) -> HeldBack:
     return _predict(curve.points, {size: None}, seed)[0]
 
 
-def pareto(cost: Sequence[float], value: Sequence[float]) -> tuple[bool, ...]:
+def pareto(cost: Sequence[float], value: Sequence[float]) -> list[bool]:
     """Say for each candidate whether no other is at least as good for less, or better for no more."""
-    pairs = list(zip(cost, value, strict=True))
-    return tuple(
-        not any((c <= own_c and v > own_v) or (c < own_c and v >= own_v) for c, v in pairs) for own_c, own_v in pairs
-    )
+    c, v = np.asarray(cost), np.asarray(value)
+    beaten = ((c <= c[:, None]) & (v > v[:, None])) | ((c < c[:, None]) & (v >= v[:, None]))
+    kept: list[bool] = np.logical_not(beaten.any(axis=1)).tolist()
+    return kept

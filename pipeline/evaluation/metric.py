@@ -96,8 +96,8 @@ class Metric:
     """Of a difference: points are hundredths."""
     targets: tuple[str, ...] = ("classification",)
     """The kinds of target it serves."""
-    column: tuple[str, str] | None = None
-    """How its column in a leaderboard is called, and where it is narrow; None where only those who tune it see it."""
+    column: str | None = None
+    """How its column in a leaderboard is called; None where only those who tune it see it."""
     threshold: Literal["", "each", "all"] = ""
     """By which threshold one of several labels is said: the one at which its own F1 is highest, or that of all labels together; ''
     takes a label that is likelier than not."""
@@ -389,13 +389,12 @@ def _of_numbers(name: str, title: str, function: Any = None, shares: Any = None,
     """Return a score of numbers: an error in their units, lower being better, or a share that 1 is the best of."""
     error = more.get("in_units", False)
     made = {"low": -np.inf, "high": 0.0 if error else 1.0, "higher_is_better": not error, "targets": ("regression",)}
-    made |= {"digits": 3, "unit": title, "column": (title, title.split("'")[0])}
+    made |= {"digits": 3, "unit": title, "column": title.split("'")[0]}
     return Metric(name, title, "values", function, shares, **{**made, **more})
 
 
 def _of_labels(name: str, title: str, shares: Any, **more: Any) -> Metric:
-    column = (title, title.split()[0])
-    return Metric(name, title, "labels", shares=shares, targets=("multilabel",), column=column, **more)
+    return Metric(name, title, "labels", shares=shares, targets=("multilabel",), column=title.split()[0], **more)
 
 
 ACCURACY = Metric(
@@ -403,7 +402,7 @@ ACCURACY = Metric(
     "accuracy",
     "labels",
     shares=lambda predictions: _mean_of(predictions.correct),
-    column=("accuracy", ""),
+    column="accuracy",
 )
 
 METRICS: Mapping[str, Metric] = {
@@ -416,7 +415,7 @@ METRICS: Mapping[str, Metric] = {
             "labels",
             shares=lambda predictions: _by_class(predictions, predictions.y_true),
             per_class=True,
-            column=("balanced", "bal."),
+            column="bal.",
         ),
         Metric(
             "mean_average_precision",
@@ -428,7 +427,7 @@ METRICS: Mapping[str, Metric] = {
             per_class=True,
             threshold="each",
             targets=("multilabel",),
-            column=("mAP", ""),
+            column="mAP",
         ),
         Metric(
             "macro_f1",
@@ -438,7 +437,7 @@ METRICS: Mapping[str, Metric] = {
             per_class=True,
             threshold="each",
             targets=("classification", "multilabel"),
-            column=("macro F1", "F1"),
+            column="F1",
         ),
         _of_labels("micro_f1", "micro F1", _pooled_f1, pooled=True, threshold="all"),
         _of_labels("subset_accuracy", "subset accuracy", ACCURACY.shares),
@@ -453,7 +452,7 @@ METRICS: Mapping[str, Metric] = {
             high=0.0,
             digits=3,
             unit="nats",
-            column=("log loss", "loss"),
+            column="loss",
         ),
         Metric("roc_auc", "ROC AUC", "probabilities", _roc_auc, per_class=True),
         Metric(f"top_{TOP}_accuracy", f"top-{TOP} accuracy", "probabilities", shares=_among_top_k),

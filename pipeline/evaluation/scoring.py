@@ -96,11 +96,10 @@ def scores(predictions: Predictions, seed: int = 0, metric: Metric | None = None
     Balanced accuracy is the mean recall of the classes that occur in the truth; macro F1 the mean over classes that occur in
     either.
     """
-    known = predictions.probabilities is not None
-    asked = [row for row in metrics_for(predictions.target) if row.column is not None or row is metric]
-    found = {row.name: _scored(row, predictions, seed) for row in asked if known or not row.needs_probabilities}
-    values = {name: value for name, (value, _) in found.items()}
-    intervals = {name: interval for name, (_, interval) in found.items()}
+    known, values, intervals = predictions.probabilities is not None, dict[str, float](), dict[str, Interval]()
+    for row in metrics_for(predictions.target):
+        if (row.column is not None or row is metric) and (known or not row.needs_probabilities):
+            values[row.name], intervals[row.name] = _scored(row, predictions, seed)
     units = None if predictions.units is None else len(np.unique(predictions.units))
     return Scores(len(predictions), values, intervals, units)
 
@@ -199,10 +198,10 @@ def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:
     present = np.flatnonzero(below)
     share, z = above[present] / below[present], critical(predictions.units)
     ends = np.empty((len(present), 2))
+    y_true, y_pred = predictions.y_true, predictions.y_pred
     for row, code in enumerate(present):
-        truth, guess = (
-            part == code if part.ndim == 1 else part[:, code] for part in (predictions.y_true, predictions.y_pred)
-        )
+        one = y_true.ndim == 1
+        truth, guess = (y_true == code, y_pred == code) if one else (y_true[:, code], y_pred[:, code])
         rows = truth | (f1 & guess)
         right, within = (truth & guess)[rows], None if predictions.units is None else predictions.units[rows]
         size = effective_size(right, within)

@@ -8,7 +8,7 @@ nearest neighbours: Sun et al. 2022; sets: Sadinle et al. 2019.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,22 +24,24 @@ BLOCK_NUMBERS = 1 << 22
 """Cosines that are held at once."""
 
 
+STORED = {"mean": np.float32, "references": np.float16, "distances": np.float64, "lengths": np.float32}
+
+
 @dataclass(frozen=True)
 class Reference:
-    """What is kept of the training images: `mean`, (dim,), `references`, unit rows (m, dim), and the `distances` of n of them, each held out.
+    """What is kept of the training images: their `mean`, (dim,), m unit rows, (m, dim), and the `distances` of n of them, each held out.
 
-    `lengths`, (m,), of the rows before they were units; none where an earlier version made it.
+    `lengths`, (m,), are those of the rows before they were units.
     """
 
     mean: Floats
     references: Floats
     distances: Floats
-    lengths: Floats = field(default_factory=lambda: np.empty(0))
+    lengths: Floats
 
     def vectors(self) -> NDArray[np.float32]:
-        """Return the references as they were, float32 of shape (m, dim), to half precision; of shape (0, dim) without lengths."""
-        rows = self.references[: len(self.lengths)]
-        return np.asarray(self.mean + rows * self.lengths[:, None], np.float32)
+        """Return the references as they were, float32 of shape (m, dim), to half precision."""
+        return np.asarray(self.mean + self.references * self.lengths[:, None], np.float32)
 
     def distance(self, X: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return how far vectors, float32 of shape (n, dim), lie from the training images: float64 of shape (n,)."""
@@ -48,22 +50,24 @@ class Reference:
     def to_bytes(self) -> bytes:
         """Return the content of a file."""
         buffer = io.BytesIO()
-        kinds = {"mean": np.float32, "references": np.float16, "distances": np.float64, "lengths": np.float32}
-        np.savez_compressed(buffer, **{name: getattr(self, name).astype(kind) for name, kind in kinds.items()})
+        np.savez_compressed(buffer, **{name: getattr(self, name).astype(kind) for name, kind in STORED.items()})
         return buffer.getvalue()
 
     @staticmethod
     def from_bytes(data: bytes) -> Reference:
         """Return what `to_bytes` was given, references to half precision; ValueError for what is none."""
         arrays = parse_arrays(data)
-        shapes = [arrays[name].shape for name in ("mean", "references", "distances") if name in arrays]
-        right = [len(shape) for shape in shapes] == [1, 2, 1] and shapes[0][0] == shapes[1][1]
-        if not right or 0 in (*shapes[1], *shapes[2]):
+        shapes = {name: array.shape for name, array in arrays.items()}
+        if (
+            set(shapes) != set(STORED)
+            or [len(shapes[name]) for name in STORED] != [1, 2, 1, 1]
+            or shapes["references"] != shapes["lengths"] + shapes["mean"]
+            or 0 in shapes["references"] + shapes["distances"]
+        ):
             raise ValueError(f"arrays of shapes {shapes}")
-        lengths = arrays.get("lengths", np.empty(0))
-        if lengths.shape not in ((0,), (shapes[1][0],)):
-            raise ValueError(f"{lengths.shape} lengths of {shapes[1]} references")
-        return Reference(arrays["mean"], arrays["references"].astype(np.float32), arrays["distances"], lengths)
+        return Reference(
+            arrays["mean"], arrays["references"].astype(np.float32), arrays["distances"], arrays["lengths"]
+        )
 
 
 def directions(X: NDArray[np.float32], mean: Floats | float) -> NDArray[np.float32]:
@@ -102,11 +106,6 @@ def alike(scores: Floats, known: Floats) -> NDArray[np.float64]:
     """
     above = len(known) - np.searchsorted(np.sort(known), scores, side="left")
     return np.asarray((1.0 + above) / (1 + len(known)), dtype=np.float64)
-
-
-def least_share(n: int) -> float:
-    """Return the smallest rate of false alarms that n known images can promise."""
-    return 1 / (n + 1)
 
 
 def auroc(known: Floats, unknown: Floats) -> float:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -40,7 +39,16 @@ from pipeline.data.classes import scores_as_columns
 from pipeline.data.targets import Target, record_of, target_of
 from pipeline.errors import BundleError, first_line
 from pipeline.evaluation.calibration import Calibrator
-from pipeline.experiment import BUNDLE, DIGEST, MADE_BY, bundle_file, read_document, require_modest, write_document
+from pipeline.experiment import (
+    BUNDLE,
+    DIGEST,
+    MADE_BY,
+    bundle_file,
+    from_plain,
+    read_document,
+    require_modest,
+    write_document,
+)
 from pipeline.io.digests import bytes_digest
 from pipeline.io.files import write_atomic
 from pipeline.io.process import instead, look_in
@@ -56,9 +64,6 @@ KNOWN = "known.npz"
 """What is kept of the training images, to tell strangers by."""
 SKOPS, JOBLIB, MEMBERS = "head.skops", "head.joblib", "members"
 """Where a head is: a file of one of two formats, or the folder of a soft vote's members."""
-
-CONTENT = {"head": str, "params": dict, "embedding": dict, "file": str, "versions": dict}
-"""What a bundle's document holds at least, and of which type."""
 
 SMALLEST_PROBABILITY = 1e-6
 """Forests and neighbours say 0, whose logarithm no temperature can mend."""
@@ -226,10 +231,7 @@ def add(folder: Path, files: Mapping[str, bytes], more: Mapping[str, Any]) -> No
 
 def describe(folder: Path) -> dict[str, Any]:
     """Read and check a bundle's document without loading its head; BundleError when there is none, or it is damaged."""
-    path = folder / "bundle.json"
-    if not os.path.lexists(path):
-        raise BundleError(f"{folder}: no bundle here (bundle.json is missing); {BUNDLE.missing}")
-    return read_document(path, BUNDLE)
+    return read_document(folder / "bundle.json", BUNDLE)
 
 
 def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
@@ -239,40 +241,32 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
     loaded) and `trust_code` is not given.
     """
     document = describe(folder)
-    wrong = [key for key, kind in CONTENT.items() if not isinstance(document.get(key), kind)]
-    if wrong or document["file"] not in (SKOPS, JOBLIB, MEMBERS):
-        raise BundleError(f"{folder}/bundle.json: incomplete (missing: {', '.join(wrong) or 'a known head file'})")
+    try:
+        file, found = document["file"], str(document["versions"]["scikit-learn"])
+        told = document.get("calibrator")
+        calibrator = None if told is None else from_plain(Calibrator, told)
+        target, about = target_of(document), {key: document[key] for key in ("head", "params", "embedding")}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{folder}/bundle.json: incomplete (missing: {error.args[0]}); {BUNDLE.again}") from None
+    if file not in (SKOPS, JOBLIB, MEMBERS):
+        raise BundleError(f"{folder}/bundle.json: incomplete (missing: a known head file); {BUNDLE.again}")
     # A fitted scikit-learn object is only promised to load with the release (major.minor) that wrote it.
-    found, here = document["versions"].get("scikit-learn", "unknown"), importlib.metadata.version("scikit-learn")
+    here = importlib.metadata.version("scikit-learn")
     if found.split(".")[:2] != here.split(".")[:2]:
         raise BundleError(
             f"{folder}: saved with scikit-learn {found}, this is {here}; "
             f"install scikit-learn {found} or make the bundle again with `manyheads heads`"
         )
     members = tuple(load(place, trust_code=trust_code) for place in places_of(folder, document))
-    try:
-        target = target_of(document)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{folder}/bundle.json: incomplete (missing: {error.args[0]}); {BUNDLE.again}") from None
-    try:
-        told = document.get("calibrator")
-        numbers = [] if told is None else [tuple(map(float, told[key])) for key in ("slopes", "offsets")]
-        calibrator = None if told is None else Calibrator(str(told["method"]), *numbers)
-    except (KeyError, TypeError, ValueError):
-        raise BundleError(
-            f"{folder}/bundle.json: its calibrator is damaged; make the bundle again with `manyheads heads`"
-        ) from None
     bundle = ModelBundle(
-        head=document["head"],
-        params=document["params"],
+        **about,
         target=target,
-        embedding=document["embedding"],
-        estimator=None if members else _load_head(folder / document["file"], trust_code),
+        estimator=None if members else _load_head(folder / file, trust_code),
         provenance=document.get("provenance", {}),
         calibrator=calibrator,
         members=members,
     )
-    _require_predicts(bundle, folder / document["file"])
+    _require_predicts(bundle, folder / file)
     return bundle
 
 
@@ -282,40 +276,35 @@ def places_of(folder: Path, document: Mapping[str, Any]) -> list[Path]:
         return []
     digests = list(document.get("members") or ())
     places = [folder / MEMBERS / str(number) for number in range(len(digests))]
-    if not places or any(describe(place).get(DIGEST) != digest for place, digest in zip(places, digests, strict=True)):
+    if not places or [describe(place).get(DIGEST) for place in places] != digests:
         raise BUNDLE.damaged(folder / MEMBERS, "its members are not those that bundle.json names")
     return places
 
 
 def _load_head(path: Path, trust_code: bool) -> Any:
+    """Load an estimator's file, in the safe format whatever it holds, else only if it is trusted."""
     data = bundle_file(path.parent, path.name)
-    if path.name == SKOPS:
-        return _load_skops(path, data)
-    if not trust_code:
+    if path.name == JOBLIB and not trust_code:
         raise BundleError(
             f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
         )
-    look_in(Path())
-    try:
-        return joblib.load(io.BytesIO(data))
-    except (ImportError, AttributeError) as error:
-        raise BundleError(
-            f"{path}: its head is of a module of yours that cannot be imported ({first_line(error)}); "
-            "run the command in the folder where that module is"
-        ) from None
-
-
-def _load_skops(path: Path, data: bytes) -> Any:
+    if path.name == JOBLIB:
+        look_in(Path())
+        try:
+            return joblib.load(io.BytesIO(data))
+        except (ImportError, AttributeError) as error:
+            raise BundleError(
+                f"{path}: its head is of a module of yours that cannot be imported ({first_line(error)}); "
+                "run the command in the folder where that module is"
+            ) from None
     try:
         require_modest(data)
         unknown = sorted(set(skops_io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))
         if unknown:
-            raise BundleError(f"{path}: holds types that are not trusted: {', '.join(unknown)}; not loaded")
+            raise ValueError(f"it holds types that are not trusted: {', '.join(unknown)}")
         estimator = skops_io.loads(data, trusted=list(TRUSTED_TYPES))
         check_fitted(estimator)
         return estimator
-    except BundleError:
-        raise
     except Exception as error:  # a crafted file can make the reader fail in any way
         raise BundleError(f"{path}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
 
@@ -393,29 +382,19 @@ def _check_tree(tree: Tree) -> None:
     nodes = tree.__getstate__()["nodes"]
     leaf = nodes["left_child"] == -1
     _require(bool((nodes["right_child"][leaf] == -1).all()), "a leaf of a tree has a child")
-    node = np.arange(len(nodes))[~leaf]
-    for side in ("left_child", "right_child"):
-        children = nodes[side][~leaf].astype(np.int64)
+    node, inner = np.arange(len(nodes))[~leaf], nodes[~leaf]
+    for children in (inner["left_child"], inner["right_child"]):
         _require(bool(((children > node) & (children < len(nodes))).all()), "a node of a tree has a child that is none")
-    asked = nodes["feature"][~leaf].astype(np.int64)
-    inside = bool(((asked >= 0) & (asked < tree.n_features)).all())
-    _require(inside, "a node of a tree asks for a feature that does not exist")
+    inside = (inner["feature"] >= 0) & (inner["feature"] < tree.n_features)
+    _require(bool(inside.all()), "a node of a tree asks for a feature that does not exist")
 
 
 def _check_decision_tree(owner: BaseDecisionTree) -> None:
     tree = getattr(owner, "tree_", None)
-    if tree is not None:
-        _require(isinstance(tree, Tree), "a decision tree holds no tree")
-        _require(tree.n_features == owner.n_features_in_, "a tree is for other features than its owner")
-
-
-def _rebuilt(tree: KDTree | BallTree) -> KDTree | BallTree:
-    """Build a search tree again from its points: the same, unless its inner arrays were crafted."""
-    state = tree.__getstate__()
-    data, leaf_size, metric = np.asarray(state[0]), int(state[4]), state[11]
-    _require(data.ndim == 2 and data.size > 0 and bool(np.isfinite(data).all()), "a search tree has no usable points")
-    _require(leaf_size >= 1, "a search tree has no leaf size")
-    return type(tree)(data, leaf_size=leaf_size, metric=metric)
+    _require(
+        tree is None or (isinstance(tree, Tree) and tree.n_features == owner.n_features_in_),
+        "a tree is for other features than its owner",
+    )
 
 
 def _refuse(part: Any) -> None:
@@ -429,9 +408,13 @@ def _check_neighbours(owner: NeighborsBase) -> None:
         return
     tree = getattr(owner, "_tree", None)
     if tree is not None:
-        owner._tree = _rebuilt(tree)
-        same = not issparse(points) and points.shape == tree.data.shape
+        # Built again from its points: the same, unless its inner arrays were crafted.
+        state = tree.__getstate__()
+        data, leaf_size = np.asarray(state[0]), int(state[4])
+        _require(bool(np.isfinite(data).all()) and leaf_size >= 1, "a search tree has no usable points")
+        same = not issparse(points) and points.shape == data.shape
         _require(same, "a search tree has other points than its owner")
+        owner._tree = type(tree)(data, leaf_size=leaf_size, metric=state[11])
     if labels is not None and hasattr(owner, "classes_"):
         _require(len(labels) == points.shape[0], "there are other labels than points")
         classes = owner.classes_ if isinstance(owner.classes_, list) else [owner.classes_]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.errors import BundleError, ConfigError, number_of
 from pipeline.evaluation import HeadPredictions, wilson
 from pipeline.evaluation.predictions import FILE_NAME
-from pipeline.evaluation.strangeness import Reference, alike, label_sets, least_share, unsureness
+from pipeline.evaluation.strangeness import Reference, alike, label_sets, unsureness
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 
@@ -103,7 +103,7 @@ def open_strangers(folder: Path, bundle: ModelBundle, unknown: float | None, set
         raise ConfigError(f"{folder}: has no probabilities of held-out images, which --unknown and --sets go by")
     own = known.distances if known is not None and score != PROBABILITY else unsureness(p)  # type: ignore[arg-type]
     of_truth = nothing if p is None else p[np.arange(len(said)), said.y_true]
-    least = least_share(len(own))
+    least = 1 / (len(own) + 1)
     if unknown is not None and not least <= unknown < 1:
         raise ConfigError(
             f"--unknown: {unknown:g} is to be from {least:.2g} to 1: {number_of(len(own), 'training image')} tell no less"

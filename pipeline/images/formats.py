@@ -45,49 +45,35 @@ HEIC_EXTRA: Final = "pip install 'manyheads[heic]'"
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """A kind of file: what people call it, what its first bytes look like, and Pillow's name of its decoder, '' where none reads it."""
+    """A kind of image: what people call it, what its first bytes look like, and Pillow's name of its decoder, '' where none reads it."""
 
     name: str
     start: re.Pattern[bytes]
-    format: str = ""
-    is_image: bool = True
+    format: str
 
     @property
     def refusal(self) -> str:
         """Why files of this kind are not read, and what to do; '' for those that are."""
         if self.format == "HEIF" and not reads_heic():
             return f"it is {self.name}; {HEIC_EXTRA} has it read, or save it as JPEG or PNG"
-        if self.format == "AVIF" and not features.check("avif"):
-            return f"it is {self.name}, which this Pillow was built without; install Pillow from PyPI, or save it as JPEG or PNG"
-        return "" if self.format else f"it is {self.name}; save it as JPEG or PNG"
+        is_read = features.check("avif") if self.format == "AVIF" else self.format
+        return "" if is_read else f"it is {self.name}; save it as JPEG or PNG"
 
 
-def _kind(name: str, start: bytes, format: str = "", *, is_image: bool = True) -> ImageFormat:
-    return ImageFormat(
-        name, re.compile(start, re.DOTALL | re.IGNORECASE if not format else re.DOTALL), format, is_image
+_RAW = rb"II\x2a\0....CR\x02|II(RO|RS|U\0)|MMOR|FUJIFILMCCD-RAW|....ftypcrx |\0MRM"
+KINDS: Final = tuple(
+    ImageFormat(name, re.compile(start, re.DOTALL), format)
+    for name, start, format in (
+        ("a JPEG image", rb"\xff\xd8\xff", "JPEG"),
+        ("a PNG image", rb"\x89PNG\r\n\x1a\n", "PNG"),
+        ("a GIF image", rb"GIF8[79]a", "GIF"),
+        ("a WebP image", rb"RIFF....WEBP", "WEBP"),
+        ("a BMP image", rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", "BMP"),
+        ("a camera's raw file", _RAW, ""),
+        ("a TIFF image", rb"(II|MM)(\0[*+]|[*+]\0)", "TIFF"),
+        ("an AVIF image", rb"....ftyp(avi[fs]|m[is]f1.{4}(.{4}){0,7}avi[fs])", "AVIF"),
+        ("a HEIC photo", rb"....ftyp(hei[cxms]|hev[cxms]|m[is]f1)", "HEIF"),
     )
-
-
-KINDS: Final = (
-    _kind("a JPEG image", rb"\xff\xd8\xff", "JPEG"),
-    _kind("a PNG image", rb"\x89PNG\r\n\x1a\n", "PNG"),
-    _kind("a GIF image", rb"GIF8[79]a", "GIF"),
-    _kind("a WebP image", rb"RIFF....WEBP", "WEBP"),
-    _kind("a BMP image", rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", "BMP"),
-    _kind("a camera's raw file", rb"II\x2a\0....CR\x02|II(RO|RS|U\0)|MMOR|FUJIFILMCCD-RAW|....ftypcrx |\0MRM"),
-    _kind("a TIFF image", rb"(II|MM)(\0[*+]|[*+]\0)", "TIFF"),
-    _kind("an AVIF image", rb"....ftyp(avi[fs]|m[is]f1.{4}(.{4}){0,7}avi[fs])", "AVIF"),
-    _kind("a HEIC photo", rb"....ftyp(hei[cxms]|hev[cxms]|m[is]f1)", "HEIF"),
-    _kind("a JPEG XL image", rb"\xff\x0a|\0\0\0\x0cJXL "),
-    _kind("a JPEG 2000 image", rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
-    _kind("a Photoshop file", rb"8BPS"),
-    _kind("an OpenEXR image", rb"v/1\x01"),
-    _kind("a DICOM image", rb".{128}DICM"),
-    _kind("an icon", rb"\0\0\x01\0[^\0]\0"),
-    _kind("a netpbm image", rb"P[1-6]\s+(#[^\n]*\n)*\s*\d+\s+\d+\s"),
-    _kind("an SVG drawing", rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!DOCTYPE svg[^>]*>\s*)?<svg"),
-    _kind("a PDF document", rb"%PDF", is_image=False),
-    _kind("a web page", rb"\s*(<!DOCTYPE html|<html)", is_image=False),
 )
 """In the order they are looked for."""
 
@@ -96,7 +82,7 @@ READ: Final = tuple(kind.format for kind in KINDS if kind.format)
 
 
 def kind_of(start: bytes) -> ImageFormat | None:
-    """Return what a file is that begins with these bytes (`START_BYTES` of them are enough); None where nobody knows."""
+    """Return what a file is that begins with these bytes (`START_BYTES` of them are enough); None where it is no image of these kinds."""
     return next((kind for kind in KINDS if kind.start.match(start)), None)
 
 

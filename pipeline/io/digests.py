@@ -55,12 +55,6 @@ def fingerprint(value: Any) -> str:
     return bytes_digest(canonical_json(value).encode("ascii"))
 
 
-def pack_digests(digests: Iterable[bytes]) -> Digests:
-    """Turn n 16-byte digests into an array of shape (n, 2), uint64."""
-    joined = b"".join(digests)
-    return np.frombuffer(joined, dtype="<u8").reshape(-1, 2).copy()
-
-
 def digest_keys(digests: Digests) -> NDArray[np.void]:
     """View n digests, shape (n, 2), as n single values that can be compared and sorted."""
     keys: NDArray[np.void] = np.ascontiguousarray(digests, "<u8").reshape(-1, 2).view("V16").ravel()

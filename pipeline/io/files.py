@@ -85,12 +85,22 @@ def read_file(path: Path, most: int | None = None) -> bytes:
 
     OSError as from the system; `EINVAL` for a pipe or device, `EFBIG` for a larger file.
     """
-    descriptor = os.open(path, os.O_RDONLY | _FLAGS)
-    with open(descriptor, "rb") as file:
-        state = _require_ordinary(descriptor, path)
-        if most is not None and state.st_size > most:
-            raise OSError(errno.EFBIG, f"It has {state.st_size:,} bytes, expected at most {most:,}", str(path))
+    with open(open_ordinary(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise OSError(errno.EFBIG, f"It has {size:,} bytes, expected at most {most:,}", str(path))
         return file.read()
+
+
+def open_ordinary(path: Path, flags: int = 0) -> int:
+    """Open an ordinary file for reading, without waiting; return the descriptor. OSError as from the system, `EINVAL` for a pipe."""
+    descriptor = os.open(path, os.O_RDONLY | _FLAGS | flags)
+    try:
+        _require_ordinary(descriptor, path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _require_ordinary(descriptor: int, path: Path) -> os.stat_result:

@@ -298,30 +298,19 @@ def few_shot_chart(palette: Palette, result: FewShot) -> Figure:
     return made
 
 
-def priced(
-    rows: Sequence[LeaderboardRow], told: Metric = ACCURACY
-) -> tuple[list[LeaderboardRow], list[tuple[list[LeaderboardRow], str]]]:
-    """Return the rows that the cost chart shows; and those that it cannot, or only by squeezing all others, and why."""
+def priced(rows: Sequence[LeaderboardRow], told: Metric = ACCURACY) -> list[LeaderboardRow]:
+    """Return the rows that the cost chart shows: those with a score and a time, unless they would squeeze all others."""
     tested = {row.key: scores for row in rows if (scores := _tested(row, told))}
     floor, timed = _floor([low for _, low, _ in tested.values()], told), any(row.embed_seconds for row in rows)
-    end = f"below {100 * floor:.0f} %" if told.percent else f"beyond {told.text(floor)}"
-    low = f"{end}, where they would squeeze all others"
-    untimed, untested = "without a measured time per image", "without a test score"
-    found: dict[str, list[LeaderboardRow]] = {"": [], low: [], untimed: [], untested: []}
-    for row in rows:
-        if row.key not in tested:
-            found[untested].append(row)
-        elif timed and not row.embed_seconds:
-            found[untimed].append(row)
-        else:
-            found[low if tested[row.key][0] < floor else ""].append(row)
-    return found.pop(""), [(left, reason) for reason, left in found.items() if left]
+    return [
+        row for row in rows if row.key in tested and tested[row.key][0] >= floor and (row.embed_seconds or not timed)
+    ]
 
 
 @chart
 def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, told: Metric = ACCURACY) -> Figure:
     """Draw the test's score against time per image (embedding and head); rows that none beats in both are joined."""
-    shown, _ = priced(rows, told)
+    shown = priced(rows, told)
     names = list(dict.fromkeys(row.head for row in shown))
     height = 3.3 + 0.21 * -(-len(names) // 2)
     made, axes = figure(palette, f"Test {told.title} against time per image", height=height)
@@ -342,44 +331,6 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, to
     axes.set(xlabel=f"time per image, milliseconds: {what}", ylabel=f"test {told.header}")
     _as_a_loss_is_known(axes.yaxis, told)
     made.legend(loc="outside lower center", ncols=2)
-    return made
-
-
-@chart
-def shortlist_chart(palette: Palette, dots: Sequence[tuple[str, float, float, Interval, bool, bool]]) -> Figure:
-    """Draw accuracy with its interval against milliseconds per image.
-
-    `dots` are names, milliseconds, accuracies, intervals, whether nothing shows that it is worse than the best, and whether it is
-    a baseline.
-    """
-    made, axes = figure(palette, "Accuracy against time per image", width=7.6, height=4.2)
-    places = [max(spent, 0.1) for _, spent, *_ in dots]  # a thumbnail costs nothing, and would squeeze all others
-    ends = [end for _, _, _, interval, *_ in dots for end in interval]
-    gap, beside = 6 * (max(ends) - min(ends)), np.inf
-    for spent, (name, _, accuracy, interval, tied, baseline) in sorted(
-        zip(places, dots, strict=True), key=lambda each: -each[1][2]
-    ):
-        colour = palette.accent if tied else palette.muted
-        axes.plot([spent, spent], [100 * end for end in interval], color=colour, lw=1.2)
-        face = colour if tied else palette.surface
-        axes.plot(spent, 100 * accuracy, "s" if baseline else "o", color=colour, mfc=face, ms=7)
-        # Names stand in a column: those of networks that are alike would lie upon each other.
-        beside = min(100 * accuracy, beside - gap)
-        axes.annotate(
-            plain_text(name.replace("-penultimate", "")),
-            (spent, 100 * accuracy),
-            xytext=(1.02, beside),
-            textcoords=("axes fraction", "data"),
-            arrowprops={"arrowstyle": "-", "color": palette.muted, "lw": 0.5, "ls": DASHED, "relpos": (0, 0.5)},
-            va="center",
-            fontsize=8.5,
-            color=palette.ink if tied else palette.muted,
-        )
-    _times(axes)
-    axes.set_xlim(min(places) / 1.5, max(places) * 1.5)
-    signs = "filled: nothing shows that it is worse than the best; squares: baselines"
-    axes.set_xlabel(f"milliseconds per image, without decoding\n{signs}")
-    axes.set_ylabel("accuracy out of fold, %, and 95 % interval")
     return made
 
 

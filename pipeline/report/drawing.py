@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from itertools import takewhile
+from os.path import commonprefix
 from typing import Any, Concatenate, ParamSpec
 
 import matplotlib
@@ -104,11 +104,6 @@ def to_png(chart: Chart) -> bytes:
     return _drawn(chart, PAPER, format="png", dpi=200, metadata={"Software": None})[0]
 
 
-def to_paper_svg(chart: Chart) -> bytes:
-    """Draw a chart as an SVG file of its own, in the colours of paper."""
-    return _drawn(chart, PAPER, format="svg", metadata={"Date": None, "Creator": None})[0]
-
-
 def plain_text(text: str) -> str:
     """Return text that matplotlib does not take for mathematics."""
     return text.replace("$", r"\$")
@@ -166,42 +161,28 @@ def shorten_all(names: Sequence[str], length: int) -> list[str]:
     """Return every name in about `length` characters, different names kept different.
 
     Where one is too long, words that all begin or end with are left out first ("…blue circle…" of many photographs of
-    something on a plain background), then the middle. Names that differ only there lose what they share among themselves,
-    and are numbered if that does not tell them apart either.
+    something on a plain background), then the middle, as names mostly differ at their ends; those that are alike then are numbered.
     """
     unique = list(dict.fromkeys(names))
     if all(len(name) <= length for name in unique):
         return list(names)
-    found = dict(zip(unique, _cut(unique, length, " -_/."), strict=True))
-    for text, count in Counter(found.values()).items():
-        if count == 1:
-            continue
-        alike = [name for name in unique if found[name] == text]
-        again = _cut(alike, length, "")
-        if len(set(again)) < len(alike) or set(again) & set(found.values()):
-            again = [f"{text} ({number})" for number in range(1, len(alike) + 1)]
-        found.update(zip(alike, again, strict=True))
+    front = _shared(unique)
+    back = _shared([name[front:][::-1] for name in unique])
+    if len(unique) < 2 or min(map(len, unique)) <= front + back:
+        front = back = 0
+    found, seen, room = {}, Counter[str](), length - bool(front) - bool(back)
+    for name in unique:
+        text = name[front : len(name) - back]
+        if len(text) > room:
+            half = room // 2
+            text = text[:half].rstrip() + GAP + text[len(text) - (room - half - 1) :].lstrip()
+        text = GAP * bool(front) + text + GAP * bool(back)
+        seen[text] += 1
+        found[name] = text if seen[text] == 1 else f"{text} ({seen[text]})"
     return [found[name] for name in names]
 
 
-def _cut(names: Sequence[str], length: int, separators: str) -> list[str]:
-    """Leave out what all names begin and end with, whole words where there are separators; then each name's middle."""
-
-    def shared(texts: Sequence[str]) -> int:
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(min(texts), max(texts), strict=False))
-        beginning = "".join(sign for sign, _ in same)
-        return max(beginning.rfind(sign) + 1 for sign in separators) if separators else len(beginning)
-
-    front = shared(names)
-    back = shared([name[front:][::-1] for name in names])
-    inner = [name[front : len(name) - back] for name in names]
-    if len(names) < 2 or not all(inner):
-        front, back, inner = 0, 0, list(names)
-    room = length - bool(front) - bool(back)
-    half, ends = room // 2, (GAP * bool(front), GAP * bool(back))
-    # Names mostly differ at their ends.
-    short = [
-        name if len(name) <= room else name[:half].rstrip() + GAP + name[len(name) - (room - half - 1) :].lstrip()
-        for name in inner
-    ]
-    return [ends[0] + name + ends[1] for name in short]
+def _shared(texts: Sequence[str]) -> int:
+    """Return how many characters the words have that all texts begin with."""
+    beginning = commonprefix(list(texts))  # noqa: RUF071 - of characters, these are no paths
+    return max(beginning.rfind(sign) + 1 for sign in " -_/.")

@@ -77,7 +77,7 @@ def build(folder: Path, found: Sequence[Explained], no_neighbours: str = "") -> 
         }
         write_text_atomic(folder / name, fill("explained.html", given))
         links.append((name, each, data_address(enlarged(drawn, SIDE))))
-    write_text_atomic(folder / INDEX, fill("explained-index.html", {"title": "Why these labels", "links": links}))
+    write_text_atomic(folder / INDEX, fill("explained.html", {"title": "Why these labels", "links": links}))
     return folder / INDEX
 
 

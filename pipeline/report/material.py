@@ -21,8 +21,9 @@ from pipeline.data.classes import class_columns
 from pipeline.data.targets import TARGETS
 from pipeline.embed.records import concatenated, open_features, read_records, require_index
 from pipeline.errors import PipelineError
-from pipeline.evaluation import HeadPredictions, audit, fewshot
+from pipeline.evaluation import HeadPredictions, audit
 from pipeline.evaluation.advice import Advice, read_advice
+from pipeline.evaluation.fewshot import FewShot
 from pipeline.evaluation.leaderboard import (
     Leaderboard,
     Trials,
@@ -38,7 +39,7 @@ from pipeline.evaluation.learning_curve import (
     curve_sizes,
     stratified_order,
 )
-from pipeline.experiment import MISTAKES, Artifacts, read_document
+from pipeline.experiment import FEWSHOT, MISTAKES, Artifacts, read_document, read_record
 from pipeline.heads import RIDGE, configure
 from pipeline.io.process import instead
 
@@ -93,7 +94,7 @@ class Material:
     """Of the best row's embedding, or the best with features."""
     findings: audit.Findings = field(default_factory=audit.Findings)
     missing: tuple[str, ...] = ()
-    few_shot: fewshot.FewShot | None = None
+    few_shot: FewShot | None = None
     """What `manyheads fewshot` found, where it was run."""
     advice: Advice | None = None
     """What `manyheads advise` said, where it was asked."""
@@ -160,21 +161,21 @@ def gather(output: Path) -> Material:
     board = board if board.recommendation else recommend(board, output)
     predictions, missing = read_predictions(board, output), list[str]()
 
-    def found(what: str, read: Callable[[], T]) -> T | None:
+    def found(what: str, read: Callable[..., T], *of: Any) -> T | None:
         try:
-            return read()
+            return read(*of)
         except (PipelineError, OSError) as error:
             missing.append(f"{what}: {error}")
         return None
 
     if board.best.key not in predictions:
         missing.append("The best row left no predictions, so its mistakes cannot be shown.")
-    index = found("No images are shown, because the index cannot be read", lambda: DatasetIndex.read(files.dataset))
+    index = found("No images are shown, because the index cannot be read", DatasetIndex.read, files.dataset)
     view = None if index is None else _view(files, board, index, missing)
-    findings = found("No near-duplicates and outliers are shown", lambda: audit.read_findings(files.audit))
+    findings = found("No near-duplicates and outliers are shown", audit.read_findings, files.audit)
     few_shot = None
     if files.few_shot.exists():
-        few_shot = found("Few-shot scores are not shown", lambda: fewshot.read(files.few_shot))
+        few_shot = found("Few-shot scores are not shown", read_record, files.few_shot, FEWSHOT, FewShot)
     return Material(
         output,
         board,

@@ -39,7 +39,7 @@ def build(output: Path) -> Path:
     shown, tables = sections.shown(material), audit.to_csv(material.label_issues, material.findings)
     made = {PAGE: render(material, shown).encode("utf-8")}
     made |= {f"plots/{name}.png": to_png(chart) for charts, _ in shown.values() for name, chart in charts.items()}
-    filled = {path: _fill("model-card.md", material, given) for path, given in sections.cards(material).items()}
+    filled = {path: fill("model-card.md", _known(material) | given) for path, given in sections.cards(material).items()}
     filled |= {f"audit/{name}": text for name, text in tables.items()}
     made |= {name: text.encode("utf-8") for name, text in filled.items()}
     for name, data in made.items():
@@ -65,7 +65,9 @@ def build_overview(output: Path, pages: Mapping[str, Path]) -> Path:
 
 def fill(name: str, given: Mapping[str, object]) -> str:
     """Return a page of its own as HTML text, by its template and what that asks for."""
-    return _environment().get_template(name).render({"parts": (), "images": None, **_look(), **given})
+    style, script = (Markup((TEMPLATES / file).read_text(encoding="utf-8")) for file in ("style.css", "script.js"))
+    look = {"parts": (), "images": None, "style": style, "script": script}
+    return _environment().get_template(name).render({**look, **given})
 
 
 def render(material: Material, shown: Mapping[PageSection, Shown] | None = None) -> str:
@@ -73,13 +75,8 @@ def render(material: Material, shown: Mapping[PageSection, Shown] | None = None)
     found = sections.shown(material) if shown is None else shown
     parts = [(section, _filled(section, material, part)) for section, part in found.items()]
     named = [path for _, given in found.values() for path in given.get("pictures", ())]
-    return _fill("page.html", material, {"parts": parts, "images": pictures.carried(material, named), **_look()})
-
-
-def _look() -> dict[str, Markup]:
-    """Return the look and the behaviour of a page."""
-    files = {"style": "style.css", "script": "script.js"}
-    return {name: Markup((TEMPLATES / file).read_text(encoding="utf-8")) for name, file in files.items()}
+    given = {"parts": parts, "images": pictures.carried(material, named), **_known(material)}
+    return fill("page.html", given)
 
 
 def section(name: str, material: Material) -> Markup:
@@ -92,14 +89,21 @@ def section(name: str, material: Material) -> Markup:
 def _filled(section: PageSection, material: Material, part: Shown) -> Markup:
     charts, given = part
     drawn = {name: Markup(to_svg(chart, name)) for name, chart in charts.items()}
-    return Markup(_fill(f"{section.name}.html", material, {"drawn": drawn, **given}))
+    macros = _environment().get_template("sections.html").make_module({**_known(material), "drawn": drawn, **given})
+    return Markup(getattr(macros, f"{section.name.replace('-', '_')}_section")())
 
 
-def _fill(name: str, material: Material, given: Mapping[str, object]) -> str:
+def _known(material: Material) -> dict[str, object]:
     board, metric = material.leaderboard, material.leaderboard.metric
-    known = {"material": material, "board": board, "best": board.best, "title": sections.title(material)}
-    known |= {"metric": metric, "told": board.told_by, "unit": "%" if metric is ACCURACY else metric.header}
-    return _environment().get_template(name).render(**known, **given)
+    return {
+        "material": material,
+        "board": board,
+        "best": board.best,
+        "title": sections.title(material),
+        "metric": metric,
+        "told": board.told_by,
+        "unit": "%" if metric is ACCURACY else metric.header,
+    }
 
 
 @cache
@@ -119,11 +123,11 @@ def _environment() -> Environment:
     )
     made.globals.update(
         accuracy=ACCURACY,
-        apart_title=boards.apart_title,
         most_rows=MOST_ROWS,
         most_inside=pictures.MOST_INSIDE,
         curve_head=CURVE_HEAD.name,
-        apart_text=boards.apart_text,
+        apart_words=boards.apart_words,
+        repeated=boards.repeated,
         cross_validated=boards.cross_validated,
         metrics_for=metrics_for,
         test_text=boards.test_text,

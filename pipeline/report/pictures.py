@@ -58,9 +58,12 @@ def gallery(index: DatasetIndex | None, paths: Iterable[str]) -> dict[str, str]:
     """Return the thumbnail of each path that can be shown, by path."""
     if index is None:
         return {}
-    known = set(index.paths.tolist())
-    images = {path: small(index.root, path, SIDE) for path in paths if path in known}
-    return {path: data_address(image) for path, image in images.items() if image is not None}
+    known, found = set(index.paths.tolist()), dict[str, str]()
+    for path in paths:
+        image = small(index.root, path, SIDE) if path in known else None
+        if image is not None:
+            found[path] = data_address(image)
+    return found
 
 
 def sheet(index: DatasetIndex, rows: Sequence[int]) -> tuple[str, int]:

@@ -23,7 +23,6 @@ from pipeline.evaluation.domains import Domains
 from pipeline.evaluation.intervals import share_interval
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
 from pipeline.evaluation.leaderboard.recommendation import effects
-from pipeline.evaluation.leaderboard.table import REPEATS
 from pipeline.evaluation.metric import METRICS, metrics_for
 from pipeline.evaluation.scoring import ClassScores, confusion_matrix, per_class, scores
 from pipeline.experiment import BUNDLE, Artifacts, from_plain, read_document
@@ -153,7 +152,7 @@ def _leaderboard(material: Material) -> Shown:
     board = material.leaderboard
     # What to use, ~ and ± are said above the table, where the page has a blue edge for the sign.
     above = ("Use ", "~", "±")
-    asked = [(name, text) for name, text in REPEATS if any(getattr(row, name) for row in board.rows)]
+    asked = [name for name in ("nested", "seeds") if any(getattr(row, name) for row in board.rows)]
     notes = [note for note in board.notes() if not note.startswith(above)]
     columns = [metric for metric in metrics_for(board.target) if metric.column and metric is not board.told_by]
     return {}, {"notes": notes, "asked": asked, "ends": _ends(board), "columns": columns}
@@ -230,19 +229,6 @@ def largest(matrix: NDArray[np.int64], classes: Sequence[str]) -> list[Confusion
     ]
 
 
-def left_out(matrix: NDArray[np.int64]) -> str:
-    """Return what a reader must know of a matrix, int64 (n, n), too large to be drawn whole; nothing where it is whole."""
-    kept = charts.most_confused(matrix)
-    if len(kept) == len(matrix):
-        return ""
-    cells = matrix[np.ix_(kept, kept)]
-    drawn, mistakes = int(cells.sum() - np.trace(cells)), int(matrix.sum() - np.trace(matrix))
-    return (
-        f"Drawn are the {len(kept)} classes with most mistakes of {len(matrix)}, and with them {drawn:,} of {mistakes:,} mistakes; "
-        "in the others a class that is not drawn has a part."
-    )
-
-
 def _classes(material: Material) -> Shown | None:
     best = material.best
     if best is None:
@@ -252,7 +238,6 @@ def _classes(material: Material) -> Shown | None:
     worst = sorted(rows, key=lambda row: (not row.support + row.predicted, row.f1))[:WORST_CLASSES]
     confused = largest(matrix, best.classes)
     return {"confusion": charts.confusion_chart(matrix, best.classes)}, {
-        "left_out": left_out(matrix),
         "wide": len(matrix) > charts.MOST_SMALL,
         "confused": confused[:MOST_LISTED],
         "confusions": len(confused),
@@ -358,10 +343,10 @@ def _growth(material: Material) -> Shown | None:
     rows, told, found = material.leaderboard.rows, material.leaderboard.told_by, dict[str, Chart]()
     if material.curve is not None and len(material.curve.points) > 1:
         found["learning_curve"] = charts.learning_chart(material.curve, CURVE_HEAD.name)
-    shown, unpriced = charts.priced(rows, told)
+    shown = charts.priced(rows, told)
     if shown:
         found["cost"] = charts.cost_chart(rows, max(row.test.n for row in shown if row.test), told)
-    return (found, {"curve": material.curve, "unpriced": unpriced}) if found else None
+    return (found, {"curve": material.curve, "unpriced": len(rows) - len(shown)}) if found else None
 
 
 def _advice(material: Material) -> Shown | None:

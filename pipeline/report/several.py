@@ -5,8 +5,7 @@ One data set cannot say which head is better in general; average ranks over seve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,7 @@ from tabulate import tabulate
 from pipeline.errors import PipelineError
 from pipeline.evaluation.comparison import rank_over_datasets
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard, read_trials
-from pipeline.evaluation.leaderboard.table import seconds
-from pipeline.io.files import make_folder, write_atomic
+from pipeline.io.files import make_folder, write_atomic, write_text_atomic
 from pipeline.report.charts import ranking_chart, tuning_chart
 from pipeline.report.drawing import to_png
 
@@ -25,8 +23,8 @@ def compare(outputs: Sequence[Path], target: Path, row: str | None = None) -> li
     """Compare experiments and return what to print: ranks over several data sets, or searches on one.
 
     Experiments are on one data set when they answered the same question: the same images, labels and folds. Ranks are
-    written to `ranks.md` and `ranks.png` in `target`, searches to `searches.md` and, of `row` or the first they share,
-    `search.png`. PipelineError when there are fewer than two, they were tuned for different scores, or have too little in common.
+    written to `ranks.md` and `ranks.png` in `target`, the searches of `row`, or the first row that they share, to `search.png`.
+    PipelineError when there are fewer than two, they were tuned for different scores, or have too little in common.
     """
     if len(outputs) < 2:
         raise PipelineError(f"{len(outputs)} experiment given; a comparison needs at least 2 output folders")
@@ -44,8 +42,10 @@ def _ranks(boards: Sequence[Leaderboard], target: Path) -> list[str]:
     """Rank the rows that all experiments share by the tuned score on the test."""
     metric = boards[0].metric
     sign = -1.0 if metric.lower_is_better else 1.0
-    found = [{row.key: row.test.of(metric)[0] for row in board.rows if row.test} for board in boards]
-    tested = [{key: sign * score for key, score in rows.items() if score is not None} for rows in found]
+    tested: list[dict[str, float]] = []
+    for board in boards:
+        found = {row.key: row.test.of(metric)[0] for row in board.rows if row.test}
+        tested.append({key: sign * score for key, score in found.items() if score is not None})
     keys = [key for key in tested[0] if all(key in rows for rows in tested)]
     if len(keys) < 2:
         raise PipelineError(
@@ -56,70 +56,39 @@ def _ranks(boards: Sequence[Leaderboard], target: Path) -> list[str]:
     order = np.argsort(ranking.average_ranks, kind="stable").tolist()
     lines = [[f"{ranking.average_ranks[place]:.2f}", keys[place]] for place in order]
     told_apart = "ranks differ by more than chance" if ranking.p_value < 0.05 else "no evidence that ranks differ"
-    notes = [
-        f"{len(boards)} data sets, ranked by {metric.title} on the test images; Friedman's test with the "
-        f"correction of Iman and Davenport: p = {ranking.p_value:.3g}, {told_apart}.",
-        f"Nemenyi's critical difference at 5 %: {ranking.critical_difference:.2f} ranks.",
-        *(f"Not told apart: {', '.join(keys[place] for place in group)}." for group in ranking.groups),
-    ]
-    text = _page("Ranks over data sets", ["average rank", "row"], lines, notes)
-    _write(target, {"ranks.png": to_png(ranking_chart(ranking, keys)), "ranks.md": text.encode("utf-8")})
+    text = "\n".join(
+        [
+            "# Ranks over data sets",
+            "",
+            tabulate(lines, headers=["average rank", "row"], tablefmt="github", disable_numparse=True),
+            "",
+            f"- {len(boards)} data sets, ranked by {metric.title} on the test images; Friedman's test with the "
+            f"correction of Iman and Davenport: p = {ranking.p_value:.3g}, {told_apart}.",
+            f"- Nemenyi's critical difference at 5 %: {ranking.critical_difference:.2f} ranks.",
+            *(f"- Not told apart: {', '.join(keys[place] for place in group)}." for group in ranking.groups),
+            "",
+        ]
+    )
+    make_folder(target)
+    write_atomic(target / "ranks.png", to_png(ranking_chart(ranking, keys)))
+    write_text_atomic(target / "ranks.md", text)
     return [text, f"diagram  {target / 'ranks.png'}"]
 
 
 def _searches(outputs: Sequence[Path], boards: Sequence[Leaderboard], target: Path, row: str | None) -> list[str]:
-    """Draw one row's search in every experiment, a line each, and write a table of all rows that they share."""
+    """Draw one row's search in every experiment, a line each, named by its strategy and folder."""
     every = [{found.key for found in board.rows} for board in boards]
     shared = [found.key for found in boards[0].rows if found.trials > 1 and all(found.key in keys for keys in every)]
     if not shared:
         raise PipelineError("the experiments have no searched row in common; give them the same embeddings and heads")
-    key, names, searches = row or shared[0], _names(outputs, boards), {}
-    for output, board, name in zip(outputs, boards, names, strict=True):
+    key, searches = row or shared[0], {}
+    for output, board in zip(outputs, boards, strict=True):
         trials = read_trials(board, output).get(key)
         if trials is None:
             rows = ", ".join(found.key for found in board.rows)
             raise PipelineError(f"{output}: has no trials of {key}; its rows are {rows}")
-        searches[name] = trials
-    text = _search_table(names, boards, shared)
-    drawn = to_png(tuning_chart(searches, boards[0].scoring))
-    _write(target, {"search.png": drawn, "searches.md": text.encode("utf-8")})
-    return [text, f"plot     {target / 'search.png'} ({key})", f"table    {target / 'searches.md'}"]
-
-
-def _names(outputs: Sequence[Path], boards: Sequence[Leaderboard]) -> list[str]:
-    """Name each experiment by its strategy, and by its folder too where two have the same."""
-    tuning = [board.provenance.get("config", {}).get("tuning", {}) for board in boards]
-    found = [str(part.get("strategy", output.name)) for part, output in zip(tuning, outputs, strict=True)]
-    pairs = zip(found, outputs, strict=True)
-    return [name if found.count(name) == 1 else f"{name} ({output.name})" for name, output in pairs]
-
-
-def _search_table(names: Sequence[str], boards: Sequence[Leaderboard], keys: Sequence[str]) -> str:
-    """Return the best cross-validation score of every shared row in every experiment, with trials and seconds."""
-    metric, lines = boards[0].metric, []
-    finer = replace(metric, digits=metric.digits + 1)
-    for key in keys:
-        found = [board.row(key) for board in boards]
-        best, cells = round(max(row.cv_mean for row in found), 4), [key]
-        for row in found:
-            mark = "**" if round(row.cv_mean, 4) == best else ""
-            spent = f"{row.trials} trials, {seconds(row.search_seconds or 0.0)} s"
-            cells.append(f"{mark}{finer.text(row.cv_mean)}{mark} ({spent})")
-        lines.append(cells)
-    note = (
-        f"The best cross-validation score ({metric.title}) that each search found; bold is the "
-        f"{'lowest' if metric.lower_is_better else 'highest'} of its row. Every search begins with the head's defaults. "
-        "A gap within the spread of the folds says nothing about the strategies: repeat with tuning.seeds."
-    )
-    return _page("Searches on one data set", ["row", *names], lines, [note])
-
-
-def _page(title: str, headers: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
-    return "\n".join([f"# {title}", "", table, "", *(f"- {note}" for note in notes), ""])
-
-
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    make_folder(folder)
-    for name, data in files.items():
-        write_atomic(folder / name, data)
+        strategy = board.provenance.get("config", {}).get("tuning", {}).get("strategy", "search")
+        searches[f"{strategy} ({output.name})"] = trials
+    make_folder(target)
+    write_atomic(target / "search.png", to_png(tuning_chart(searches, boards[0].scoring)))
+    return [f"plot     {target / 'search.png'} ({key})"]

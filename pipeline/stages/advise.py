@@ -90,7 +90,7 @@ def run(config: Config) -> Advice:
         outside,
         len(cells),
         tried.share(config, parts),
-        {name: sign(record) for name, (_, sign, _) in advice.SIGNS.items()},
+        advice.signs_of(record),
         transfer(files, choice, config.seed, held_out=True),
     )
     write_document(files.advice, ADVICE, {"key": key, "signs": record, "advice": asdict(made)})

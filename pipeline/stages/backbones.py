@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from tabulate import tabulate
 
 from pipeline.config import ExtractionConfig
 from pipeline.embed import baselines
 from pipeline.embed.published import BUNDLED, NO_WEIGHTS
-from pipeline.embed.weights import FAMILIES, bundled
+from pipeline.embed.weights import FAMILIES, bundled, penultimate_dim
 from pipeline.errors import BackboneError
 
 MOST_BUILT = 40
@@ -45,7 +46,7 @@ class NetworkRow:
             self.weights,
             self.family,
             f"{dim:,}" if dim else "",
-            str(self.image),
+            str(self.image or ""),
             size if self.megabytes else "",
             self.license,
             self.where,
@@ -88,10 +89,17 @@ def rows() -> list[NetworkRow]:
 def _published() -> Iterator[NetworkRow]:
     for family in FAMILIES:
         for name in family.names():
-            for weights, found in family.weights(name).items():
-                where = INSTALL if found.to_install() else FETCH if found.to_fetch() else HERE
-                size = found.preprocessing.size[0]
-                yield NetworkRow(name, weights, family.library, found.dim, size, found.megabytes, found.license, where)
+            try:
+                known = family.weights(name)
+            except BackboneError:  # the library is not installed
+                yield NetworkRow(name, "", family.library, lambda: None, 0, 0, "", INSTALL)
+                continue
+            for weights, found in known.items():
+                fetch = found.to_fetch()
+                where = INSTALL if found.to_install() else FETCH if fetch else HERE
+                size = found.megabytes or (fetch.megabytes if fetch else 0)
+                dim, side = partial(penultimate_dim, name), found.preprocessing.size[0]
+                yield NetworkRow(name, weights, family.library, dim, side, size, found.license, where)
 
 
 def _here() -> Iterator[NetworkRow]:

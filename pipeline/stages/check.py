@@ -16,7 +16,7 @@ from pipeline.data.targets import kind_of
 from pipeline.embed import baselines
 from pipeline.embed.engines import require_arithmetic
 from pipeline.embed.published import NO_DOWNLOAD, STAND_IN, about_stand_in, require_permitted, stand_in
-from pipeline.embed.records import default_name, find_parts
+from pipeline.embed.records import find_parts
 from pipeline.errors import DatasetError, PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.heads import tuning
@@ -67,8 +67,6 @@ def _backbones(config: Config) -> list[str]:
             if names_vectors(section.name):
                 names += [spec.name for spec in baselines.load_vectors(section).specs]
                 continue
-            if stand_in(section) is not None:
-                names.append(default_name(section))
             names += weights.check(section if stand_in(section) is None else STAND_IN)
             require_permitted(config.licenses, ((each.title, weights.license_of(each)) for each in [section]))
         except PipelineError as error:

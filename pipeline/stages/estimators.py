@@ -8,7 +8,8 @@ from typing import Any
 
 from sklearn.pipeline import FeatureUnion, Pipeline
 
-from pipeline.config import names_code
+from pipeline.config import names_code, names_vectors
+from pipeline.embed.baselines import no_network
 from pipeline.embed.engines import engine_at_hand
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.embed.spec import embedding_name
@@ -74,14 +75,19 @@ def best_estimator(
         place = store
         if store == FROM_EXPERIMENT:
             place = next((found.parent for found in Artifacts(folder).find_stores(block.store)), None)
-        embedders.append((f"embedder{number}", _embedder(block, place, device, trust)))
+        embedders.append((f"embedder{number}", embedder_of(block, place, device, trust)))
     first = embedders[0][1] if len(embedders) == 1 else FeatureUnion(embedders)
     return Pipeline([("embedder", first), ("head", estimator_of(bundle))])
 
 
-def _embedder(record: EmbeddingRecord, store: str | Path | None, device: str, trust: bool) -> Embedder:
-    """Return the transformer that makes the vectors of a record, and refuses to make others."""
+def embedder_of(record: EmbeddingRecord, store: str | Path | None, device: str, trust: bool) -> Embedder:
+    """Return the transformer that makes the vectors of a record, and refuses to make others.
+
+    BackboneError for vectors that were made elsewhere, and for a network of code that is not trusted.
+    """
     spec, section = record.spec, record.section
+    if section is not None and names_vectors(section.name):
+        raise no_network(section.name)
     shared: dict[str, Any] = {
         "decode": spec.preprocessing["decode"]["mode"],
         "max_pixels": record.max_pixels,
@@ -103,6 +109,7 @@ def _embedder(record: EmbeddingRecord, store: str | Path | None, device: str, tr
         pooling=pooled if pooled in section.pooling else section.pooling[0],
         arguments=section.arguments or None,
         preprocessing=section.preprocessing and section.preprocessing.model_dump(exclude_defaults=True),  # type: ignore[arg-type]
+        view=section.view,
         precision=spec.precision,
         engine=engine,
         device=device,

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, DatasetError, PipelineError
 from pipeline.evaluation import fewshot
 from pipeline.evaluation.fewshot import EpisodePlan, FewShot, LabelledFeatures
 from pipeline.evaluation.learning_curve import stratified_order
-from pipeline.experiment import Artifacts
+from pipeline.experiment import FEWSHOT, Artifacts, read_record, write_record
 from pipeline.io.digests import fingerprint
 from pipeline.io.process import bar
 from pipeline.store import FeatureStore
@@ -73,7 +73,7 @@ def run(
     shots = sorted({*shots})
     key = fingerprint({"version": VERSION, "index": made_of, "store": store.digest, "shots": shots, **asdict(plan)})
     with suppress(PipelineError, OSError):
-        known = fewshot.read(files.few_shot)
+        known = read_record(files.few_shot, FEWSHOT, FewShot)
         if known.key == key:
             return FewShotRun(known, files)
     images = LabelledFeatures(store.read(used.digests), target.encode(used), used.fold_groups())
@@ -94,7 +94,7 @@ def run(
     result = FewShot(
         record.name, plan.ways, queries, episodes, config.seed, len(used), target.width, key, tuple(points), shown
     )
-    fewshot.write(files.few_shot, result)
+    write_record(files.few_shot, FEWSHOT, result)
     return FewShotRun(result, files)
 
 

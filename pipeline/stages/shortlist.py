@@ -25,7 +25,7 @@ from pipeline.data import DatasetIndex
 from pipeline.data.scan import scan
 from pipeline.data.targets import Classification
 from pipeline.embed import baselines
-from pipeline.embed.backbone import Backbone, Cost
+from pipeline.embed.backbone import Backbone
 from pipeline.embed.published import STAND_IN, require_permitted
 from pipeline.embed.spec import EmbeddingModel, EmbeddingSpec, probe_images
 from pipeline.embed.weights import license_of, to_fetch
@@ -38,9 +38,7 @@ from pipeline.evaluation.logme import logme
 from pipeline.experiment import Artifacts
 from pipeline.heads import HEADS, KNN, RIDGE, configure
 from pipeline.heads.tuning import Folds, make_folds
-from pipeline.io.files import make_folder, write_atomic, write_text_atomic
-from pipeline.report.charts import shortlist_chart
-from pipeline.report.drawing import to_paper_svg
+from pipeline.io.files import make_folder, write_text_atomic
 from pipeline.stages.backbones import HERE, NetworkRow, rows
 from pipeline.stages.extract import Contents, embed_some
 from pipeline.stages.extract.stores import enter
@@ -76,7 +74,10 @@ class Entry:
     out_of_fold: Predictions
     evidence: float
     """LogME on the sample."""
-    cost: Cost
+    parameters: int
+    """0 of a baseline."""
+    megabytes: float
+    """Of the weights."""
     seconds: float
     """What its network takes for an image here; decoding is the same for all."""
     dropped: bool = False
@@ -112,7 +113,6 @@ class Shortlist:
     left_out: tuple[str, ...]
     """Lines on candidates that were not compared."""
     config: Path
-    picture: Path
 
     @property
     def last(self) -> list[Entry]:
@@ -139,10 +139,9 @@ class Shortlist:
         found = self.chosen
         yield f"use {found.spec.name}: {_why(found, self.last)}"
         yield f"config    {self.config}: `manyheads features` and `manyheads heads` run it as it is"
-        yield f"picture   {self.picture}"
 
     def _table(self) -> str:
-        head = ("", "embedding", "accuracy [95 %]", "judge", "images", "LogME", "parameters", "GFLOP", "ms/image", "MB")
+        head = ("", "embedding", "accuracy [95 %]", "judge", "images", "LogME", "parameters", "ms/image", "MB")
         cells = [
             (
                 "*" if entry is self.entries[0] else "~" if entry.tied else "",
@@ -151,14 +150,13 @@ class Shortlist:
                 entry.head,
                 f"{len(entry.out_of_fold):,}",
                 f"{entry.evidence:.3f}",
-                f"{entry.cost.parameters / 1e6:.1f} M" if entry.cost.parameters else "",
-                f"{entry.cost.operations / 1e9:.2f}" if entry.cost.operations else "",
+                f"{entry.parameters / 1e6:.1f} M" if entry.parameters else "",
                 f"{1000 * entry.seconds:.1f}",
-                f"{entry.cost.megabytes:.0f}" if entry.cost.parameters else "",
+                f"{entry.megabytes:.0f}" if entry.parameters else "",
             )
             for entry in self.entries
         ]
-        return tabulate(cells, head, "simple", disable_numparse=True, colalign=("left", "left", *["right"] * 8))
+        return tabulate(cells, head, "simple", disable_numparse=True, colalign=("left", "left", *["right"] * 7))
 
 
 def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> Shortlist:
@@ -256,9 +254,9 @@ def _judged(
         X, y, groups = store.read(some.digests[there]), Classification.of(part).encode(part), part.fold_groups()
         head, guesses = best_guesses(X, y, make_folds(y, FOLDS, config.seed, groups), config.seed)
         embedder = target.source.load()
-        cost = embedder.cost() if isinstance(embedder, Backbone) else Cost()
+        weight = embedder.weight() if isinstance(embedder, Backbone) else (0, 0.0)
         said = Predictions(y, guesses, units=groups)
-        yield Entry(candidate, target.spec, head, said, logme(X, y), cost, _seconds(embedder))
+        yield Entry(candidate, target.spec, head, said, logme(X, y), *weight, _seconds(embedder))
 
 
 def _with_unique_names(entries: Sequence[Entry]) -> list[Entry]:
@@ -341,22 +339,17 @@ def _compared(found: dict[str, Entry], seed: int, final: bool) -> dict[str, Entr
 def _written(
     config: Config, files: Artifacts, entries: Sequence[Entry], images: int, of: int, left_out: Sequence[str]
 ) -> Shortlist:
-    """Write the config of the survivors and the picture."""
+    """Write the config of the survivors."""
     networks = [entry for entry in entries if entry.section is not None and not entry.dropped]
     if not networks:
         raise BackboneError("no network is left to write a config of; name some with --candidates")
     kept = {str(each.section): each.section for each in networks if each.tied} or {"": networks[0].section}
     survivors = config.model_copy(update={"backbones": tuple(kept.values())})
     make_folder(files.root)
-    made = files.root / "shortlist.yaml", files.root / "shortlist.svg"
+    made = files.root / "shortlist.yaml"
     header = f"# The networks that cannot be told apart from the best on {images:,} of {of:,} training images: manyheads shortlist\n"
-    write_text_atomic(made[0], header + dump_yaml(survivors, files.root))
-    dots = [
-        (entry.spec.name, 1000 * entry.seconds, entry.accuracy, entry.interval, entry.tied, entry.section is None)
-        for entry in entries
-    ]
-    write_atomic(made[1], to_paper_svg(shortlist_chart(dots)))
-    return Shortlist(tuple(entries), images, of, tuple(left_out), *made)
+    write_text_atomic(made, header + dump_yaml(survivors, files.root))
+    return Shortlist(tuple(entries), images, of, tuple(left_out), made)
 
 
 def chosen(entries: Sequence[Entry]) -> Entry:
@@ -389,7 +382,7 @@ def _by_size(entries: Sequence[Entry]) -> Iterator[str]:
         return
     best = max(entries, key=lambda entry: (not entry.dropped, entry.accuracy))
     whole = [entry for entry in networks if not entry.dropped] or networks
-    largest = max(networks, key=lambda entry: (entry.cost.parameters, entry.cost.operations))
+    largest = max(networks, key=lambda entry: entry.parameters)
     likeliest = max(whole, key=lambda entry: entry.evidence)
     for means, entry in (("size", largest), ("LogME", likeliest)):
         if entry is best:

@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 from pipeline.data import DatasetIndex
 from pipeline.data.walk import Walk, is_folder
-from pipeline.embed.loader import Item, Lane, embed
-from pipeline.embed.records import EmbeddingRecord, choose, open_features, open_networks, read_records
+from pipeline.embed.records import EmbeddingRecord, choose, open_features, read_records
+from pipeline.embed.transformer import digests_of
 from pipeline.errors import DatasetError, PipelineError, first, number_of
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
-from pipeline.images import ImageProblem, content_key, read_steadily
 from pipeline.io.files import require_place, write_text_atomic
-from pipeline.io.remote import absolute, address_of
+from pipeline.io.remote import address_of
 from pipeline.stages import settings
-from pipeline.stages.predict import BATCH_SIZE, EXAMPLES, expanded, images_in, shown, to_lines, together
+from pipeline.stages.estimators import embedder_of
+from pipeline.stages.predict import EXAMPLES, expanded, images_in, shown, to_lines
 from pipeline.store import FeatureStore, JoinedStores
 from pipeline.store.rows import Nearest
 
@@ -168,30 +168,18 @@ class Stored:
     def embed(self, paths: Sequence[str], trust: bool = False) -> tuple[NDArray[np.float32], dict[str, str]]:
         """Return the vectors of those of some image files that can be read, float32 of shape (k, dim), and why others cannot.
 
-        Those with a vector in the store are looked up; the network is loaded for the others alone.
+        Those with a vector in the store are looked up; the network is loaded for the others alone, of which nothing is stored.
         """
-        digests, problems = np.zeros((len(paths), 2), np.uint64), dict[int, ImageProblem]()
-        for row, path in enumerate(paths):
-            try:
-                digests[row] = np.frombuffer(content_key(read_steadily(absolute(path))[0]), "<u8")
-            except ImageProblem as problem:
-                problems[row] = problem
-        vectors, new = np.zeros((len(paths), self.store.dim), np.float32), self.store.missing(digests)
-        new[list(problems)] = True
-        vectors[~new] = self.store.read(digests[~new])
-        new[list(problems)] = False
-        if new.any():
-            embedders, places = open_networks({"": [self.record]}, "auto", trust_code=trust)
-            lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
-            every = tuple(range(len(lanes)))
-            items = [
-                Item(row, absolute(paths[row]), digests[row].tobytes(), every) for row in np.flatnonzero(new).tolist()
-            ]
-            for batch, parts in embed(lanes, items, Path("/"), self.record.max_pixels):
-                problems |= {batch.items[place].content: found for place, found in batch.problems.items()}
-                if made := [part for part in parts if part is not None]:
-                    rows = [batch.items[row].content for row in made[0].rows.tolist()]
-                    vectors[rows] = together(made, places[""][0])
+        digests, problems = digests_of(paths, self.record.max_pixels)
+        missing = self.store.missing(digests)
+        new = [row for row in np.flatnonzero(missing).tolist() if row not in problems]
+        vectors = np.zeros((len(paths), self.store.dim), np.float32)
+        vectors[~missing] = self.store.read(digests[~missing])
+        if new:
+            parts = [embedder_of(part, None, "auto", trust) for part in self.record.parts or (self.record,)]
+            made, failed = zip(*(part.embed([paths[row] for row in new]) for part in parts), strict=True)
+            problems |= {new[number]: problem for number, problem in failed[0].items()}
+            vectors[[row for row in new if row not in problems]] = np.concatenate(made, axis=1)
         ok = np.array([row not in problems for row in range(len(paths))])
         return vectors[ok], {paths[row]: problem.reason for row, problem in problems.items()}
 

@@ -34,7 +34,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.io.digests import Digests, canonical_json
+from pipeline.io.digests import canonical_json
 from pipeline.io.files import undisturbed
 
 FORMAT = "manyheads features"
@@ -100,8 +100,7 @@ BULK = {"segment": "features", "snapshot": "rows", "pack": "features"}
 FIRST_ATTRIBUTES: dict[str, type] = {"format": str, "version_major": int, "kind": str}
 """What has to be known before anything else can be expected."""
 ATTRIBUTES: dict[str, type] = {"version_minor": int, "identity": str, "dtype": str, "rows": int, "dim": int}
-EXTRA_ATTRIBUTES: dict[str, dict[str, type]] = {"snapshot": {"parent": str, "generation": int}}
-"""Kind -> what it has besides."""
+SNAPSHOT_ATTRIBUTES: dict[str, type] = {"parent": str, "generation": int}
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,6 @@ class StoreType:
         """Bytes of one stored feature vector."""
         return self.dim * np.dtype(self.dtype).itemsize
 
-    def attributes(self, rows: int) -> dict[str, str | int]:
-        """The attributes that every file of the store has."""
-        return {"identity": self.fingerprint, "dtype": self.dtype, "rows": rows, "dim": self.dim}
-
 
 def slices(count: int, row_bytes: int, most_bytes: int) -> Iterator[slice]:
     """Yield the parts of so many rows of so many bytes each, one behind the other, that take at most `most_bytes`."""
@@ -133,7 +128,7 @@ def slices(count: int, row_bytes: int, most_bytes: int) -> Iterator[slice]:
 class Composed:
     """A file ready to be written: its bytes from first to last, the digest that names it, its size in bytes."""
 
-    parts: Callable[[], Iterator[bytes | memoryview]]
+    parts: Iterator[bytes | memoryview]
     digest: str
     size: int
 
@@ -164,22 +159,23 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def compose(
-    kind: str,
-    attributes: Mapping[str, str | int],
-    arrays: Mapping[str, NDArray[Any]],
-    bulk: tuple[str, tuple[int, ...]],
-    chunks: Chunks,
+    kind: str, store_type: StoreType, rows: int, arrays: Mapping[str, NDArray[Any]], chunks: Chunks, **others: str | int
 ) -> Composed:
-    """Lay out one file; `bulk` is the dtype and shape of the large dataset that `chunks` gives."""
-    dtype, shape = bulk
+    """Lay out one file: `rows` in the bulk dataset that `chunks` gives, the small datasets, and attributes of this kind alone."""
+    dtype, shape = ("<u8", (4, rows)) if kind == "snapshot" else (store_type.dtype, (rows, store_type.dim))
     blocks = block_digests(chunk.reshape(-1).view(np.uint8) for chunk in map(np.ascontiguousarray, chunks()))
-    common: dict[str, str | int] = {
+    attributes: dict[str, str | int] = {
         "format": FORMAT,
         "kind": kind,
         "version_major": VERSION_MAJOR,
         "version_minor": VERSION_MINOR,
+        "identity": store_type.fingerprint,
+        "dtype": store_type.dtype,
+        "rows": rows,
+        "dim": store_type.dim,
+        **others,
     }
-    head = _head(BULK[kind], {**common, **attributes}, {**arrays, "block_digest": blocks}, dtype, shape)
+    head = _head(BULK[kind], attributes, {**arrays, "block_digest": blocks}, dtype, shape)
     trailer = make_trailer(head)
 
     def parts() -> Iterator[bytes | memoryview]:
@@ -188,16 +184,7 @@ def compose(
             yield np.ascontiguousarray(chunk).data.cast("B") if chunk.size else b""
         yield trailer
 
-    return Composed(parts, trailer[-32:].hex(), len(head) + prod(shape) * np.dtype(dtype).itemsize + len(trailer))
-
-
-def compose_features(
-    kind: str, store_type: StoreType, content: Digests, chunks: Chunks, **others: NDArray[Any]
-) -> Composed:
-    """Lay out a file of vectors: n contents, uint64 of shape (n, 2), in their order the features, and other datasets."""
-    rows = len(content)
-    arrays = {"content": np.ascontiguousarray(content, "<u8").reshape(rows, 2), **others}
-    return compose(kind, store_type.attributes(rows), arrays, (store_type.dtype, (rows, store_type.dim)), chunks)
+    return Composed(parts(), trailer[-32:].hex(), len(head) + prod(shape) * np.dtype(dtype).itemsize + len(trailer))
 
 
 def origin(identity: Mapping[str, Any], probe: NDArray[np.float32] | None, dim: int) -> dict[str, NDArray[Any]]:
@@ -232,12 +219,23 @@ def block_digests(pieces: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, BLOCK_DIGEST_BYTES)
 
 
-class _Memory(io.BytesIO):
-    """A file in memory for libhdf5 that knows how long it is, but keeps only what was written."""
+class HeadFile(io.BytesIO):
+    """A file for libhdf5 of which only the head is in memory; behind that are zeros, up to `size`."""
 
     size = 0
 
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a byte, or to the end."""
+        return super().seek(self.size) if whence == io.SEEK_END else super().seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill all of the buffer, which libhdf5 counts on."""
+        found = super().readinto(buffer)
+        buffer[found:] = bytes(len(buffer) - found)
+        return len(buffer)
+
     def truncate(self, size: int | None = None) -> int:
+        """Set how long the file is."""
         self.size = size or 0
         return self.size
 
@@ -254,7 +252,7 @@ def _head(
     The bulk's space is allocated by a first write after all else is there, so that it comes last, and the space is
     never touched again: a segment of a gigabyte costs a few kilobytes here.
     """
-    memory = _Memory()
+    memory = HeadFile()
     with (
         undisturbed(),
         h5py.File(memory, "w", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=ALIGNMENT) as file,

@@ -30,8 +30,6 @@ def acquire(folder: Path, patience: float = 0.0) -> int:
             if time.monotonic() < end:
                 time.sleep(0.05)
                 continue
-            if files.is_held(path):
-                raise StoreError(f"{folder}: this process is writing to it already; close that writer first") from None
             writer = holder(folder) or "another process"
             raise StoreError(f"{folder}: is being written by {writer}; wait until it ends, or stop it") from None
         except OSError as error:

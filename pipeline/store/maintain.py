@@ -1,8 +1,9 @@
-"""What is done to a whole store: verify, status, repair, removing stale rows, merging. Each returns what it found or did."""
+"""What is done to a whole store: verify, repair, removing stale rows, merging. Each returns what it found or did."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
 from pipeline.io.digests import Digests, digest_keys
-from pipeline.store import lock
-from pipeline.store.format import BLOCK_BYTES, QUARANTINE, slices
+from pipeline.store.format import BLOCK_BYTES, slices
 from pipeline.store.opener import StoreFile, open_file
 from pipeline.store.reader import (
     ATTEMPTS,
@@ -31,24 +31,15 @@ from pipeline.store.writer import StoreWriter, groups
 
 
 @dataclass(frozen=True)
-class StoreDamage:
-    """One thing that is wrong: the file, what was found, and how many features of the newest snapshot it costs."""
-
-    file: str
-    found: str
-    rows: int
-
-
-@dataclass(frozen=True)
 class VerifyReport:
     """What `verify` found."""
 
     full: bool
     generation: int
+    """0 for a packed file."""
     rows: int
-    segments: int
-    bytes_read: int
-    problems: tuple[StoreDamage, ...]
+    problems: tuple[str, ...]
+    """Each begins with the name of a file."""
     damaged: Digests
     """Contents whose features cannot be used, uint64 of shape (n, 2); `repair` drops these, so that they are embedded again."""
 
@@ -68,21 +59,18 @@ def verify(path: str | Path, full: bool = False) -> VerifyReport:
         return _verify_pack(path, full)
     for _ in range(ATTEMPTS):
         numbers = require_generations(path)
-        try:
+        with suppress(FileNotFoundError):  # a writer has removed it meanwhile, and published a newer state
             report = _verify_once(path, full, numbers)
-        except FileNotFoundError:
-            continue  # a writer has removed it meanwhile, and published a newer state
-        if report.ok or generations(path) == numbers:
-            return report
-    writer = lock.holder(path) or "its writer"
-    raise StoreError(f"{path}: changes faster than it can be checked; run again when {writer} has ended")
+            if report.ok or generations(path) == numbers:
+                return report
+    raise StoreError(f"{path}: changes faster than it can be checked; run again when its writer has ended")
 
 
 def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport:
-    problems: list[StoreDamage] = []
+    problems: list[str] = []
 
-    def wrong(place: Path, found: str, rows: int = 0) -> None:
-        problems.append(StoreDamage(str(place.relative_to(path)), found.removeprefix(f"{place}: "), rows))
+    def wrong(place: Path, error: StoreError) -> None:
+        problems.append(f"{place.relative_to(path)}: {error.message.removeprefix(f'{place}: ')}")
 
     snapshots: list[FeatureStore] = []
     for place in (snapshot_path(path, number) for number in numbers):
@@ -91,36 +79,32 @@ def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport
             _ = snapshot.table  # which checks all of it
             snapshots.append(snapshot)
         except StoreError as error:
-            wrong(place, error.message)
+            wrong(place, error)
     if not snapshots:
-        raise no_valid_snapshot(path, [f"{problem.file}: {problem.found}" for problem in problems])
+        raise no_valid_snapshot(path, problems)
     newest = snapshots[0]
-    bytes_read = sum(snapshot.file.size for snapshot in snapshots)
     content, (segments, rows) = newest.table.lines[:2].T, newest.table.lines[2:].astype(np.int64)
     bad = np.zeros(len(content), np.bool_)
     for number, entry in enumerate(newest.segments):
         mine = np.flatnonzero(segments == number)
+        lost = mine
         try:
             file = entry.open(path, newest.store_type)
-            bytes_read += file.size if full else len(file.arrays["content"]) * 16
             if not np.array_equal(file.arrays["content"][rows[mine]], content[mine]):
                 raise StoreError("does not hold the images that the snapshot says")
-        except StoreError as error:
-            bad[mine] = True
-            wrong(entry.path(path), error.message, len(mine))
-            continue
-        if full and len(damaged := damaged_rows(file)):
+            damaged = damaged_rows(file) if full else np.zeros(0, np.intp)
             lost = mine[np.isin(rows[mine], damaged)]
+            if len(damaged):
+                raise StoreError(f"{len(damaged)} of its {entry.rows} features are damaged or not finite")
+        except StoreError as error:
             bad[lost] = True
-            wrong(file.path, f"{len(damaged)} of its {entry.rows} features are damaged or not finite", len(lost))
+            wrong(entry.path(path), error)
     _check_others(path, snapshots, full, wrong)
-    return VerifyReport(
-        full, newest.generation, newest.rows, len(newest.segments), bytes_read, tuple(problems), content[bad]
-    )
+    return VerifyReport(full, newest.generation, newest.rows, tuple(problems), content[bad])
 
 
 def _check_others(
-    path: Path, snapshots: Sequence[FeatureStore], full: bool, wrong: Callable[[Path, str], None]
+    path: Path, snapshots: Sequence[FeatureStore], full: bool, wrong: Callable[[Path, StoreError], None]
 ) -> None:
     """Check what the newest snapshot does not need: damage costs the way back, or rows of a run that has not ended."""
     newest, *older = snapshots
@@ -132,9 +116,9 @@ def _check_others(
                 raise StoreError("is damaged; only the previous snapshot or the next run needs it")
         except FileNotFoundError:
             if place in entries:
-                wrong(place, "is missing; only the previous snapshot needs it")
+                wrong(place, StoreError("is missing; only the previous snapshot needs it"))
         except StoreError as error:
-            wrong(place, error.message)
+            wrong(place, error)
 
 
 def damaged_rows(file: StoreFile) -> NDArray[np.intp]:
@@ -152,56 +136,13 @@ def _verify_pack(path: Path, full: bool) -> VerifyReport:
     file = open_file(path, "pack")
     content = file.arrays["content"]
     wrong = damaged_rows(file) if full else np.zeros(0, np.intp)
-    problems = []
-    if len(wrong):
-        problems.append(StoreDamage(path.name, f"{len(wrong)} of its features are damaged or not finite", len(wrong)))
+    problems = [f"{path.name}: {len(wrong)} of its features are damaged or not finite"] if len(wrong) else []
     if len(np.unique(content, axis=0)) != len(content):
-        problems.append(StoreDamage(path.name, "it names a content twice", 0))
-    return VerifyReport(full, 0, len(content), 1, file.size, tuple(problems), content[wrong])
+        problems.append(f"{path.name}: it names a content twice")
+    return VerifyReport(full, 0, len(content), tuple(problems), content[wrong])
 
 
-# ---- status, repair, removing, merging
-
-
-@dataclass(frozen=True)
-class StoreStatus:
-    """A store at a glance."""
-
-    store: FeatureStore
-    disk_bytes: int
-    journal_rows: int
-    """Rows of a run that did not end."""
-    stale_rows: int | None
-    """Rows that no image of the index points at; None when the index was not given."""
-    missing_rows: int | None
-    """Contents of the index that have no row, not even in the journal."""
-    quarantined: int
-    writer: str | None
-    """Who writes to it now."""
-
-
-def status(path: str | Path, live: Digests | None = None, others: Digests | None = None) -> StoreStatus:
-    """Describe a store or a packed file.
-
-    `live`, uint64 of shape (n, 2), are the contents of the index, and `others` those that other experiments use.
-    """
-    path = Path(path)
-    store = FeatureStore.open(path)
-    waiting = [open_segment(group, store.store_type).arrays["content"] for group in groups(path)]
-    stale = missing = None
-    if live is not None:
-        live = np.unique(np.asarray(live, np.uint64).reshape(-1, 2), axis=0)
-        used = live if others is None else np.unique(np.concatenate([live, others]), axis=0)
-        stale = store.rows - int((~store.missing(used)).sum())
-        absent = digest_keys(live[store.missing(live)])
-        missing = int((~np.isin(absent, digest_keys(np.concatenate([np.zeros((0, 2), np.uint64), *waiting])))).sum())
-    quarantined = len(list((path / QUARANTINE).glob("*")))
-    return StoreStatus(store, disk_bytes(path), sum(map(len, waiting)), stale, missing, quarantined, lock.holder(path))
-
-
-def disk_bytes(path: Path) -> int:
-    """Return the bytes of all files of a store."""
-    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+# ---- repair, removing, merging
 
 
 def repair(path: str | Path) -> VerifyReport:
@@ -219,19 +160,17 @@ def repair(path: str | Path) -> VerifyReport:
     return report
 
 
-def collect(path: str | Path, live: Digests) -> tuple[int, int, int]:
+def collect(path: str | Path, live: Digests) -> tuple[int, int]:
     """Remove the rows of contents that are not in `live`, uint64 of shape (n, 2), and every file not needed then.
 
-    Returns how many rows went, how many stayed, and the bytes that are free. Readers that have the store open go on reading
-    what they opened.
+    Returns how many rows went, and how many stayed. Readers that have the store open go on reading what they opened.
     """
     path = Path(path)
-    before, bytes_before = newest_snapshot(path).rows, disk_bytes(path)
-    wanted = digest_keys(np.asarray(live, np.uint64).reshape(-1, 2))
+    before, wanted = newest_snapshot(path).rows, digest_keys(np.asarray(live, np.uint64))
     with _open_existing(path) as writer:
         writer.rewrite(lambda file: np.isin(digest_keys(file.arrays["content"]), wanted))
     after = newest_snapshot(path).rows
-    return before - after, after, max(0, bytes_before - disk_bytes(path))
+    return before - after, after
 
 
 def _open_existing(path: Path) -> StoreWriter:

@@ -2,45 +2,44 @@
 
 First the digest of the head, before libhdf5 sees a byte, because a damaged file can make it hang. Then the structure:
 exactly the datasets of this kind, each a hard link to a contiguous, unfiltered, fully stored dataset of the expected
-type inside the file, none overlapping another, no external storage, no virtual dataset. libhdf5 reads from our memory
-map and is only asked where things are; it never opens a path and never reads data, so nothing outside can be reached.
+type inside the file, none overlapping another, no external storage, no virtual dataset. libhdf5 is given
+the head alone and only asked where things are; it never opens a path and never reads data, so nothing outside can be reached.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import mmap
 import os
 import shutil
-import stat
 import tempfile
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DatasetError, StoreError, first_line
-from pipeline.io.files import NOT_ORDINARY, undisturbed
+from pipeline.io.files import NOT_ORDINARY, open_ordinary, undisturbed
 from pipeline.io.remote import address_of, open_remote, read_remote, stat_remote
 from pipeline.store.format import (
     ATTRIBUTES,
     BLOCK_BYTES,
     BULK,
-    EXTRA_ATTRIBUTES,
     FIRST_ATTRIBUTES,
     FORMAT,
     LAYOUTS,
+    SNAPSHOT_ATTRIBUTES,
     TRAILER,
     TRAILER_MAGIC,
     VERSION_MAJOR,
     Field,
+    HeadFile,
     StoreType,
     block_digest,
 )
@@ -55,10 +54,9 @@ class StoreFile:
     """One file whose head has been checked; `array` gives its small datasets, `bulk` the memory-mapped large one."""
 
     path: Path
-    kind: str
     digest: str
     size: int
-    attributes: dict[str, str | int]
+    attributes: dict[str, Any]
     arrays: dict[str, NDArray[Any]]
     bulk: NDArray[Any]
     _checked: NDArray[np.bool_] = field(repr=False)
@@ -66,11 +64,7 @@ class StoreFile:
     @property
     def store_type(self) -> StoreType:
         """What all files of its store share."""
-        return StoreType(str(self.attributes["identity"]), self.number("dim"), str(self.attributes["dtype"]))
-
-    def number(self, name: str) -> int:
-        """Return a number attribute."""
-        return int(self.attributes[name])
+        return StoreType(self.attributes["identity"], self.attributes["dim"], self.attributes["dtype"])
 
     def bad_blocks(self, blocks: NDArray[np.intp] | None = None) -> list[int]:
         """Return the damaged ones of some blocks of the bulk, int64 of shape (k,), or of all; good ones are remembered."""
@@ -128,52 +122,32 @@ def open_file(
                 _KNOWN.clear()
             _KNOWN[found, len(data)] = known
         attributes, places = known
-        actual = str(attributes["kind"])
-        _require(kind in (None, actual), f"it is a {actual}, expected a {kind}")
-    except _Refused as refusal:
-        raise StoreError(f"{path}: not a valid feature store file: {refusal}") from None
+        _require(kind in (None, attributes["kind"]), f"it is a {attributes['kind']}, expected a {kind}")
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         # libhdf5 reports whatever it trips over through these.
         raise StoreError(f"{path}: not a valid feature store file: {' '.join(str(error).split())[:200]}") from None
-    arrays = {name: place.array(data) for name, place in places.items()}
+    arrays = {name: np.ndarray(place.shape, place.dtype, data, place.start) for name, place in places.items()}
     unchecked = np.zeros(len(arrays["block_digest"]), np.bool_)
-    return StoreFile(path, actual, found, len(data), attributes, arrays, arrays.pop(BULK[actual]), unchecked)
+    return StoreFile(path, found, len(data), attributes, arrays, arrays.pop(BULK[attributes["kind"]]), unchecked)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a dataset is in its file."""
+class _Place(NamedTuple):
+    """Where a dataset is in its file: its first byte and the one behind its last, and what it is."""
 
     start: int
+    stop: int
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
-    @property
-    def count(self) -> int:
-        return prod(self.shape)
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.count * self.dtype.itemsize
-
-    def array(self, data: mmap.mmap) -> NDArray[Any]:
-        if not self.count:
-            return np.zeros(self.shape, self.dtype)
-        return np.frombuffer(data, self.dtype, self.count, self.start).reshape(self.shape)
-
-
-_KNOWN: dict[tuple[str, int], tuple[dict[str, str | int], dict[str, _Place]]] = {}
+_KNOWN: dict[tuple[str, int], tuple[dict[str, Any], dict[str, _Place]]] = {}
 """What was found in a head, by its digest and the size of its file: the same files are opened again and again."""
 MOST_KNOWN = 1000
 
 
-class _Refused(Exception):
-    """What is wrong with a file's structure."""
-
-
 def _require(condition: bool, problem: str) -> None:
     if not condition:
-        raise _Refused(problem)
+        raise ValueError(problem)
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -184,20 +158,16 @@ def map_file(path: Path) -> mmap.mmap:
     """
     if (address := address_of(path)) is not None:
         return fetch(address)
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags)
+        descriptor = open_ordinary(path, getattr(os, "O_NOFOLLOW", 0))
     except OSError as error:
         if error.errno not in (*NOT_ORDINARY, errno.ENOTDIR):
             raise  # what may not be read, or not now, is not damaged
         raise StoreError(f"{path}: cannot be opened ({error.strerror})") from None
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise StoreError(f"{path}: is not a regular file")
-        if status.st_size < TRAILER.size + len(HDF5_MAGIC):
-            raise StoreError(f"{path}: has {status.st_size} bytes, too few for a feature store file; it is truncated")
-        return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
+        size = os.fstat(descriptor).st_size
+        _require_long(path, size)
+        return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
     finally:
         os.close(descriptor)
 
@@ -210,8 +180,7 @@ def fetch(address: str, head_only: bool = False) -> mmap.mmap:
     """
     try:
         size = stat_remote(address)[0]
-        if size < TRAILER.size + len(HDF5_MAGIC):
-            raise StoreError(f"{address}: has {size} bytes, too few for a feature store file; it is truncated")
+        _require_long(address, size)
         if head_only:
             data = mmap.mmap(-1, size)
             data[-TRAILER.size :] = read_remote(address, size - TRAILER.size, size)
@@ -228,64 +197,44 @@ def fetch(address: str, head_only: bool = False) -> mmap.mmap:
         raise StoreError(f"{address}: cannot be read: {first_line(error)}") from None
 
 
+def _require_long(path: object, size: int) -> None:
+    if size < TRAILER.size + len(HDF5_MAGIC):
+        raise StoreError(f"{path}: has {size} bytes, too few for a feature store file; it is truncated")
+
+
 def _check_trailer(path: Path, data: mmap.mmap, digest: str | None) -> tuple[int, str]:
     """Check the head against the trailer and return the head's length and digest."""
     magic, head_bytes, said = TRAILER.unpack(data[-TRAILER.size :])
     if data[: len(HDF5_MAGIC)] != HDF5_MAGIC:
         raise StoreError(f"{path}: is not an HDF5 file, or its first bytes are damaged")
-    if magic != TRAILER_MAGIC or head_bytes > len(data) - TRAILER.size:
-        raise StoreError(
-            f"{path}: is truncated or damaged, or was not written by manyheads (its last 48 bytes are no trailer)"
-        )
     with memoryview(data) as view:
-        found = hashlib.blake2b(view[:head_bytes], digest_size=32).digest()
-    if found != said:
-        raise StoreError(
-            f"{path}: is damaged: its head has digest {found.hex()[:16]}…, its trailer says {said.hex()[:16]}…"
-        )
+        found = hashlib.blake2b(view[: min(head_bytes, len(data))], digest_size=32).digest()
+    if magic != TRAILER_MAGIC or head_bytes > len(data) - TRAILER.size or found != said:
+        raise StoreError(f"{path}: is truncated or damaged, or was not written by manyheads")
     if digest is not None and found.hex() != digest:
         raise StoreError(f"{path}: holds {found.hex()[:16]}…, expected {digest[:16]}…; it was swapped or renamed")
     return int(head_bytes), found.hex()
 
 
-class _Window(io.RawIOBase):
-    """The mapped bytes without the trailer, as a file that libhdf5 can read."""
-
-    def __init__(self, data: mmap.mmap, size: int) -> None:
-        self.data, self.size, self.position = data, size, 0
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.position = offset + (0, self.position, self.size)[whence]
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        piece = self.data[self.position : min(self.position + len(buffer), self.size)]
-        # Zeros behind the end: libhdf5 must get as many bytes as it asks for.
-        buffer[:] = piece.ljust(len(buffer), b"\0")
-        self.position += len(piece)
-        return len(buffer)
-
-
-def _parse(data: mmap.mmap, head_bytes: int) -> tuple[dict[str, str | int], dict[str, _Place]]:
-    size = len(data) - TRAILER.size
-    with h5py.File(_Window(data, size), "r") as file:
-        _require(file.id.get_create_plist().get_userblock() == 0, "it has a user block")
+def _parse(data: mmap.mmap, head_bytes: int) -> tuple[dict[str, Any], dict[str, _Place]]:
+    """Return the attributes and the place of each dataset; ValueError for what is not as it should be."""
+    head = HeadFile(data[:head_bytes])
+    head.size = size = len(data) - TRAILER.size
+    with h5py.File(head, "r") as file:
         attributes = _attributes(file.id)
-        kind = str(attributes["kind"])
-        places = _places(file.id, kind, size)
+        kind = attributes["kind"]
+        places = _places(file.id, kind)
+    spans = sorted(place[:2] for place in places.values() if place.start < place.stop)
+    _require(all(stop <= start for (_, stop), (start, _) in pairwise(spans)), "two datasets overlap")
+    bulk = places[BULK[kind]]
+    is_last = (bulk.start, bulk.stop) == (head_bytes, size) if bulk.start < bulk.stop else head_bytes == size
+    _require(is_last, f"{BULK[kind]!r} is not all that is behind the head")
     _check_sizes(kind, places, attributes)
-    name, bulk = BULK[kind], places[BULK[kind]]
-    _require((bulk.start if bulk.count else size) == head_bytes, f"{name!r} is not where the head ends")
-    _require(not bulk.count or bulk.stop == size, f"there are bytes behind {name!r}")
-    blocks = -(-bulk.count * bulk.dtype.itemsize // BLOCK_BYTES)
-    _require(places["block_digest"].shape[0] == blocks, "'block_digest' has a wrong length")
     return attributes, places
 
 
-def _attributes(root: Any) -> dict[str, str | int]:
+def _attributes(root: Any) -> dict[str, Any]:
     """Read the root's attributes: those first that say which others there must be."""
-    count = h5py.h5a.get_num_attrs(root)
-    _require(count <= 32, f"it has {count} attributes")
     found = {name: _attribute(root, name, of) for name, of in FIRST_ATTRIBUTES.items()}
     _require(found["format"] == FORMAT, f"its format is {found['format']!r}, expected {FORMAT!r}")
     _require(
@@ -294,8 +243,9 @@ def _attributes(root: Any) -> dict[str, str | int]:
         "use the version of manyheads that wrote it, or a newer one",
     )
     _require(found["kind"] in LAYOUTS, f"its kind is {found['kind']!r}")
-    others = ATTRIBUTES | EXTRA_ATTRIBUTES.get(str(found["kind"]), {})
+    others = ATTRIBUTES | (SNAPSHOT_ATTRIBUTES if found["kind"] == "snapshot" else {})
     found |= {name: _attribute(root, name, of) for name, of in others.items()}
+    count = h5py.h5a.get_num_attrs(root)
     _require(count == len(found), f"it has {count} attributes, expected {len(found)}")
     return found
 
@@ -304,38 +254,37 @@ def _attribute(root: Any, name: str, of: type) -> str | int:
     """Read one attribute, which must be a single fixed text of ASCII, or a number of 64 bits."""
     _require(h5py.h5a.exists(root, name.encode()), f"it has no attribute {name!r}")
     attribute = h5py.h5a.open(root, name.encode())
-    _require(attribute.get_space().get_simple_extent_type() == h5py.h5s.SCALAR, f"attribute {name!r} is not one value")
-    kind = attribute.get_type()
+    kind, single = attribute.get_type(), attribute.get_space().get_simple_extent_type() == h5py.h5s.SCALAR
     size = kind.get_size()
     if of is int:
-        _require(kind.get_class() == h5py.h5t.INTEGER and size == 8, f"attribute {name!r} is no 64-bit number")
+        is_number = kind.get_class() == h5py.h5t.INTEGER and size == 8
+        _require(single and is_number, f"attribute {name!r} is no 64-bit number")
         number = np.zeros((), np.int64)
         attribute.read(number)
         _require(int(number) >= 0, f"attribute {name!r} is negative")
         return int(number)
-    _require(kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str(), f"attribute {name!r} is no fixed text")
-    _require(0 < size <= MAX_TEXT, f"attribute {name!r} is too long")
+    _require(single and _is_text(kind), f"attribute {name!r} is no fixed text")
     text = np.zeros((), f"S{size}")
     attribute.read(text, mtype=kind)
-    _require(bytes(text[()]).isascii(), f"attribute {name!r} is not ASCII")
     return bytes(text[()]).decode("ascii")
 
 
-def _places(root: Any, kind: str, size: int) -> dict[str, _Place]:
+def _is_text(kind: Any) -> bool:
+    return kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str() and kind.get_size() <= MAX_TEXT
+
+
+def _places(root: Any, kind: str) -> dict[str, _Place]:
     """Find every dataset of this kind, and nothing else, each of the layout's dtype and number of axes."""
     places: dict[str, _Place] = {}
     for name, wanted in LAYOUTS[kind].items():
-        if not root.links.exists(name.encode()):
+        if root.links.exists(name.encode()):
+            is_hard = root.links.get_info(name.encode()).type == h5py.h5l.TYPE_HARD
+            _require(is_hard, f"{name!r} is a link to elsewhere")
+            places[name] = _place(root, name, wanted)
+        else:
             _require(wanted.optional, f"it has no dataset {name!r}")
-            continue
-        link = root.links.get_info(name.encode())
-        _require(link.type == h5py.h5l.TYPE_HARD, f"{name!r} is a link to elsewhere")
-        places[name] = _place(root, name, wanted)
     count = h5py.h5g.GroupID.get_num_objs(h5py.h5g.open(root, b"/"))
     _require(count == len(places), f"it has {count} objects, expected {len(places)}")
-    spans = sorted((place.start, place.stop) for place in places.values() if place.count)
-    _require(all(stop <= size for _, stop in spans), "a dataset reaches behind the end of the file")
-    _require(all(left[1] <= right[0] for left, right in pairwise(spans)), "two datasets overlap")
     return places
 
 
@@ -349,41 +298,39 @@ def _place(root: Any, name: str, wanted: Field) -> _Place:
     for message, what in FORBIDDEN_MESSAGES.items():
         _require(not int(info.hdr.mesg.present) >> message & 1, f"{name!r} has {what}")
     dataset = h5py.h5d.open(root, name.encode())
-    settings = dataset.get_create_plist()
-    _require(settings.get_layout() == h5py.h5d.CONTIGUOUS, f"{name!r} is not stored in one piece")
+    is_contiguous = dataset.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
+    _require(is_contiguous, f"{name!r} is not stored in one piece")
     _require(h5py.h5a.get_num_attrs(dataset) == 0, f"{name!r} has attributes")
     space = dataset.get_space()
-    _require(space.get_simple_extent_type() == h5py.h5s.SIMPLE, f"{name!r} is not an array")
-    _require(space.get_simple_extent_ndims() == len(wanted.shape), f"{name!r} has a wrong number of axes")
-    shape = tuple(int(length) for length in space.get_simple_extent_dims())
-    dtype, count, start = _dtype(dataset.get_type(), name, wanted), prod(shape), dataset.get_offset()
-    stored = not count or (start is not None and dataset.get_storage_size() == count * dtype.itemsize)
+    is_array = space.get_simple_extent_type() == h5py.h5s.SIMPLE
+    _require(is_array and len(space.shape) == len(wanted.shape), f"{name!r} has a wrong number of axes")
+    dtype = _dtype(dataset.get_type(), name, wanted)
+    size, start = prod(space.shape) * dtype.itemsize, dataset.get_offset()
+    stored = not size or (start is not None and dataset.get_storage_size() == size)
     _require(stored, f"{name!r} is not fully stored")
-    return _Place(int(start or 0), dtype, shape)
+    start = int(start or 0)
+    return _Place(start, start + size, dtype, space.shape)
 
 
 def _dtype(kind: Any, name: str, wanted: Field) -> np.dtype[Any]:
     """Turn an HDF5 type into one of the expected dtypes, comparing types, not names."""
-    if wanted.dtypes == ("|S*",):
-        fixed = kind.get_class() == h5py.h5t.STRING and not kind.is_variable_str()
-        _require(fixed and 0 < kind.get_size() <= MAX_TEXT, f"{name!r} is not fixed-length text")
-        return np.dtype(f"S{kind.get_size()}")
     for text in wanted.dtypes:
-        dtype = np.dtype(text)
-        if kind.equal(h5py.h5t.py_create(dtype)):
-            return dtype
-    raise _Refused(f"{name!r} has an unexpected type, expected {' or '.join(wanted.dtypes)}")
+        if text == "|S*" and _is_text(kind):
+            return np.dtype(f"S{kind.get_size()}")
+        if text != "|S*" and kind.equal(h5py.h5t.py_create(np.dtype(text))):
+            return np.dtype(text)
+    raise ValueError(f"{name!r} has an unexpected type, expected {' or '.join(wanted.dtypes)}")
 
 
-def _check_sizes(kind: str, places: dict[str, _Place], attributes: dict[str, str | int]) -> None:
+def _check_sizes(kind: str, places: dict[str, _Place], attributes: dict[str, Any]) -> None:
     """Check that a letter means the same length in the shapes of all datasets, and that the attributes say so, and the dtype, too."""
-    lengths: dict[str, int] = {"n": int(attributes["rows"]), "d": int(attributes["dim"])}
+    bulk = places[BULK[kind]]
+    lengths = {"n": attributes["rows"], "d": attributes["dim"], "b": -(-(bulk.stop - bulk.start) // BLOCK_BYTES)}
     for name, place in places.items():
         for letter, length in zip(LAYOUTS[kind][name].shape, place.shape, strict=True):
             wanted = letter if isinstance(letter, int) else lengths.setdefault(letter, length)
             _require(length == wanted, f"{name!r} has an axis of {length}, expected {wanted}")
-    bulk = places[BULK[kind]]
-    _require(0 < int(attributes["dim"]) <= 1 << 24, "'dim' is out of range")
-    _require(attributes["dtype"] in ("<f4", "<f2"), f"its dtype is {attributes['dtype']!r}")
-    _require(bulk.dtype.kind != "f" or bulk.dtype.str == attributes["dtype"], "its dtype is not that of 'features'")
-    _require(len(str(attributes["identity"])) == 64, "'identity' is not a digest")
+    _require(0 < attributes["dim"] <= 1 << 24, "'dim' is out of range")
+    dtypes = {bulk.dtype.str} if bulk.dtype.kind == "f" else {"<f4", "<f2"}
+    _require(attributes["dtype"] in dtypes, f"its dtype is {attributes['dtype']!r}")
+    _require(len(attributes["identity"]) == 64, "'identity' is not a digest")

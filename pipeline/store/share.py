@@ -36,7 +36,7 @@ from pipeline.errors import StoreError
 from pipeline.io import files
 from pipeline.io.digests import Digests, digest_keys, digests_to_hex, fingerprint
 from pipeline.io.remote import address_of, write_remote
-from pipeline.store.format import StoreType, compose_features, origin
+from pipeline.store.format import StoreType, compose, origin
 from pipeline.store.lock import explained
 from pipeline.store.opener import MAX_TEXT, StoreFile, fetch, open_file
 from pipeline.store.reader import FeatureStore, listed
@@ -78,14 +78,14 @@ def pack(
             for name, values in (columns or {}).items()
             if name != "paths" or not anonymous
         }
-    composed = compose_features(
+    composed = compose(
         "pack",
         store.store_type,
-        content,
+        len(content),
+        {"content": content, **others},
         lambda: (features.astype(store.dtype) for _, features in store.pieces(content)),
-        **others,
     )
-    _write(path, composed.parts())
+    _write(path, composed.parts)
     return FeatureStore.open(path)
 
 
@@ -157,36 +157,25 @@ def read_vectors(path: Path) -> tuple[NDArray[np.object_] | None, NDArray[np.flo
     The files are those that `export` writes, and others: in Parquet a vector is a list in the one column of lists, or else the
     numbers of all columns of numbers, and `path` or `paths` names images. StoreError when it is missing or holds no such thing.
     """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
+    import pandas
+    import pyarrow
 
     try:
         if path.suffix != ".parquet":
             paths, found = None, np.load(path, allow_pickle=False)
         else:
-            table = pq.read_table(path)
-            kinds = {field.name: field.type for field in table.schema}
-            named = next((name for name in ("path", "paths") if name in kinds), None)
-            paths = None if named is None else table[named].cast(pa.large_string()).to_numpy()
-            lists = [name for name, kind in kinds.items() if pa.types.is_nested(kind)]
-            numbers = [name for name, kind in kinds.items() if pa.types.is_floating(kind) or pa.types.is_integer(kind)]
-            if len(lists) == 1:
-                column = table[lists[0]].combine_chunks()
-                lengths = pc.unique(pc.list_value_length(column)).to_pylist()
-                if len(lengths) != 1 or not lengths[0]:
-                    raise ValueError(f"its lists in {lists[0]!r} are of {len(lengths)} lengths")
-                found = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
-            else:
-                found = np.stack([table[name].to_numpy() for name in numbers], axis=1)
+            frame = pandas.read_parquet(path)
+            named = [name for name in ("path", "paths") if name in frame]
+            paths = frame[named[0]].astype(str).to_numpy(object) if named else None
+            lists = [name for name, column in frame.items() if isinstance(column.iat[0], np.ndarray)]
+            numbers = frame.select_dtypes("number")
+            found = np.stack(frame[lists[0]].tolist()) if len(lists) == 1 else numbers.to_numpy()
         if found.ndim != 2 or 0 in found.shape or found.dtype.kind not in "fiu":
             raise ValueError(f"it holds {found.dtype} of shape {found.shape}")
         vectors = found.astype(np.float32)
-        if not np.isfinite(vectors).all():
-            raise ValueError(
-                f"{int((~np.isfinite(vectors)).any(axis=1).sum()):,} vectors have numbers that are not finite"
-            )
-    except (OSError, ValueError, pa.ArrowException) as error:
+        if bad := int((~np.isfinite(vectors)).any(axis=1).sum()):
+            raise ValueError(f"{bad:,} vectors have numbers that are not finite")
+    except (OSError, ValueError, IndexError, pyarrow.ArrowException) as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise StoreError(
             f"{path}: cannot be read as vectors ({why}); expected numbers of shape (images, dim)"
@@ -301,13 +290,14 @@ class PartWriter:
         if not self._waiting:
             return
         content, vectors = zip(*self._waiting, strict=True)
-        composed = compose_features("pack", self.store_type, np.concatenate(content), lambda: vectors, **self._origin)
+        arrays = {"content": np.concatenate(content), **self._origin}
+        composed = compose("pack", self.store_type, len(arrays["content"]), arrays, lambda: vectors)
         path = f"{self.folder}/{composed.digest}.h5"
         if address_of(path):
             with explained(Path(self.folder)):
-                write_remote(path, b"".join(composed.parts()))
+                write_remote(path, b"".join(composed.parts))
         else:
-            _write(Path(path), composed.parts())
+            _write(Path(path), composed.parts)
         self._waiting, self._waiting_bytes = [], 0
 
     def __enter__(self) -> PartWriter:

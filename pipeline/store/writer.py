@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +35,6 @@ from pipeline.store.format import (
     Composed,
     StoreType,
     compose,
-    compose_features,
     differences,
     origin,
     slices,
@@ -87,8 +86,6 @@ def check_probe(stored: NDArray[np.float32], found: NDArray[np.float32], where: 
     """
     if stored.shape != found.shape:
         raise StoreError(f"{where}: has probe features of shape {stored.shape}, this run has {found.shape}")
-    if not np.isfinite(found).all():
-        raise StoreError(f"{where}: the network gives numbers that are not finite for the built-in probe images")
     left, right = stored.astype(np.float64), found.astype(np.float64)
     norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
     equal = (left == right).all(axis=1)
@@ -98,7 +95,7 @@ def check_probe(stored: NDArray[np.float32], found: NDArray[np.float32], where: 
     problems = [
         f"probe image {row}: cosine {cosine[row]:.6f} (expected at least {MIN_COSINE}), "
         f"largest difference {deviation[row]:.2g} of the root mean square (expected at most {MAX_DEVIATION})"
-        for row in np.flatnonzero((cosine < MIN_COSINE) | (deviation > MAX_DEVIATION))
+        for row in np.flatnonzero(~((cosine >= MIN_COSINE) & (deviation <= MAX_DEVIATION)))  # also where one is NaN
     ]
     if problems:
         raise StoreError(
@@ -113,24 +110,20 @@ def check_probe(stored: NDArray[np.float32], found: NDArray[np.float32], where: 
 
 def groups(store: Path) -> list[Path]:
     """Return the files of the journal in the order they were committed."""
-    try:
-        return sorted(path for path in (store / JOURNAL).iterdir() if re.fullmatch(r"[0-9]{8}\.h5", path.name))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    return sorted((store / JOURNAL).glob(f"{'[0-9]' * 8}.h5"))
 
 
 def _write(store: Path, composed: Composed, path: Path) -> None:
     """Write a file under its name; when this returns, a power loss cannot take it away."""
-    files.rename(files.write_temporary(store / TEMPORARY, composed.parts()), path)
+    files.rename(files.write_temporary(store / TEMPORARY, composed.parts), path)
 
 
 def _set_aside(store: Path, path: Path) -> None:
     """Move a damaged file into `quarantine`."""
     folder = store / QUARANTINE
     files.make_folder(folder)
-    names = (path.name, *(f"{path.name}.{attempt}" for attempt in range(1, 1000)))
-    target = next((folder / name for name in names if not (folder / name).exists()), folder / names[-1])
-    files.SYSTEM["rename"](path, target)
+    target = folder / path.name
+    files.SYSTEM["rename"](path, folder / f"{path.name}.{time.time_ns()}" if target.exists() else target)
     files.sync_folder(folder)
     files.sync_folder(path.parent)
 
@@ -178,15 +171,15 @@ def publish(
     `probe` are the probe vectors, float32 of shape (k, dim), and `lines` the table, uint64 of shape (4, n).
     """
     generation, parent = (1, "0" * 64) if before is None else (before.generation + 1, before.digest)
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "segment_digest": np.frombuffer(bytes.fromhex("".join(s.digest for s in segments)), np.uint8).reshape(-1, 32),
         "segment_rows": np.array([entry.rows for entry in segments], "<u8"),
         "segment_bytes": np.array([entry.bytes for entry in segments], "<u8"),
         **origin(identity, probe, store_type.dim),
     }
-    attributes = {**store_type.attributes(lines.shape[1]), "generation": generation, "parent": parent}
-    composed = compose("snapshot", attributes, arrays, ("<u8", lines.shape), lambda: [lines])
-    scratch = files.write_temporary(store / TEMPORARY, composed.parts())
+    rows = lines.shape[1]
+    composed = compose("snapshot", store_type, rows, arrays, lambda: [lines], generation=generation, parent=parent)
+    scratch = files.write_temporary(store / TEMPORARY, composed.parts)
     try:
         files.publish(scratch, snapshot_path(store, generation))
     except FileExistsError:
@@ -240,28 +233,14 @@ class FileRows:
             self.file.check_items(rows[part], self.file.bulk.shape[1])
             yield self.file.bulk[rows[part]]
 
-    def link(self, store: Path) -> SegmentEntry | None:
-        """Give a large segment of another store, which is wanted as a whole, a second name here; None where it is to be copied."""
-        file = self.file
-        if file.kind != "segment" or file.size < SMALL_BYTES or len(self.rows) < len(file.bulk):
-            return None
-        entry = SegmentEntry(file.digest, len(file.bulk), file.size)
-        try:
-            files.SYSTEM["link"](file.path, entry.path(store))
-            files.sync_folder(entry.path(store).parent)
-        except FileExistsError:  # of a run before that was killed
-            pass
-        except OSError:  # another file system, or one that has no links
-            return None
-        return entry
-
 
 def _write_segments(store: Path, store_type: StoreType, sources: Sequence[FileRows]) -> Iterator[SegmentEntry]:
     """Write rows in order into as few segments as allowed."""
     content = np.concatenate([np.zeros((0, 2), np.uint64), *(source.content for source in sources)])
     for part in slices(len(content), store_type.row_bytes, SEGMENT_BYTES):
-        composed = compose_features("segment", store_type, content[part], lambda part=part: _pieces(sources, part))  # type: ignore[misc]
-        entry = SegmentEntry(composed.digest, part.stop - part.start, composed.size)
+        rows = part.stop - part.start
+        composed = compose("segment", store_type, rows, {"content": content[part]}, partial(_pieces, sources, part))
+        entry = SegmentEntry(composed.digest, rows, composed.size)
         _write(store, composed, entry.path(store))
         yield entry
 
@@ -394,7 +373,7 @@ class StoreWriter:
     def adopt(self, store: FeatureStore, content: Digests | None = None) -> int:
         """Add vectors of another store, of some contents, uint64 of shape (n, 2), or all; return how many were new.
 
-        They are checked now, and copied or linked when this store is compacted; until then its files must stay. StoreError when one
+        They are checked now, and copied when this store is compacted; until then its files must stay. StoreError when one
         is missing there, damaged, or not finite, or the identity or the probe vectors of both differ.
         """
         self.commit()
@@ -463,7 +442,8 @@ class StoreWriter:
         if not self._waiting:
             return
         content, vectors = zip(*self._waiting, strict=True)
-        composed = compose_features("segment", self.store_type, np.concatenate(content), lambda: vectors)
+        digests = np.concatenate(content)
+        composed = compose("segment", self.store_type, len(digests), {"content": digests}, lambda: vectors)
         path = self.path / JOURNAL / f"{self._next_group:08d}.h5"
         with explained(self.path):
             _write(self.path, composed, path)
@@ -506,11 +486,8 @@ class StoreWriter:
             small = []
         merged = [FileRows.all(self._entries[entry]) for entry in small]
         merged += [item for item in old if isinstance(item, FileRows) and len(item.rows)]
-        linked = [entry for source in self._sources if (entry := source.link(self.path))]
-        digests = {entry.digest for entry in linked}
-        merged += [source for source in self._sources if source.file.digest not in digests]
         stays = [entry for entry in kept if entry not in small]
-        segments = [*stays, *linked, *_write_segments(self.path, self.store_type, merged)]
+        segments = [*stays, *_write_segments(self.path, self.store_type, [*merged, *self._sources])]
         opened = {entry: self._entries.get(entry) or entry.open(self.path, self.store_type) for entry in segments}
         lines = Table.of([file.arrays["content"] for file in opened.values()]).lines
         publish(self.path, self._snapshot, self.identity, self.store_type, segments, self._snapshot.probe, lines)

@@ -22,12 +22,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench_shortlist import COARSE
+from judged_advice import judged
 from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_digits
 
 from pipeline.config import Config
-from pipeline.evaluation.advice import ARMS, judged
+from pipeline.evaluation.advice import ARMS
 from pipeline.experiment import Artifacts
 from pipeline.finetuning.material import choose
 from pipeline.stages import advise, extract, finetune, settings, train_heads

@@ -110,14 +110,14 @@ def experiment(
 
 def lines(told: Mapping[str, Any], source: str) -> Iterator[str]:
     """Return two tables in Markdown: of distances, and of accuracies."""
-    yield f"| from {source} to | AUC [95 %] | MMD² (p) | means | covariances | Fréchet (by chance) |"
-    yield "|---|---|---|--:|--:|---|"
+    yield f"| from {source} to | AUC [95 %] | MMD² (p) | means | covariances |"
+    yield "|---|---|---|--:|--:|"
     for pair in told["pairs"]:
         if pair["one"] == source:
             low, high = pair["interval"]
             yield (
                 f"| {pair['other']} | {pair['auc']:.2f} [{low:.2f}, {high:.2f}] | {pair['mmd']:.3f} ({pair['p_value']:.3f}) | {pair['mean']:.2f} "
-                f"| {pair['covariance']:.2f} | {pair['frechet']:.2f} ({pair['chance']:.2f}) |"
+                f"| {pair['covariance']:.2f} |"
             )
     yield ""
     yield "| domain | images | accuracy [95 %] | CORAL | gain, points [95 %] | re-weighted | gain, points [95 %] |"
@@ -134,7 +134,7 @@ def lines(told: Mapping[str, Any], source: str) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
     yield ""
     yield from (
-        f"Suffer in {each['name']}: {', '.join(one['label'] for one in each['classes'] if (one['behind'] or [0])[0] > 0) or 'none shown'}"
+        f"Suffer in {each['name']}: {', '.join(one['label'] for one in each['classes'] if one['suffers']) or 'none shown'}"
         for each in told["each"]
         if each["new"]
     )

@@ -25,8 +25,9 @@ from pipeline.data.reading import StatCache, read_cache
 from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.experiment import Artifacts
+from pipeline.stages.maintenance import store_lines
 from pipeline.store import FeatureStore
-from pipeline.store.maintain import collect, status, verify
+from pipeline.store.maintain import collect, verify
 from pipeline.store.rows import Nearest
 from pipeline.store.share import PartWriter
 from pipeline.store.writer import StoreWriter
@@ -80,7 +81,8 @@ def nearest(folder, rows):
 
 
 def status_of(folder, rows):
-    status(folder / "s.store", digests_of(rows))
+    digests = digests_of(rows)
+    list(store_lines("s", folder / "s.store", digests, digests))
 
 
 def verify_quick(folder, rows):

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from pipeline.io.digests import pack_digests
+from pipeline.io.digests import digests_from_hex
 from pipeline.store.writer import StoreWriter
 
 ROWS, DIM = 7, 6
@@ -17,7 +17,7 @@ IDENTITY = {
     "layer": "penultimate",
     "preprocessing": {"resize": 8, "mean": [0.5, 0.25, 0.125]},
 }
-DIGESTS = pack_digests(hashlib.blake2b(bytes([row]), digest_size=16).digest() for row in range(ROWS))
+DIGESTS = digests_from_hex(hashlib.blake2b(bytes([row]), digest_size=16).hexdigest() for row in range(ROWS))
 FEATURES = (np.arange(ROWS * DIM, dtype=np.float32).reshape(ROWS, DIM) - 20) / 8
 PROBE = np.full((1, DIM), 0.5, np.float32)
 

@@ -62,7 +62,7 @@ class Model(RuleBasedStateMachine):
     def collect(self, rows):
         self.compact()
         self.writer.close()
-        gone, kept, _ = collect(self.path, DIGESTS[rows])
+        gone, kept = collect(self.path, DIGESTS[rows])
         assert gone + kept == len(self.compacted)
         self.promised &= set(rows)
         self.compacted = set(self.promised)

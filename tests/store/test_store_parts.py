@@ -8,7 +8,6 @@ import pytest
 from pipeline.errors import StoreError
 from pipeline.stages.extract.stores import take_parts
 from pipeline.store import FeatureStore
-from pipeline.store import writer as writer_module
 from pipeline.store.maintain import merge, verify
 from pipeline.store.share import PartWriter, pack, part_files, part_folders
 from pipeline.store.writer import StoreWriter
@@ -99,19 +98,6 @@ def test_stores_and_packed_files_are_read_from_an_object_store(place):
         FeatureStore.open("memory://nowhere.h5")
     with pytest.raises(StoreError, match=r"nosuch://bucket/s: cannot be opened .*Protocol not known: nosuch"):
         FeatureStore.open("nosuch://bucket/s")
-
-
-def test_large_segments_are_linked_and_nothing_of_them_is_copied(place, monkeypatch):
-    monkeypatch.setattr(writer_module, "SMALL_BYTES", 1)
-    for name, rows in (("a", slice(0, 10)), ("b", slice(5, 15))):
-        with StoreWriter.open(place / name, IDENTITY, DIM, probe=PROBE) as writer:
-            writer.append(DIGESTS[rows], FEATURES[rows])
-    merge(place / "all", [place / "a", place / "b"])
-    own = sorted((place / "a" / "segments").iterdir())
-    linked = {path.name: path.stat().st_ino for path in (place / "all" / "segments").iterdir()}
-    assert [linked[path.name] for path in own] == [path.stat().st_ino for path in own]
-    assert len(linked) == 2, "of b only the rows that a has not"
-    assert np.array_equal(FeatureStore.open(place / "all").read(DIGESTS[:15]), FEATURES[:15])
 
 
 def test_numbers_that_are_not_finite_are_not_merged(place):

@@ -11,7 +11,7 @@ import pytest
 from pipeline.errors import StoreError
 from pipeline.io.digests import digests_to_hex, fingerprint
 from pipeline.store import FeatureStore, StoredRows
-from pipeline.store.maintain import merge, status, verify
+from pipeline.store.maintain import merge, verify
 from pipeline.store.share import export, pack, read_packed_index
 from pipeline.store.writer import StoreWriter
 from store.harness import DIGESTS, DIM, FEATURES, IDENTITY, PROBE
@@ -113,14 +113,6 @@ def test_load_makes_no_copy_of_rows_that_lie_together(store):
     assert not X.flags.owndata
     assert not X.flags.writeable
     assert np.array_equal(StoredRows.of(FeatureStore.open(store), DIGESTS[::-1])[:], FEATURES[::-1])
-
-
-def test_status_counts(store):
-    live = np.concatenate([DIGESTS[2:], np.array([[1, 2]], np.uint64)])
-    found = status(store, live)
-    assert (found.store.rows, found.stale_rows, found.missing_rows) == (len(DIGESTS), 2, 1)
-    assert (found.journal_rows, found.quarantined) == (0, 0)
-    assert found.disk_bytes > FEATURES.nbytes
 
 
 def test_what_is_missing_is_said(place, store):

@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import StoreError
 from pipeline.store import FeatureStore, lock, maintain
 from pipeline.store import format as format_module
-from pipeline.store.maintain import collect, status, verify
+from pipeline.store.maintain import collect, verify
 from pipeline.store.reader import newest_snapshot
 from pipeline.store.writer import StoreWriter, storable
 from store.harness import DIGESTS, DIM, FEATURES, IDENTITY, PROBE, Faults, exact, rounds, small_segments, system
@@ -45,18 +45,18 @@ def test_the_second_writer_is_told_who_the_first_is(place):
     os.read(started[0], 1)
     with pytest.raises(StoreError, match=rf"is being written by process {child} on '.+' since '.+'; wait until"):
         StoreWriter.open(place / "s", IDENTITY, DIM)
-    assert f"process {child} on" in status(place / "s").writer
+    assert f"process {child} on" in lock.holder(place / "s")
     os.write(stop[1], b"x")
     assert ended_well(child)
     StoreWriter.open(place / "s", IDENTITY, DIM).close()
-    assert status(place / "s").writer is None
+    assert lock.holder(place / "s") is None
 
 
 def test_one_process_cannot_open_a_store_twice(place):
     writer = StoreWriter.open(place / "s", IDENTITY, DIM)
-    with pytest.raises(StoreError, match="this process is writing to it already"):
+    with pytest.raises(StoreError, match="is being written by this process"):
         StoreWriter.open(place / "s", IDENTITY, DIM)
-    assert status(place / "s").writer == "this process"
+    assert lock.holder(place / "s") == "this process"
     # The refusal must not have given up the lock, as closing any descriptor of the file would.
     child = child_of(lambda: _refused(place / "s"))
     assert ended_well(child)
@@ -273,14 +273,14 @@ def test_a_signal_while_libhdf5_writes_or_reads_waits_until_it_has_done(place, m
 
     before = signal.signal(number, handle)
     calls, wanted = iter(()), 0
-    real = format_module._Memory.write
+    real = format_module.HeadFile.write
 
     def interrupted(self, data):
         if next(calls) == wanted:
             os.kill(os.getpid(), number)
         return real(self, data)
 
-    monkeypatch.setattr(format_module._Memory, "write", interrupted)
+    monkeypatch.setattr(format_module.HeadFile, "write", interrupted)
 
     def compose():
         nonlocal calls

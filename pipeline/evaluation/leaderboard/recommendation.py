@@ -35,12 +35,21 @@ def recommend(leaderboard: Leaderboard, output: Path) -> Leaderboard:
 
     Rows whose predictions are missing or of other images, or whose saved fit is bad, take no part in the comparison.
     """
-    predictions = {
-        key: value for key, value in read_predictions(leaderboard, output).items() if leaderboard.row(key).sound
-    }
-    trials = read_trials(leaderboard, output)
-    recommendation = _recommendation(leaderboard, predictions, trials) if leaderboard.rows else None
-    return replace(leaderboard, recommendation=recommendation)
+    if not leaderboard.rows:
+        return leaderboard
+    said = {key: found for key, found in read_predictions(leaderboard, output).items() if leaderboard.row(key).sound}
+    best, metric, seed = leaderboard.best.key, leaderboard.metric, int(leaderboard.provenance.get("seed", 0))
+    held_out = _same_images({key: found.out_of_fold for key, found in said.items()}, best, metric, True)
+    if best not in held_out:
+        return replace(leaderboard, recommendation=None)
+    folds = {row.key: row.cv_scores for row in leaderboard.rows}
+    test = _same_images({key: found.test for key, found in said.items()}, best, metric)
+    ordered = {row.key: held_out[row.key] for row in leaderboard.rows if row.key in held_out}
+    differences = compare(ordered, best, test, folds, seed, metric)
+    recommended, reason = _choose(leaderboard, differences, ordered[best])
+    optimism = selection_optimism(tuple(ordered.values()), seed, metric=metric) if len(ordered) > 1 else None
+    luck = _trial_optimism(read_trials(leaderboard, output).get(best, ()))
+    return replace(leaderboard, recommendation=Recommendation(differences, recommended.key, reason, optimism, *luck))
 
 
 def read_predictions(leaderboard: Leaderboard, output: Path) -> dict[str, HeadPredictions]:
@@ -74,22 +83,6 @@ def read_trials(leaderboard: Leaderboard, output: Path) -> dict[str, Trials]:
     return found
 
 
-def _recommendation(
-    leaderboard: Leaderboard, predictions: Mapping[str, HeadPredictions], trials: Mapping[str, Trials]
-) -> Recommendation | None:
-    best, metric, seed = leaderboard.best.key, leaderboard.metric, int(leaderboard.provenance.get("seed", 0))
-    held_out = _same_images({key: value.out_of_fold for key, value in predictions.items()}, best, metric, True)
-    if best not in held_out:
-        return None
-    folds = {row.key: row.cv_scores for row in leaderboard.rows}
-    test = _same_images({key: value.test for key, value in predictions.items()}, best, metric)
-    ordered = {row.key: held_out[row.key] for row in leaderboard.rows if row.key in held_out}
-    differences = compare(ordered, best, test, folds, seed, metric)
-    recommended, reason = _choose(leaderboard, differences, ordered[best])
-    optimism = selection_optimism(tuple(ordered.values()), seed, metric=metric) if len(ordered) > 1 else None
-    return Recommendation(differences, recommended.key, reason, optimism, *_trial_optimism(trials.get(best, ())))
-
-
 def _same_images(
     sets: Mapping[str, Predictions | None], best: str, metric: Metric, as_searched: bool = False
 ) -> dict[str, Predictions]:
@@ -114,12 +107,12 @@ def _trial_optimism(trials: Trials) -> tuple[float | None, int | None]:
     The estimate needs the others' scores on the same folds. More trials can only raise it, so it is a lower bound where
     some were stopped early; of one trial alone there is none.
     """
-    finished = [trial["fold_scores"] for trial in trials if trial.get("status") == "ok"]
-    complete = [found for found in finished if found and None not in found]
-    if not complete:
-        return None, None
-    lonely = len(complete) == 1 and len(trials) > 1
-    return None if lonely else trial_optimism(np.array(complete, dtype=np.float64)), len(complete)
+    complete = []
+    for trial in trials:
+        scores = trial["fold_scores"] if trial.get("status") == "ok" else None
+        if scores and None not in scores:
+            complete.append(scores)
+    return trial_optimism(np.array(complete, dtype=np.float64)) if len(complete) > 1 else None, len(complete) or None
 
 
 def _cost(row: LeaderboardRow) -> tuple[bool, float, int, str]:
@@ -175,8 +168,8 @@ def _choose(
         return best, f"Use {best.key}; {as_good}, and it scores best and is the simplest and cheapest of them."
     written = f"{float(f'{abs(metric.scale) * allowed:.2g}'):g} {metric.unit}"
     behind = group[cheapest.key if chosen.key == best.key else chosen.key]
-    low, high = (metric.gap_text(end) for end in behind.interval)
-    gap = f"({metric.gap_text(behind.difference)} {metric.unit} in favour of the best, 95 % interval {low} to {high})"
+    gap, low, high = map(metric.gap_text, (behind.difference, *behind.interval))
+    gap = f"({gap} {metric.unit} in favour of the best, 95 % interval {low} to {high})"
     if chosen.key == best.key:
         return best, (
             f"Use {best.key}; {as_good}. It scores best, and that the simplest and cheapest of them, {cheapest.key}, is at most "
@@ -239,16 +232,15 @@ def effects(board: Leaderboard, found: HeadPredictions) -> tuple[Effect, ...]:
         return ()
     even = np.where(counts > 0, 1 / np.count_nonzero(counts), 0.0)
 
-    def scored(images: Predictions, guess: NDArray[np.int64]) -> Scores:
-        return scores(replace(images, y_pred=guess, probabilities=None))
-
     def evened(images: Predictions) -> Scores | None:
         if images.probabilities is None:
             return None
-        return scored(images, correct_priors(images.probabilities, counts / counts.sum(), even).argmax(axis=1))
+        guess = correct_priors(images.probabilities, counts / counts.sum(), even).argmax(axis=1)
+        return scores(replace(images, y_pred=guess, probabilities=None))
 
+    plain = [scores(replace(images, probabilities=None)) for images in (part, found.test)]
     made = [
-        Effect("as it is", scored(part, part.y_pred), scored(found.test, found.test.y_pred)),
+        Effect("as it is", *plain),
         Effect("prior correction: every class taken as equally likely", evened(part), evened(found.test)),
     ]
     if row.reweighted is not None:

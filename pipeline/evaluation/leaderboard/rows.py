@@ -50,11 +50,6 @@ class Seeds:
         """Mean and standard deviation of the cross-validation means."""
         return float(np.mean(self.cv_means)), float(np.std(self.cv_means, ddof=1))
 
-    @property
-    def test(self) -> tuple[float, float]:
-        """Mean and standard deviation of the scores that the test is told by."""
-        return float(np.mean(self.test_scores)), float(np.std(self.test_scores, ddof=1))
-
 
 @dataclass(frozen=True)
 class LastFit:
@@ -183,15 +178,12 @@ class LeaderboardRow:
     @property
     def marks(self) -> tuple[str, ...]:
         """What a reader must know about the fit and its test, in a word each; the notes below the table say more."""
-        fit = self.last_fit
-        refitted, warned = fit and fit.sound and fit.tries > 1, fit and (fit.warnings or fit.fold_warnings)
-        found = {
-            "bad fit": not self.sound,
-            "refitted": refitted,
-            "warnings": warned,
-            f"test {self.surprise}": self.surprise,
-        }
-        return tuple(mark for mark, holds in found.items() if holds)
+        fit, found = self.last_fit, list[str]()
+        if fit is not None and (fit.tries > 1 or not fit.sound):
+            found.append("refitted" if fit.sound else "bad fit")
+        if fit is not None and (fit.warnings or fit.fold_warnings):
+            found.append("warnings")
+        return (*found, f"test {self.surprise}") if self.surprise else tuple(found)
 
     @property
     def note(self) -> str:
@@ -203,9 +195,9 @@ class LeaderboardRow:
 class Leaks:
     """Near-duplicates that stand on both sides of a score, as the data audit finds them in one embedding.
 
-    Of `images` as many as `test_images` and `train_images` together were looked at. `test` of the `test_images` are nearly the same as a training image, `folds` of the `train_images` as one of another
-    fold. `without` is each row's test score on the other test images, `held_out` its score on all out-of-fold answers and on those
-    of the other training images, higher being better; a row is named where these can be told.
+    Of `images` as many as `test_images` and `train_images` together were looked at. `test` of the `test_images` are nearly the same as a
+    training image, `folds` of the `train_images` as one of another fold. `without` is each row's test score on the other test images,
+    `held_out` its score on all out-of-fold answers and on those of the other training images, higher being better.
     """
 
     embedding: str
@@ -223,33 +215,28 @@ class Leaks:
         rows : the best row and, if it is another, the recommended one; metric : what the test is told by
         """
 
-        def told(score: float) -> str:
-            return f"{metric.text(score)} %" if metric is ACCURACY else f"{metric.title} {metric.text(score)}"
+        def told(key: str, without: float, score: float) -> str:
+            text, sign = metric.text, metric.percent
+            return f"{key} has {metric.title} {text(without)}{sign} in place of {text(score)}{sign}"
 
-        def found(count: int, of: int, kind: str, other: str, scored: str, scores: list[str]) -> list[str]:
-            end = f"; {scored} {' and '.join(scores)}." if scores else "."
-            verb = "is" if count == 1 else "are"
-            text = f"Leak: {count:,} of {of:,} {kind} images {verb} nearly the same as {other}{end}"
-            return [text] if count else []
-
-        sign, has = -1 if metric.lower_is_better else 1, "is right in" if metric is ACCURACY else "has"
-        tests = [
-            f"{row.key} has {told(self.without[row.key])} in place of {told(sign * whole)}"
-            for row in rows
-            if row.key in self.without and row.test and (whole := row.test.of(metric)[0]) is not None
-        ]
-        held_out = [
-            f"{row.key} {has} {told(without)} in place of {told(whole)}"
-            for row in rows
-            for whole, without in [self.held_out.get(row.key, (np.nan, np.nan))]
-            if np.isfinite(without)
-        ]
-        lines = [
-            *found(self.test, self.test_images, "test", "a training image", "on the other test images", tests),
-            *found(
-                self.folds, self.train_images, "training", "one of another fold", "held out, without them,", held_out
-            ),
-        ]
+        tests, held_out = list[str](), list[str]()
+        for row in rows:
+            score = row.test.of(metric)[0] if row.test and row.key in self.without else None
+            if score is not None:
+                tests.append(told(row.key, self.without[row.key], -score if metric.lower_is_better else score))
+            whole, left = self.held_out.get(row.key, (np.nan, np.nan))
+            if np.isfinite(left):
+                held_out.append(told(row.key, left, whole))
+        lines = []
+        for count, of, what, scored, scores in (
+            (self.test, f"{self.test_images:,} test", "a training image", "on the other test images", tests),
+            (self.folds, f"{self.train_images:,} training", "one of another fold", "held out, without them,", held_out),
+        ):
+            if count:
+                end = f"; {scored} {' and '.join(scores)}." if scores else "."
+                lines.append(
+                    f"Leak: {count:,} of {of} images {'is' if count == 1 else 'are'} nearly the same as {what}{end}"
+                )
         if lines:
             lines.append(
                 "The report shows the pairs. Give images that belong together the same `group`, a column of a manifest "

@@ -5,9 +5,9 @@ Stage two (`train_heads`) fills `LeaderboardRow` and `Leaderboard`; test scores 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby, takewhile
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,7 @@ from pipeline.experiment import LEADERBOARD, Artifacts, from_plain, read_documen
 if TYPE_CHECKING:
     import pandas as pd
 
-APART = "Ranked apart, on other images"
-APARTS = {
+APART = {
     "domains": (
         "Adapted to new domains, without their labels",
         "the head of a row above, as it does on the same test images after it is adapted. Each half of the new domains' test images "
@@ -86,7 +85,7 @@ class Leaderboard:
     @property
     def apart(self) -> tuple[tuple[LeaderboardRow, ...], ...]:
         """The rows that are cross-validated on other images, those of fine-tuned networks, by their images."""
-        others = [row for row in self.rows if row.images != self.best.images]
+        others = self.rows[len(self.ranked) :]
         return tuple(tuple(rows) for _, rows in groupby(others, lambda row: row.images))
 
     def row(self, key: str) -> LeaderboardRow:
@@ -128,17 +127,19 @@ class Leaderboard:
         """Return a pandas DataFrame of the rows, the best first; scores as users know them, a loss above 0."""
         import pandas as pd
 
-        sign, scores = -1 if self.metric.lower_is_better else 1, metrics_for(self.target)
-        found = []
+        sign, found = -1 if self.metric.lower_is_better else 1, []
         for row in self.rows:
-            tests = {} if row.test is None else {f"test_{metric.name}": row.test[metric.name] for metric in scores}
-            low, high = (None if row.test is None else row.test.of(self.told_by)[1]) or (None, None)
-            cells = {
+            cells: dict[str, Any] = {
                 "embedding": row.embedding,
                 "head": row.head,
                 f"cv_{self.scoring}": sign * row.cv_mean,
                 "cv_std": row.cv_std,
-                **{name: value for name, value in tests.items() if value is not None},
+            }
+            for metric in metrics_for(self.target):
+                if row.test is not None and row.test[metric.name] is not None:
+                    cells[f"test_{metric.name}"] = row.test[metric.name]
+            low, high = (None if row.test is None else row.test.of(self.told_by)[1]) or (None, None)
+            cells |= {
                 "test_low": low,
                 "test_high": high,
                 "fit_seconds": row.fit_seconds,
@@ -157,11 +158,14 @@ class Leaderboard:
 
     def to_markdown(self) -> str:
         """Return the leaderboard as a Markdown table with the notes a reader needs below it."""
-        above = [text for line in self.warnings() for text in (f"> {line}", "")]
-        lines = ["# Leaderboard", "", *above, self._table(self.ranked, wide=True), ""]
+        lines = ["# Leaderboard", ""]
+        for line in self.warnings():
+            lines += [f"> {line}", ""]
+        lines += [self._table(self.ranked, "github"), ""]
         lines += [f"- {line}" for line in self.notes()]
         for rows in self.apart:
-            lines += ["", f"## {apart_title(rows)}", "", apart_text(rows), "", self._table(rows, wide=True)]
+            title, words = apart_words(rows)
+            lines += ["", f"## {title}", "", words, "", self._table(rows, "github")]
         return "\n".join([*lines, ""])
 
     def to_text(self) -> str:
@@ -169,46 +173,32 @@ class Leaderboard:
         above = self.warnings()
         lines = [*above, *([""] if above else []), self._table(self.ranked), ""]
         for rows in self.apart:
-            lines += [f"{apart_title(rows)}: {apart_text(rows)}", "", self._table(rows), ""]
+            lines += [": ".join(apart_words(rows)), "", self._table(rows), ""]
         return "\n".join([*lines, *self.notes()])
 
-    def _table(self, rows: Sequence[LeaderboardRow], wide: bool = False) -> str:
-        """Draw rows for Markdown (`wide`) or for a terminal; what nobody asked for has no column."""
-        cells, asked = [self._cells(row, wide) for row in rows], {name for name, _ in REPEATS}
-        shown = [name for name in next(iter(cells), {}) if name not in asked or any(row[name] for row in cells)]
-        return tabulate(
-            [[row[name] for name in shown] for row in cells],
-            headers=shown,
-            tablefmt="github" if wide else "simple",
-            disable_numparse=True,
-            colalign=["left" if name in ("", "embedding", "head", "note") else "right" for name in shown],
-        )
-
-    def _cells(self, row: LeaderboardRow, wide: bool) -> dict[str, str]:
-        """Return a row's cells by their headers; of the test those of the scores that serve the target."""
-        told_by, metric, test = self.told_by, self.metric, row.test
-        # Where everything else is accuracy too, the narrow table need not say so.
+    def _table(self, rows: Sequence[LeaderboardRow], style: str = "simple") -> str:
+        """Draw rows in a style of tabulate; of the repeated searches those that were asked for have a column."""
+        told_by, metric, lines = self.told_by, self.metric, []
+        # Where everything else is accuracy too, the table need not say so.
         short = "" if metric is told_by is ACCURACY else " acc." if told_by is ACCURACY else f" {told_by.title}"
-        scores = {
-            other.column[not wide]: ""
-            if test is None or test[other.name] is None
-            else other.user_text(test.values[other.name])
-            for other in metrics_for(self.target)
-            if other.column and other is not told_by
-        }
-        return {
-            "": self.mark(row).replace("*", "\\*" if wide else "*"),
-            "embedding": row.embedding,
-            "head": f"**{row.head}**" if wide and row.key == self.best.key else row.head,
-            f"cross-validation ({metric.title})" if wide else f"CV {metric.title}": cross_validated(row, self.scoring),
-            **{name: text(row, self.scoring) for name, text in REPEATS},
-            f"test {told_by.title} [95 %]" if wide else f"test{short} [95 %]": test_text(test, told_by),
-            **scores,
-            "fit s": seconds(row.fit_seconds),
-            "predict s" if wide else "pred. s": seconds(row.predict_seconds),
-            "trials": str(row.trials),
-            "note": row.note,
-        }
+        asked = [name for name in ("nested", "seeds") if any(getattr(row, name) for row in rows)]
+        others = [other for other in metrics_for(self.target) if other.column and other is not told_by]
+        headers = ["", "embedding", "head", f"CV {metric.title}", *asked, f"test{short} [95 %]"]
+        headers += [*(other.column or "" for other in others), "fit s", "pred. s", "trials", "note"]
+        for row in rows:
+            cells = [self.mark(row), row.embedding, row.head, cross_validated(row, self.scoring)]
+            cells += [repeated(row, name, metric)[0] for name in asked]
+            cells.append(test_text(row.test, told_by))
+            for other in others:
+                value = None if row.test is None else row.test[other.name]
+                cells.append("" if value is None else other.user_text(value))
+            cells += [seconds(row.fit_seconds), seconds(row.predict_seconds), str(row.trials), row.note]
+            lines.append(cells)
+        if style == "github":
+            for cells in lines:
+                cells[0], cells[2] = ("\\*", f"**{cells[2]}**") if cells[0] == "*" else (cells[0], cells[2])
+        aligned = ["left" if name in ("", "embedding", "head", "note") else "right" for name in headers]
+        return tabulate(lines, headers=headers, tablefmt=style, disable_numparse=True, colalign=aligned)
 
     def mark(self, row: LeaderboardRow) -> str:
         """`*` for the best row, `~` for one with no evidence of a difference from it."""
@@ -224,52 +214,41 @@ class Leaderboard:
         if not self.rows:
             return []
         looked_at = [row for row in self.rows if row.key in (self.best.key, self.recommended.key)]
-        lines = self.leaks.lines(looked_at, self.told_by) if self.leaks else []
-        lines += filter(None, map(self._unlike_folds, self.rows))
-        for side, meaning in SURPRISES.items():
-            named = [
-                f"{row.key} {100 * row.test.accuracy:.1f}, expected {100 * row.expected_test[0]:.1f} to {100 * row.expected_test[1]:.1f}"
-                for row in self.rows
-                if row.test is not None and row.expected_test is not None and row.surprise == side
-            ]
-            if named:
+        lines, warned, text = self.leaks.lines(looked_at, self.told_by) if self.leaks else [], [], self.metric.text
+        surprised: dict[str, list[str]] = {side: [] for side in SURPRISES}
+        for row in self.rows:
+            fit = row.last_fit
+            if fit is not None and not (fit.sound and fit.tries == 1):
+                lowest = min(fit.fold_scores, default=fit.score)
+                what = "fitted again with another seed" if fit.sound else "a bad fit, ranked last and never recommended"
                 lines.append(
-                    f"Test accuracy {side} the 99.9 % interval that cross-validation lets expect: {'; '.join(named)}: {meaning}."
+                    f"{row.key}: {what}: the fit on all training images scores {text(fit.score)} on them, and those of cross-validation "
+                    f"at least {text(lowest)} on theirs (seeds tried: {fit.tries})."
                 )
-        warned = [
-            f"{row.key} {where} {', '.join(f'{count} x {name}' for name, count in found.items())}"
-            for row in self.rows
-            if row.last_fit is not None
-            for where, found in (("last fit", row.last_fit.warnings), ("fits on folds", row.last_fit.fold_warnings))
-            if found
+            for where, found in (("last fit", fit and fit.warnings), ("fits on folds", fit and fit.fold_warnings)):
+                if found:
+                    told = ", ".join(f"{count} x {name}" for name, count in found.items())
+                    warned.append(f"{row.key} {where} {told}")
+            if row.surprise and row.test and row.expected_test:
+                low, high = row.expected_test
+                told = f"{row.key} {100 * row.test.accuracy:.1f}, expected {100 * low:.1f} to {100 * high:.1f}"
+                surprised[row.surprise].append(told)
+        lines += [
+            f"Test accuracy {side} the 99.9 % interval that cross-validation lets expect: {'; '.join(told)}: {SURPRISES[side]}."
+            for side, told in surprised.items()
+            if told
         ]
         return [*lines, f"Warnings while fitting: {'; '.join(warned)}."] if warned else lines
-
-    def _unlike_folds(self, row: LeaderboardRow) -> str | None:
-        """Say that the fit on all images is below those on folds, or was at first; None where it is not."""
-        fit, text = row.last_fit, self.metric.text
-        if fit is None or (fit.sound and fit.tries == 1):
-            return None
-        lowest = text(min(fit.fold_scores, default=fit.score))
-        tried = "one try" if fit.tries == 1 else f"{fit.tries} tries"
-        if fit.sound:
-            return (
-                f"{row.key}: the fit on all training images was below cross-validation's and was made again with another seed "
-                f"({tried}); it scores {text(fit.score)} on them, and cross-validation's fits at least {lowest} on theirs."
-            )
-        return (
-            f"{row.key}: a bad fit. Fitted on all training images it scores {text(fit.score)} on them, and cross-validation's fits "
-            f"at least {lowest} on theirs ({tried}, the best kept): ranked last and never recommended."
-        )
 
     def notes(self) -> list[str]:
         """Return what must be said beside the table, one sentence each."""
         if not self.rows:
             return ["No rows."]
-        notes = [*self._score_notes(), *self._recommendation_notes(), *self._repeat_notes(), *self._row_notes()]
+        notes = [*self._score_notes(), *self._recommendation_notes(), *self._row_notes()]
         return notes + [str(note) for note in self.provenance.get("notes", ())]
 
     def _score_notes(self) -> list[str]:
+        """Say what the scores are."""
         best, metric = self.best, self.metric
         better = ", lower is better" if metric.lower_is_better else ""
         lines = [
@@ -281,57 +260,51 @@ class Leaderboard:
             lines.append(
                 f"Cross-validation judges the heads' own probabilities, as the search did; the test's {metric.title} is of calibrated ones."
             )
+        chosen = nested_choice(self.ranked)
+        if chosen is not None:
+            lines.append(
+                f"nested: every search repeated within each of {len(chosen.outer)} outer folds; the mean on the images held out, which chose nothing. "
+                f"Choosing the row within the folds too gives {_nested(chosen, metric)}, the unbiased score of this whole search "
+                "(95 % interval by the corrected resampled t)."
+            )
+        seeds = next((row.seeds.seeds for row in self.rows if row.seeds), None)
+        if seeds is not None:
+            lines.append(
+                f"seeds: cross-validation's mean ± standard deviation over seeds {seeds[0]} to {seeds[-1]}, each with its own "
+                "folds and search; the test images stay the same."
+            )
         return lines
 
     def _recommendation_notes(self) -> list[str]:
-        recommendation, metric, recommended = self.recommendation, self.metric, self.recommended
-        if recommendation is None:
+        """Say what to use, and how much luck there is in the best score."""
+        found, best, recommended, lines = self.recommendation, self.best, self.recommended, []
+        if found is None:
             return []
-        others, lines = sum(key != self.best.key for key in recommendation.no_evidence), []
+        others = sum(key != best.key for key in found.no_evidence)
         if others:
             lines.append(
                 f"~ marks {number_of(others, 'more row')} with no evidence of a difference from the best "
                 "(paired, out of fold, corrected for all pairs of rows)."
             )
-        lines.append(recommendation.advice)
-        if recommended.key != self.best.key and recommended.bundle is not None and not recommended.constant:
+        lines.append(found.advice)
+        if recommended.key != best.key and recommended.bundle is not None and not recommended.constant:
             lines.append(
                 f"`manyheads predict` takes the best row when it is given the output folder; for the recommended one give it {recommended.bundle} in there."
             )
-        if recommendation.optimism is not None:
-            lines.append(
-                f"Picking the best of {recommendation.optimism.candidates} rows flatters its cross-validation {metric.title} by about "
-                f"{_luck(metric, recommendation.optimism.bias)} {metric.unit}{self._trials_text(recommendation)}."
-            )
+        if found.optimism is not None:
+            title, unit = self.metric.title, self.metric.unit
+            luck = f"Picking the best of {found.optimism.candidates} rows flatters its cross-validation {title} by about {self.luck(found.optimism.bias)} {unit}"
+            if found.trial_optimism is not None and best.trials > 1:
+                least = "" if found.finished_trials in (None, best.trials) else "at least "
+                luck += (
+                    f", picking the best of its {best.trials} trials by {least}about {self.luck(found.trial_optimism)}"
+                )
+            lines.append(f"{luck}.")
         return lines
 
-    def _trials_text(self, recommendation: Recommendation) -> str:
-        """Say what picking the best trial adds, and of how many trials that is known."""
-        trials, finished, found = self.best.trials, recommendation.finished_trials, recommendation.trial_optimism
-        if trials == 1 or (found is None and finished is None):
-            return ""
-        if found is None:
-            return f"; what picking the best of its {trials} trials adds is not known, as only one was fitted on every fold"
-        luck = _luck(self.metric, found)
-        if finished in (None, trials):
-            return f", picking the best of its {trials} trials by about {luck}"
-        return f", picking the best of its {trials} trials by at least about {luck} (from the {finished} that were fitted on every fold)"
-
-    def _repeat_notes(self) -> list[str]:
-        lines, chosen = [], nested_choice(self.ranked)
-        if chosen is not None:
-            lines.append(
-                f"nested: every search repeated within each of {len(chosen.outer)} outer folds; the mean on the images held out, which chose nothing. "
-                f"Choosing the row within the folds too gives {nested_text(chosen, self.scoring)}, the unbiased score of this whole search "
-                "(95 % interval by the corrected resampled t)."
-            )
-        repeated = next((row.seeds for row in self.rows if row.seeds), None)
-        if repeated is not None:
-            lines.append(
-                f"seeds: cross-validation's mean ± standard deviation over seeds {repeated.seeds[0]} to {repeated.seeds[-1]}, each with its own "
-                "folds and search; the test images stay the same."
-            )
-        return lines
+    def luck(self, bias: float) -> str:
+        """Write by how much having been picked flatters a score."""
+        return self.metric.gap_text(max(bias, 0.0)).lstrip("+")
 
     def _row_notes(self) -> list[str]:
         """Say what the rows were tested on and are made of."""
@@ -350,7 +323,7 @@ class Leaderboard:
         if other is not None:
             lines.append(f"To label with a row that stands apart, give `manyheads predict` its folder, {other.bundle}.")
         if best.unseen_rows is not None:
-            lines.append(f"All of them: {apart_text(self.ranked)}")
+            lines.append(f"All of them: {apart_words(self.ranked)[1]}")
         reduced = {row.embedding: row.components for row in rows if row.components is not None}
         if reduced:
             whitened = ", whitened" if self.provenance.get("config", {}).get("tuning", {}).get("whiten") else ""
@@ -361,12 +334,12 @@ class Leaderboard:
             )
         if any(row.baseline for row in rows):
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
-        licenses: dict[tuple[str, str], list[str]] = {}
+        licences: dict[str, dict[str, None]] = {}
         for row in rows:
-            if not (row.baseline or row.untrained) and row.license:
-                licenses.setdefault((row.backbone, row.license), []).append(row.embedding)
-        if licenses:
-            told = "; ".join(f"{_network(names)} {license}" for (_, license), names in licenses.items())
+            if row.license and not (row.baseline or row.untrained):
+                licences.setdefault(row.license, {})[row.embedding] = None
+        if licences:
+            told = "; ".join(f"{licence} ({', '.join(names)})" for licence, names in licences.items())
             lines.append(f"Licences of the weights: {told}.")
         if best.baseline or best.untrained:
             lines.append(f"No trained backbone beats the {best.kind} row {best.key} on these images.")
@@ -380,48 +353,42 @@ SURPRISES = {
 """What a test accuracy outside of its interval means."""
 
 
-def apart_title(rows: Sequence[LeaderboardRow]) -> str:
-    """Return the heading of rows that stand apart."""
-    return APARTS[rows[0].apart][0] if rows[0].apart else APART
-
-
-def apart_text(rows: Sequence[LeaderboardRow]) -> str:
-    """Say which images rows are fitted and judged on, and how they can be compared with others; all rows on the same images."""
+def apart_words(rows: Sequence[LeaderboardRow]) -> tuple[str, str]:
+    """Return the heading of rows that stand apart, all on the same images, and how they can be compared with others."""
     row = rows[0]
     if row.apart:
-        return APARTS[row.apart][1]
-    if row.unseen_rows is None:
-        return "heads fitted and cross-validated on all training images: compare them with the others by the test."
-    others = f"on a fine-tuned network, fitted on the {row.unseen_rows:,} training images that it has not learned from"
-    some = "All" if row.chose_rows == row.unseen_rows else f"{row.chose_rows:,}"
-    if row.chose_rows:
-        return (
-            f"heads {others}. {some} of them chose the network's weights, so that cross-validation on them would flatter: "
-            "it orders these rows and is not shown. Compare them with the others by the test, which chose nothing."
+        return APART[row.apart]
+    words = "heads fitted and cross-validated on all training images: compare them with the others by the test."
+    if row.unseen_rows is not None:
+        words = f"heads on a fine-tuned network, fitted on the {row.unseen_rows:,} training images that it has not learned from"
+        some = "All" if row.chose_rows == row.unseen_rows else f"{row.chose_rows:,}"
+        words += (
+            f". {some} of them chose the network's weights, so that cross-validation on them would flatter: it orders these rows and "
+            "is not shown. Compare them with the others by the test, which chose nothing."
+            if row.chose_rows
+            else " and that did not choose its weights, cross-validated on those only: compare them with the others by the test."
         )
-    return f"heads {others} and that did not choose its weights, cross-validated on those only: compare them with the others by the test."
-
-
-def nested_text(nested: Nested | None, scoring: str) -> str:
-    """Return a nested score with its interval, nothing where there is none."""
-    metric = METRICS[scoring]
-    return "" if nested is None else f"{metric.text(nested.mean)} {metric.interval_text(nested.interval)}"
+    return "Ranked apart, on other images", words
 
 
 def cross_validated(row: LeaderboardRow, scoring: str) -> str:
     """Return the cross-validation score and its spread over the folds; a dash where it cannot judge the row."""
-    return "–" if row.chose_rows or row.apart == "domains" else _spread((row.cv_mean, row.cv_std), METRICS[scoring])
+    return "–" if row.chose_rows or row.apart == "domains" else _spread(row.cv_mean, row.cv_std, METRICS[scoring])
 
 
-def _spread(found: tuple[float, float], metric: Metric) -> str:
-    return f"{metric.text(found[0])} ± {metric.user_text(found[1])}"
+def _spread(mean: float, deviation: float, metric: Metric) -> str:
+    return f"{metric.text(mean)} ± {metric.user_text(deviation)}"
 
 
-REPEATS: tuple[tuple[str, Callable[[LeaderboardRow, str], str]], ...] = (
-    ("nested", lambda row, scoring: nested_text(row.nested, scoring)),
-    ("seeds", lambda row, scoring: _spread(row.seeds.cv, METRICS[scoring]) if row.seeds else ""),
-)
-"""Columns that are there on request: the field of the row, and its text."""
+def _nested(nested: Nested, metric: Metric) -> str:
+    return f"{metric.text(nested.mean)} {metric.interval_text(nested.interval)}"
+
+
+def repeated(row: LeaderboardRow, name: str, metric: Metric) -> tuple[str, float | None]:
+    """Return what a row's repeated search says, `nested` or `seeds`, and the score in it; nothing where it was not asked for."""
+    if name == "nested":
+        return ("", None) if row.nested is None else (_nested(row.nested, metric), row.nested.mean)
+    return ("", None) if row.seeds is None else (_spread(*row.seeds.cv, metric), row.seeds.cv[0])
 
 
 def test_text(test: Scores | None, metric: Metric) -> str:
@@ -457,16 +424,6 @@ def seconds(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def _luck(metric: Metric, bias: float) -> str:
-    return metric.gap_text(max(bias, 0.0)).lstrip("+")
-
-
-def _network(embeddings: Sequence[str]) -> str:
-    """Return what the layers of one network have in common in their names."""
-    parts = zip(*(name.split("-") for name in embeddings), strict=False)
-    return "-".join(each[0] for each in takewhile(lambda each: len(set(each)) == 1, parts)) or min(embeddings)
-
-
 HEADERS = (
     "target",
     "training images",
@@ -480,25 +437,25 @@ HEADERS = (
 
 def overview(boards: Mapping[str, Leaderboard]) -> list[tuple[str, ...]]:
     """Return the best row of each of several targets on the same images, in cells as `HEADERS` names them."""
-
-    def tested(board: Leaderboard, row: LeaderboardRow | None) -> str:
-        if row is None or row.test is None:
-            return "–"
-        named = "" if board.told_by is board.metric else f"{board.told_by.title} "
-        return named + test_text(row.test, board.told_by)
-
-    return [
-        (
-            name,
-            f"{board.provenance.get('images', {}).get('train', 0):,}",
-            f"{board.metric.title} {cross_validated(board.best, board.scoring)}",
-            tested(board, board.best),
-            tested(board, next((row for row in board.rows if row.constant), None)),
-            board.best.key,
-            "" if board.recommended is board.best else board.recommended.key,
+    lines = []
+    for name, board in boards.items():
+        best, told = board.best, board.told_by
+        named = "" if told is board.metric else f"{told.title} "
+        guess = next((row for row in board.rows if row.constant), None)
+        tests = [
+            f"{named}{test_text(row.test, told)}" if row is not None and row.test else "–" for row in (best, guess)
+        ]
+        lines.append(
+            (
+                name,
+                f"{board.provenance.get('images', {}).get('train', 0):,}",
+                f"{board.metric.title} {cross_validated(best, board.scoring)}",
+                *tests,
+                best.key,
+                "" if board.recommended is best else board.recommended.key,
+            )
         )
-        for name, board in boards.items()
-    ]
+    return lines
 
 
 def overview_text(boards: Mapping[str, Leaderboard]) -> str:

@@ -22,7 +22,7 @@ from pipeline.data import check_failures
 from pipeline.data.index import WrittenIndex
 from pipeline.data.scan import ScanResult, scan
 from pipeline.embed.published import about_stand_in
-from pipeline.embed.records import EmbeddingRecord, default_name, find_parts, read_records, write_records
+from pipeline.embed.records import EmbeddingRecord, find_parts, read_records, write_records
 from pipeline.errors import PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.io.files import make_folder, write_text_atomic
@@ -33,7 +33,6 @@ from pipeline.stages.extract.targets import (
     IDENTITY_DIFFERS,
     Contents,
     EmbeddingTarget,
-    Source,
     find_targets,
     require_permitted,
     resolve,
@@ -54,8 +53,7 @@ from pipeline.store.writer import StoreWriter
 log = logging.getLogger(__name__)
 
 LONG_SECONDS = 60.0
-HOURS_SECONDS = 7200.0
-"""A run that takes longer says when more machines would pay, and a plan of hours that they can share it."""
+"""A run that takes longer says when more machines would pay."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +63,13 @@ class FeaturesRun:
     scan: ScanResult
     targets: tuple[EmbeddingTarget, ...]
     records: tuple[EmbeddingRecord, ...]
-    failed: int
-    """Images of the index that do not decode."""
     work: Work | None
     """None when nothing was embedded: a plan, or nothing to do."""
     pool: Pool | None
     """The engine's workers, where there was one."""
     planned: bool
     stand_ins: tuple[str, ...]
-    """Lines on networks that stand in for others, or did until now."""
+    """Lines on networks that stand in for others."""
     total_seconds: float
 
     @property
@@ -91,16 +87,13 @@ class FeaturesRun:
     def _plan_lines(self) -> Iterator[str]:
         rates = {record.name: record.seconds_per_image for record in self.records}
         for target in self.targets:
-            name, count = target.spec.name, int(target.pending.sum())
-            if not count:
-                yield f"{name}: complete, {target.rows:,} vectors"
-                continue
-            cost = "time unknown until it has run once"
-            if rate := rates.get(name):
-                cost = f"about {_duration(count * rate)} at the last run's rate"
-                if count * rate > HOURS_SECONDS:
-                    cost += ", which several machines can share (docs/scale.md)"
-            yield f"{name}: {count:,} to embed, {cost}; {target.why}"
+            name, count, rate = target.spec.name, int(target.pending.sum()), rates.get(target.spec.name)
+            cost = (
+                f"about {_duration(count * rate)} at the last run's rate"
+                if rate
+                else "time unknown until it has run once"
+            )
+            yield f"{name}: " + (f"{count:,} to embed, {cost}; {target.why}" if count else "complete")
 
     def _work_lines(self) -> Iterator[str]:
         work = self.work
@@ -111,10 +104,9 @@ class FeaturesRun:
         anew = {target.spec.name: target.why for target in self.targets if IDENTITY_DIFFERS in target.why}
         for name, count in work.vectors.items():
             yield f"  {name}: {count:,} new vectors" + (f"; {anew[name]}" if name in anew else "")
-        threads = [f"{name} {work.seconds[name]:.1f}" for name in SUMMED_OVER_THREADS]
-        others = [f"{name} {seconds:.1f}" for name, seconds in work.seconds.items() if name not in SUMMED_OVER_THREADS]
-        told = ", ".join(others).replace("network ", "network and baselines ")
-        yield f"seconds: {told}; beside them, summed over threads: {', '.join(threads)}"
+        told = {name: f"{name} {seconds:.1f}" for name, seconds in work.seconds.items()}
+        threads = ", ".join(told.pop(name) for name in SUMMED_OVER_THREADS)
+        yield f"seconds: {', '.join(told.values())}; beside them, summed over threads: {threads}"
         if self.pool is not None:
             yield self.pool.line(work)
         elif work.loop_seconds > LONG_SECONDS:
@@ -138,13 +130,11 @@ def asked(
     PipelineError for options that mean nothing together, and as the runs raise it.
     """
     chosen = Engine.of(engine, address, workers)
-    if shard is None:
-        if parts and chosen is None:
-            raise PipelineError("--parts is where workers and shards write; it needs --engine or --shard")
-        return run(config, plan=plan, rehash=rehash, engine=chosen, place=parts)
-    if plan or chosen:
-        raise PipelineError(f"--shard is one part of a run; leave out --{'plan' if plan else 'engine'}")
-    return run_shard(config, Shard.parse(shard), parts, rehash=rehash)
+    if (shard and (plan or chosen)) or (parts and not (shard or chosen)):
+        raise PipelineError("--shard goes without --plan and --engine, and --parts with --shard or --engine")
+    if shard is not None:
+        return run_shard(config, Shard.parse(shard), parts, rehash=rehash)
+    return run(config, plan=plan, rehash=rehash, engine=chosen, place=parts)
 
 
 def run(
@@ -172,7 +162,7 @@ def run(
         enter(files)
     start = time.perf_counter()
     sources = resolve(config, files, contents.digests)  # loads the networks whose embeddings are not known yet
-    find_parts(config.concat, _names(sources))
+    find_parts(config.concat, {spec.name: source for source in sources for spec in source.specs})
     resolving = time.perf_counter() - start
     if not plan:
         take_over([spec for source in sources for spec in source.specs], files, contents.digests)
@@ -189,20 +179,23 @@ def run(
     if pending and not plan:
         work, pool = _embed(pending, contents, config, files, engine, place)
         work.seconds["start-up"] += resolving
-        rates |= _rates(work)
+        # An image costs its reading and decoding, and its own network.
+        shared = (work.seconds["read"] + work.seconds["decode"]) / work.workers / max(work.images, 1)
+        rates |= {name: shared + seconds / work.network_images[name] for name, seconds in work.network_seconds.items()}
         contents = Contents.of(scanned.index, files, config)
     records = known if plan else _write(config, files, scanned, targets, rates)
     if work is not None:
         _check_failures(scanned, contents, config, files)
+    instead_of = [target.source.instead_of for target in targets]
+    stand_ins = [f"warning: {about_stand_in(section)}" for section in instead_of if section is not None]
     return FeaturesRun(
         scan=scanned,
         targets=tuple(targets),
         records=tuple(records),
-        failed=int(contents.failed.sum()),
         work=work,
         pool=pool,
         planned=plan,
-        stand_ins=tuple(dict.fromkeys(_about_stand_ins(targets, known))),
+        stand_ins=tuple(dict.fromkeys(stand_ins)),
         total_seconds=time.perf_counter() - began,
     )
 
@@ -269,29 +262,6 @@ def embed_some(
 def _check_failures(scanned: ScanResult, contents: Contents, config: Config, files: Artifacts) -> None:
     failed = len(scanned.failures) + int(contents.failed.sum())
     check_failures(failed, scanned.total, config.dataset.max_failures, files.dataset / "failures.csv")
-
-
-def _names(sources: Sequence[Source]) -> dict[str, Source]:
-    """What `concat` may name: as `concat.by_name` has it, before there is a record."""
-    asked = {default_name(each): source for source in sources if (each := source.instead_of)}
-    return asked | {spec.name: source for source in sources for spec in source.specs}
-
-
-def _about_stand_ins(targets: Sequence[EmbeddingTarget], before: Sequence[EmbeddingRecord]) -> Iterator[str]:
-    """What is embedded in another's place, and what is embedded at last where another stood in."""
-    for target in targets:
-        if target.source.instead_of is not None:
-            yield f"warning: {about_stand_in(target.source.instead_of)}"
-    sections = [target.source.section for target in targets]
-    for record in before:
-        if (asked := record.instead_of) is not None and asked in sections:
-            yield (f"{asked.title} is installed now: its features take the place of {record.name}, which stood in")
-
-
-def _rates(work: Work) -> dict[str, float]:
-    """What one image costs per embedding: reading and decoding, and its own network."""
-    shared = (work.seconds["read"] + work.seconds["decode"]) / work.workers / max(work.images, 1)
-    return {name: shared + seconds / work.network_images[name] for name, seconds in work.network_seconds.items()}
 
 
 def _write(

@@ -16,9 +16,9 @@ import re
 import resource
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from shlex import quote
@@ -53,7 +53,7 @@ MOST_IMAGES = 4096
 """In one piece of work: what a worker that dies costs at most."""
 
 DEATHS = 3
-"""As often may one image end its worker, or all workers before any was ready."""
+"""As often may each worker end before any was ready."""
 
 
 # ---- shards
@@ -151,13 +151,10 @@ class Pool:
 
     @staticmethod
     def of(resources: dict[str, float], asked: int | None) -> Pool:
-        """Decide on workers: one per GPU, else one per `CORES` of what there is now; more than that wait until Ray has room for them."""
-        cpus, gpus = max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
-        if gpus:
-            return Pool(asked or gpus, max(1, cpus // max(gpus, asked or 1)), 1)
-        if asked:
-            return Pool(asked, max(1, cpus // asked) if asked <= cpus else CORES, 0)
-        return Pool(max(1, cpus // CORES), min(CORES, cpus), 0)
+        """Decide on workers, which share the cores: one per GPU, else one per `CORES` of what there is now."""
+        cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+        workers = asked or gpus or max(1, cpus // CORES)
+        return Pool(workers, max(1, cpus // workers), min(gpus, 1))
 
     def line(self, work: Work) -> str:
         """Say what the engine cost, and from how many images of these networks on it pays."""
@@ -171,7 +168,7 @@ class Pool:
 
 def pays(start_up: float, per_image: float, workers: int) -> str:
     """Say from how many images on several workers take less time than one that needs no start-up: n t = s + n t / w."""
-    if workers < 2 or per_image <= 0:
+    if workers < 2:
         return "one worker is no quicker than a run without an engine"
     images = start_up / (per_image * (1 - 1 / workers))
     return (
@@ -238,31 +235,27 @@ def embed_on(
         batch = choose_batch_size(config.extraction.batch_size, "cuda" if pool.gpus else "cpu")
         size = max(min(MOST_IMAGES, len(needed) // (8 * pool.workers)) // batch * batch, batch)
         pieces = deque(np.array_split(needed, range(size, len(needed), size)))
-        driver = _Driver(ray, make, images, pending, pieces, pool, began)
+        work = Work(workers=pool.workers * pool.cores)
+        driver = _Driver(ray, make, images, pending, pieces, pool, work, began)
         driver.run(stopped)
-    return driver.work, pool
+    return work, pool
 
 
+@dataclass
 class _Driver:
     """Who has what to do: `todo` are pieces, the places of k images, int64 of shape (k,), in the columns of `pending`, (targets, n)."""
 
-    def __init__(
-        self,
-        ray: Any,
-        make: Callable[[], Any],
-        images: Contents,
-        pending: NDArray[np.bool_],
-        todo: deque[NDArray[np.int64]],
-        pool: Pool,
-        began: float,
-    ) -> None:
-        self.ray, self.make, self.images, self.pending, self.todo = ray, make, images, pending, todo
-        self.pool, self.began = pool, began
-        self.work = Work(workers=pool.workers * pool.cores)
-        self.at_work: dict[Any, tuple[Any, NDArray[np.int64] | None]] = {}
-        """What Ray is to give us -> the worker, and its piece; None while it loads the networks."""
-        self.deaths = Counter[int]()
-        self.early_deaths = 0
+    ray: Any
+    make: Callable[[], Any]
+    images: Contents
+    pending: NDArray[np.bool_]
+    todo: deque[NDArray[np.int64]]
+    pool: Pool
+    work: Work
+    began: float
+    at_work: dict[Any, tuple[Any, NDArray[np.int64] | None]] = field(default_factory=dict)
+    """What Ray is to give us -> the worker, and its piece; None while it loads the networks."""
+    early_deaths: int = 0
 
     def run(self, stopped: Callable[[], None]) -> None:
         """Give away all pieces and take what is made of them."""
@@ -311,14 +304,9 @@ class _Driver:
             if self.early_deaths >= DEATHS * self.pool.workers and not self.work.images:
                 found = " ".join(str(error).split())[:300]
                 raise BackboneError(f"the engine's workers end before they are ready: {found}")
-            return 0
-        if len(piece) > 1:
+        elif len(piece) > 1:
             self.todo.extendleft(np.array_split(piece, 2))
-            return 0
-        image = int(piece[0])
-        self.deaths[image] += 1
-        if self.deaths[image] < DEATHS:
-            self.todo.appendleft(piece)
-            return 0
-        self.work.unavailable.append(f"{self.images.paths[image]}: {DEATHS} workers ended while they embedded it")
-        return 1
+        else:
+            self.work.unavailable.append(f"{self.images.paths[piece[0]]}: a worker ended while it embedded it")
+            return 1
+        return 0

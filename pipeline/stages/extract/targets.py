@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -61,15 +62,13 @@ def require_permitted(config: Config) -> None:
 
     BackboneError with one line for each that has not.
     """
-    published.require_permitted(config.licenses, ((section.title, _license(section)) for section in config.backbones))
 
+    def license_of(section: BackboneConfig) -> str:
+        from pipeline.embed import weights  # loads torch
 
-def _license(section: BackboneConfig) -> str:
-    if names_vectors(section.name):
-        return published.UNKNOWN
-    from pipeline.embed import weights  # loads torch
+        return published.UNKNOWN if names_vectors(section.name) else weights.license_of(section)
 
-    return weights.license_of(section)
+    published.require_permitted(config.licenses, ((each.title, license_of(each)) for each in config.backbones))
 
 
 def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
@@ -92,9 +91,6 @@ def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
             found[key] = theirs
         extraction = config.extraction
         if key in found:
-            if not found[key][0].license:  # of an earlier version
-                license = _license(section)
-                found[key] = tuple(replace(spec, license=license) for spec in found[key])
             extraction = extraction.model_copy(update={"engine": found[key][0].engine})
         live: Callable[[], EmbeddingModel] = partial(load, section, "", extraction, config.seed, len(digests))
         if key not in found or names_code(section.name):  # which files code reads is known to nobody
@@ -196,24 +192,22 @@ def find_targets(
         count, rows, why = int(pending.sum()), 0 if store is None else store.rows, ""
         if count:
             new = f"{count:,} images are new or changed since the store was filled"
-            why = new if rows else _why_no_store(spec, path, files)
+            why = new if rows else _why_no_store(spec, files)
         targets[path] = EmbeddingTarget(source, output, spec, path, pending, rows, why)
     return list(targets.values())
 
 
-def _why_no_store(spec: EmbeddingSpec, path: Path, files: Artifacts) -> str:
+def _why_no_store(spec: EmbeddingSpec, files: Artifacts) -> str:
     """Name what is new in this identity against the most similar store there is."""
     found: list[tuple[int, str, list[str]]] = []
-    folders = dict.fromkeys([files.stores, *files.stores_before()])
-    for other in (each for folder in folders for each in sorted(folder.glob("*.store")) if each != path):
-        try:
+    for other in sorted(files.stores.glob("*.store")):
+        with suppress(StoreError):  # whoever uses that store will hear of it
             store = FeatureStore.open(other)
-        except StoreError:
-            continue  # whoever uses that store will hear of it
-        alike = all(store.identity.get(name) == getattr(spec, name) for name in ("architecture", "layer"))
-        if store.rows and alike:
-            changes = differences(store.identity, json.loads(json.dumps(spec.identity())))
-            found.append((len(changes), other.name, changes))
+            if store.rows and all(
+                store.identity.get(name) == getattr(spec, name) for name in ("architecture", "layer")
+            ):
+                changes = differences(store.identity, json.loads(json.dumps(spec.identity())))
+                found.append((len(changes), other.name, changes))
     if not found:
         return "no features of it yet"
     _, name, changes = min(found)

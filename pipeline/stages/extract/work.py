@@ -306,12 +306,6 @@ def _filled(
     lacking = index.paths[places < 0].tolist()
     if lacking:
         raise StoreError(f"{path}: has no vector for {number_of(len(lacking), 'image')}", first(lacking, MOST_LACKING))
-    order = np.unique(index.digests, axis=0, return_inverse=True)[1].reshape(-1)
-    of_copies = places[np.unique(order, return_index=True)[1]][order]
-    if differing := int((X[of_copies] != X[places]).any(axis=1).sum()):
-        logger.warning(
-            "%s: %d copies of images have other vectors than the first of them, whose is taken", path, differing
-        )
     pending = np.flatnonzero(target.pending)
     with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim) as writer:
         new = writer.append(contents.digests[pending], X[places[contents.rows[pending]]])

@@ -50,10 +50,9 @@ from pipeline.embed.records import (
 )
 from pipeline.errors import HeadError, PipelineError, UnfittedError
 from pipeline.evaluation import METRICS, metric_of
-from pipeline.evaluation.audit import write_findings
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, recommend
 from pipeline.evaluation.leaderboard.recommendation import advice
-from pipeline.experiment import BUDGET, Artifacts, read_document, write_document
+from pipeline.experiment import AUDIT, BUDGET, Artifacts, read_document, write_document, write_record
 from pipeline.export import bundle as bundles
 from pipeline.heads import TABLES, Head
 from pipeline.heads.layer_profile import LayerProfile, what_to_take
@@ -165,7 +164,7 @@ def run(config: Config, engine: Engine | None = None) -> HeadsRun:
     leaks, findings = find_leaks(leaderboard, task, stores, files)
     leaderboard = with_views(replace(leaderboard, leaks=leaks), task, stores, records, files, config.seed)
     leaderboard = with_domains(leaderboard, task, stores, files, config)
-    write_findings(files.audit, findings)
+    write_record(files.audit, AUDIT, findings)
     write_text_atomic(files.leaderboard, leaderboard.to_json())
     write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
     return HeadsRun(leaderboard, files, made.reused, layers.profiles(config, files, records, stores, task))

@@ -31,7 +31,6 @@ from pipeline.evaluation.domains import (
     apart,
     suffering,
     weights,
-    worth,
 )
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
 from pipeline.experiment import Artifacts, plain
@@ -42,7 +41,7 @@ from pipeline.stages.train_heads.apart import ApartRows, Origin, found_before, o
 from pipeline.stages.train_heads.task import Task
 from pipeline.store import FeatureStore, JoinedStores
 
-VERSION = 1
+VERSION = 2
 """Goes up when what is measured changes its meaning, so that it is made again."""
 MOST_OF_A_DOMAIN, MOST_PAIRS = 1_000, 15
 """Images of a domain that are looked at, and pairs of domains, those of a new one with one of training first."""
@@ -166,14 +165,13 @@ def _pairs(asked: _DomainTask) -> tuple[tuple[Apart, ...], list[str]]:
 class _Told:
     """What an adapted head says of the test images, by domain how many images told it at least, and what is amiss.
 
-    `fitted` is the head where it is another, fitted with weights of all images of new domains, which leave `worth` training images.
+    `fitted` is the head where it is another, fitted with weights of all images of new domains.
     """
 
     answers: Predictions
     used: Mapping[str, int]
     amiss: str = ""
     fitted: ModelBundle | None = None
-    worth: float | None = None
 
 
 def _coral(asked: _DomainTask) -> _Told:
@@ -209,15 +207,15 @@ def _reweight(asked: _DomainTask) -> _Told:
         return _Told(answers, {}, next(problem for problem, found in problems.items() if found))
     source = asked.read(np.arange(n))
 
-    def weighed(images: ImageRows) -> tuple[ModelBundle, float]:
+    def weighed(images: ImageRows) -> ModelBundle:
         found = weights(source, asked.read(asked.sample(images)), asked.seed)
         fitted = clone(bundle.estimator).fit(source, asked.task.y_train, **{f"{last}__sample_weight": found})
-        return replace(bundle, estimator=fitted), worth(found)
+        return replace(bundle, estimator=fitted)
 
     for own, other in (halves, halves[::-1]):
-        answers = _answered(answers, own - n, weighed(other)[0].said(asked.read(own)))
+        answers = _answered(answers, own - n, weighed(other).said(asked.read(own)))
     used = {name: min(map(len, asked.halves([name]))) for name in asked.new}
-    return _Told(answers, used, "", *weighed(np.concatenate(halves)))
+    return _Told(answers, used, "", weighed(np.concatenate(halves)))
 
 
 WAYS = {"coral": _coral, "reweight": _reweight}
@@ -237,9 +235,9 @@ def _answered(said: Predictions, rows: ImageRows, new: tuple[NDArray[Any], NDArr
 def _brought(asked: _DomainTask, row: str, way: str, told: _Told, board: Leaderboard) -> list[Adapted]:
     """Compare the adapted head with the plain one, on the test images of each new domain."""
     found, of_test = [], asked.domains[len(asked.task.train) :]
-    for name, images in told.used.items():
+    for name in told.used:
         new, old = (part.rows(of_test == name) for part in (told.answers, asked.origin.said.test))
         gain = paired_answers(board.told_by, new, old, asked.seed)
         plain_score, score = (float(part.correct.mean()) for part in (old, new))
-        found.append(Adapted(row, way, name, len(new), plain_score, score, gain, images, told.worth))
+        found.append(Adapted(row, way, name, len(new), plain_score, score, gain))
     return found
