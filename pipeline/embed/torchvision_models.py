@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -100,6 +101,8 @@ def _published(architecture: str, member: Any) -> Published:
                 f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {path.parent}; "
                 f"{NO_DOWNLOAD}"
             ) from None
+        except (EOFError, pickle.UnpicklingError):
+            raise BackboneError(f"{path} is damaged; delete it and run again") from None
 
     return Published(
         load,
