@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
