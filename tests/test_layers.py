@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from documents import rewrite
 from photos import make_photos, small_config
+from report_experiment import section
 
 from pipeline import config as configuration
 from pipeline.config import BackboneConfig, Config
@@ -29,7 +30,6 @@ from pipeline.heads.layer_profile import LayerProfile, profile, read_profiles
 from pipeline.heads.tuning import make_folds
 from pipeline.heads.tuning.features import Standardised
 from pipeline.report.material import gather
-from pipeline.report.page import section
 from pipeline.stages import check, extract, maintenance, predict, train_heads
 from pipeline.stages.estimators import Classifier, best_estimator
 from pipeline.stages.train_heads import layers

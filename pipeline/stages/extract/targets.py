@@ -168,8 +168,6 @@ class EmbeddingTarget:
     path: Path
     pending: NDArray[np.bool_]
     """Which contents are to be embedded, shape (n,)."""
-    rows: int
-    """Vectors the store has."""
     why: str
     """Why something is missing; '' when nothing is."""
 
@@ -189,11 +187,11 @@ def find_targets(
         store = open_store(path, spec.fingerprint())
         missing = np.ones(len(contents.rows), dtype=bool) if store is None else store.missing(contents.digests)
         pending = missing & ~contents.failed
-        count, rows, why = int(pending.sum()), 0 if store is None else store.rows, ""
-        if count:
+        why = ""
+        if count := int(pending.sum()):
             new = f"{count:,} images are new or changed since the store was filled"
-            why = new if rows else _why_no_store(spec, files)
-        targets[path] = EmbeddingTarget(source, output, spec, path, pending, rows, why)
+            why = new if store and store.rows else _why_no_store(spec, files)
+        targets[path] = EmbeddingTarget(source, output, spec, path, pending, why)
     return list(targets.values())
 
 

@@ -224,7 +224,7 @@ def _seeds(
     if tuning.seeds < 2:
         return None
     assert row.test is not None
-    sign = 1 if told_by.higher_is_better else -1
+    sign = told_by.sign
     numbers, means, on_test = tuple(range(seed, seed + tuning.seeds)), [row.cv_mean], [row.test.of(told_by)[0] or 0.0]
     for number in numbers[1:]:
         log.info("%s, seed %d", head.name, number)
@@ -263,7 +263,7 @@ def reweighted(
 
     params = {**head.fixed, **tuned.best.params}
     switched = replace(head, build=build, space={}, defaults={}, fixed=params)
-    once = tuning.model_copy(update={"trials": 1, "seconds": None})
+    once = tuning.model_copy(update={"trials": 1})
     found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
     guess = found.classes[found.out_of_fold.y_pred]
     return scores(Predictions(task.y_train, guess, units=task.groups, target=task.target), seed)
