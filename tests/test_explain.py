@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from photos import make_photos
 from PIL import Image, ImageDraw
+from report_experiment import section
 
 from pipeline import config as configuration
 from pipeline.cli import cli
@@ -28,7 +29,6 @@ from pipeline.heads import as_layer
 from pipeline.images import decode, prepare
 from pipeline.report.explained import AGAINST, FOR, Explained, overlaid
 from pipeline.report.material import gather
-from pipeline.report.page import section
 from pipeline.stages import explain, extract, predict, train_heads
 from pipeline.stages.explain import ExplainRun
 

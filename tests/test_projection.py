@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from documents import board_of
+from report_experiment import section
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.model_selection import cross_val_predict
@@ -29,7 +30,6 @@ from pipeline.heads.tuning import Projections, make_folds, memory_needed, tune
 from pipeline.heads.tuning.evaluation import derived_seed
 from pipeline.heads.tuning.features import Projection
 from pipeline.report.material import gather
-from pipeline.report.page import section
 from pipeline.stages import train_heads
 from pipeline.stages.train_heads.task import objections
 
