@@ -23,7 +23,7 @@ from pipeline.embed import backbone
 from pipeline.embed.records import EmbeddingRecord, open_record
 from pipeline.embed.spec import probe_images
 from pipeline.errors import ConfigError
-from pipeline.experiment import Artifacts
+from pipeline.experiment import Artifacts, from_plain
 from pipeline.export import bundle as bundles
 from pipeline.heads import as_layer
 from pipeline.images import decode, prepare
@@ -145,7 +145,7 @@ def test_an_exact_map_is_the_lead_of_scores_whose_mean_is_the_heads(
 ) -> None:
     folder, images = Artifacts(shapes.output).bundle(EMBEDDING, "logistic_regression"), sorted(composed.iterdir())[:5]
     found, bundle = explained(folder, images, tmp_path).found, bundles.load(folder)
-    embedder, output = open_record(EmbeddingRecord.from_dict(bundle.embedding), "cpu")
+    embedder, output = open_record(from_plain(EmbeddingRecord, bundle.embedding), "cpu")
     pixels = np.stack(
         [prepare(decode(image.read_bytes(), max_pixels=64 * 64), embedder.preprocessing) for image in images]
     )
@@ -227,9 +227,9 @@ def test_of_several_labels_each_has_a_map_of_its_own(
 
 
 def test_an_image_without_a_label_is_asked_about_the_likeliest() -> None:
-    assert explain._places(np.int64(2), None) == [2]
-    assert explain._places(np.array([True, False, True]), np.array([0.9, 0.1, 0.8])) == [0, 2]
-    assert explain._places(np.zeros(3, bool), np.array([0.1, 0.3, 0.2])) == [1]
+    assert explain._codes(np.int64(2), None) == [2]
+    assert explain._codes(np.array([True, False, True]), np.array([0.9, 0.1, 0.8])) == [0, 2]
+    assert explain._codes(np.zeros(3, bool), np.array([0.1, 0.3, 0.2])) == [1]
 
 
 # ---- neighbours and pages

@@ -131,7 +131,7 @@ def test_one_line_gives_a_table_a_page_and_predictions(run: Any, photos: Path) -
     assert said["probability"].between(0.34, 1).all()
     assert run.best_estimator_.predict([photos / "leaf" / "00.png"]).tolist() == ["leaf"]
     assert run.report() == run.output / "report.html"
-    assert repr(run).startswith(f"Run('{run.output}': 4 rows, best {board.best.key}, test accuracy ")
+    assert repr(run).startswith(f"Run('{run.output}': 4 rows, best {board.best.key})")
     assert repr(manyheads.Run(run.output)) == repr(run)
 
 

@@ -423,14 +423,9 @@ class FinetuneConfig(Section):
     batch_size: int = Field(32, ge=1)
     size: int | None = Field(None, ge=1)
     rate: float = Field(1e-3, gt=0)
-    rate_decay: float = Field(0.5, gt=0, le=1)
-    warmup: Share = 0.1
     augment: Literal["none", "flip", "crop", "trivial"] = "crop"
-    class_weight: Literal["balanced"] | None = None
-    batch_norm: Literal["frozen", "affine", "train"] = "frozen"
-    ema: Share = 0.0
-    profile_steps: int = Field(0, ge=0)
-    tensorboard: bool = False
+    watch: tuple[Literal["tensorboard", "profiler"], ...] = ()
+    """What a run writes besides, in its folder: its numbers for TensorBoard, and a table of torch's profiler."""
 
     @field_validator("unfreeze")
     @classmethod

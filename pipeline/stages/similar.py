@@ -16,7 +16,7 @@ from pipeline.embed.records import EmbeddingRecord, choose, open_features, read_
 from pipeline.embed.transformer import digests_of
 from pipeline.errors import DatasetError, PipelineError, first, number_of
 from pipeline.evaluation.leaderboard import read_leaderboard
-from pipeline.experiment import Artifacts
+from pipeline.experiment import Artifacts, from_plain
 from pipeline.export import bundle as bundles
 from pipeline.io.files import require_place, write_text_atomic
 from pipeline.io.remote import address_of
@@ -130,7 +130,7 @@ def embedding_of(files: Artifacts, name: str | None = None) -> tuple[EmbeddingRe
             if row.bundle and not row.constant and name in (None, row.embedding):
                 made = bundles.describe(files.root / row.bundle)["embedding"]
                 if made:  # a soft vote has several
-                    return EmbeddingRecord.from_dict(made), files.root / row.bundle
+                    return from_plain(EmbeddingRecord, made), files.root / row.bundle
     return choose(read_records(files.features), name, "--embedding"), None
 
 

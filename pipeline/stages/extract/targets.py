@@ -198,7 +198,7 @@ def find_targets(
 def _why_no_store(spec: EmbeddingSpec, files: Artifacts) -> str:
     """Name what is new in this identity against the most similar store there is."""
     found: list[tuple[int, str, list[str]]] = []
-    for other in sorted(files.stores.glob("*.store")):
+    for other in (each for folder in (files.stores, *files.stores_before()) for each in sorted(folder.glob("*.store"))):
         with suppress(StoreError):  # whoever uses that store will hear of it
             store = FeatureStore.open(other)
             if store.rows and all(

@@ -26,7 +26,7 @@ from pipeline.evaluation.intervals import Interval, expected_accuracy
 from pipeline.evaluation.leaderboard import LeaderboardRow, Nested, Seeds
 from pipeline.evaluation.leaderboard.recommendation import UNEVEN, unevenness
 from pipeline.evaluation.predictions import FILE_NAME
-from pipeline.experiment import Artifacts, bundle_file
+from pipeline.experiment import Artifacts, bundle_file, plain
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, identity
@@ -81,7 +81,7 @@ def make_row(
     record, task, tuning, seed = embedding.record, embedding.task, embedding.tuning, config.seed
     journal, folder = files.trials(embedding.name, head.name), files.bundle(embedding.name, head.name)
     tuned = tune(head, vectors.train, task.y_train, task.folds, tuning, seed, journal, vectors.projections, task.target)
-    identity_of = record.to_dict() if record else {}
+    identity_of = plain(record) if record else {}
     calibrator = calibrator_of(tuned, task)
     bundle = ModelBundle(head.name, tuned.best.params, task.target, identity_of, tuned.pipeline, {}, calibrator)
     out_of_fold = _out_of_fold(tuned, task, bundle)
