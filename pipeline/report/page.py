@@ -123,11 +123,8 @@ def _environment() -> Environment:
         most_rows=MOST_ROWS,
         most_inside=pictures.MOST_INSIDE,
         curve_head=CURVE_HEAD.name,
-        apart_words=boards.apart_words,
-        repeated=boards.repeated,
-        cross_validated=boards.cross_validated,
         metrics_for=metrics_for,
-        test_text=boards.test_text,
+        boards=boards,
         span=_span,
         gap_end=_gap_end,
     )

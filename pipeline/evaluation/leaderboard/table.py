@@ -213,7 +213,6 @@ class Leaderboard:
             return []
         looked_at = [row for row in self.rows if row.key in (self.best.key, self.recommended.key)]
         lines, warned, text = self.leaks.lines(looked_at, self.told_by) if self.leaks else [], [], self.metric.text
-        surprised: dict[str, list[str]] = {side: [] for side in SURPRISES}
         for row in self.rows:
             fit = row.last_fit
             if fit is not None and not (fit.sound and fit.tries == 1):
@@ -228,14 +227,11 @@ class Leaderboard:
                     told = ", ".join(f"{count} x {name}" for name, count in found.items())
                     warned.append(f"{row.key} {where} {told}")
             if row.surprise and row.test and row.expected_test:
-                low, high = row.expected_test
-                told = f"{row.key} {100 * row.test.accuracy:.1f}, expected {100 * low:.1f} to {100 * high:.1f}"
-                surprised[row.surprise].append(told)
-        lines += [
-            f"Test accuracy {side} the 99.9 % interval that cross-validation lets expect: {'; '.join(told)}: {SURPRISES[side]}."
-            for side, told in surprised.items()
-            if told
-        ]
+                score, low, high = map(ACCURACY.text, (row.test.accuracy, *row.expected_test))
+                lines.append(
+                    f"{row.key}: test accuracy {score} is {row.surprise} the 99.9 % interval that cross-validation lets expect, {low} to "
+                    f"{high}: {SURPRISES[row.surprise]}."
+                )
         return [*lines, f"Warnings while fitting: {'; '.join(warned)}."] if warned else lines
 
     def notes(self) -> list[str]:
