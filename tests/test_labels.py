@@ -28,7 +28,7 @@ from pipeline.data.index import SplitPlan
 from pipeline.data.splits import make_test_split
 from pipeline.data.targets import record_of, target_of
 from pipeline.errors import DatasetError, PipelineError
-from pipeline.evaluation import METRICS, HeadPredictions, Predictions, compare, metrics_for, scores
+from pipeline.evaluation import METRICS, HeadPredictions, Predictions, compare, metrics_for, per_class, scores
 from pipeline.evaluation.calibration import fit_sigmoids
 from pipeline.evaluation.comparison import exchange_test
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
@@ -38,7 +38,6 @@ from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, resolve
 from pipeline.heads.table import OF_LABELS, shares_of_labels
 from pipeline.heads.tuning import TuningRun, make_folds, tune
-from pipeline.report.sections import label_scores
 from pipeline.stages import check, extract, predict, refit, train_heads
 from pipeline.stages.estimators import Classifier
 
@@ -395,7 +394,7 @@ def test_the_report_tells_label_by_label_and_shows_the_worst_misses(experiment: 
     output = Path(config.output)
     page = report.build(output).read_text(encoding="utf-8")
     test = HeadPredictions.read(output / str(board.best.bundle) / "predictions.npz").test
-    rows = label_scores(test)
+    rows = per_class(test)
     assert [row.label for row in rows] == ["bright", "red"]
     assert test.probabilities is not None
     assert [row.average_precision for row in rows] == average_precision_score(
