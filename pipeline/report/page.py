@@ -48,7 +48,7 @@ def build(output: Path) -> Path:
     for name, data in made.items():
         make_folder((output / name).parent)
         write_atomic(output / name, data if isinstance(data, bytes) else data.encode("utf-8"))
-    files = digests(output, [output / name for name in made])
+    files = digests(output, map(output.joinpath, made))
     write_document(output / RECORD, REPORT, {"inputs": inputs, "files": files})
     return output / PAGE
 
