@@ -408,7 +408,7 @@ def test_without_images_features_or_trials_the_page_says_what_is_missing(copy: P
     text = render(gather(copy))
     assert "the index cannot be read" in text
     assert "No near-duplicates and outliers are shown:" in text
-    assert "audit.json: missing; run `manyheads heads` again" in html.unescape(text)
+    assert "audit.json: missing; run `manyheads heads` first" in html.unescape(text)
     assert "Worst mistakes" in text
 
 
