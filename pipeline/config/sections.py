@@ -532,6 +532,6 @@ def _name_of_the_data(section: Any) -> str:
     if not isinstance(path, str):
         return str(found.get("source", "digits"))
     real = Path(os.path.realpath(os.path.expanduser(path)))
-    name = real.parent.name if re.search(r"[*{]", real.name) else real.name
+    name = real.parent.name if "{" in real.name else real.name
     ending = next((end for end in (".csv", ".parquet", *ARCHIVES[::-1]) if name.lower().endswith(end)), "")
     return name[: len(name) - len(ending)] or "images"
