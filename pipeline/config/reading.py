@@ -109,7 +109,7 @@ _TRAINING: Final[Mapping[str, Any]] = {
 """What 0.1 wrote into `finetune.training` of every experiment's config."""
 
 GONE: Final[Mapping[str, tuple[object, str]]] = {
-    "dataset.follow_symlinks": (False, "links are followed to what lies inside the folder; remove it"),
+    "dataset.follow_symlinks": (False, "links to files inside the folder are followed; remove it"),
     "extraction.processes": (
         "auto",
         "one process uses all processors and one GPU, which extraction.device names; remove it",
