@@ -65,7 +65,7 @@ def test_a_mistake_in_the_config_is_told_in_a_line_each_with_exit_code_2(
     assert done.stderr.splitlines() == [
         f"error: {config}: 2 problems",
         "  backbones.0.wights: unknown key, did you mean 'weights'?; allowed: name, weights, layers, pooling, arguments, "
-        "preprocessing, views, view",
+        "preprocessing, views",
         "  heads.0.name: unknown head 'knm', did you mean 'knn'?; allowed: prototypes, nearest_centroid, ridge, "
         "logistic_regression, lda, linear_svm, decision_tree, knn, cosine_knn, random_forest, rbf_svm, mlp, tabicl, or package.module:ATTRIBUTE",
     ]

@@ -62,7 +62,7 @@ def run(experiment: Path, files: Mapping[str, Path], row: str | None = None, tru
 def _rows(experiment: Path, row: str) -> dict[str, Path]:
     """Return the bundle of a row of the leaderboard, of each target by its name."""
     found = {}
-    for target, folder in (Artifacts(experiment).each_target() or {"": experiment}).items():
+    for target, folder in Artifacts(experiment).each_target().items():
         rows = read_leaderboard(folder).rows
         able = {each.key: folder / each.bundle for each in rows if each.bundle and not each.constant}
         if row not in able:
