@@ -40,7 +40,9 @@ PRETRAIN = "pretrain is a script of the source repository now: python configs/pr
 
 def main() -> None:
     """Run the command line; a user's mistake is printed without a traceback and ends with exit code 2."""
-    _write_what_a_stream_can_show()
+    for stream in (sys.stdout, sys.stderr):  # escape what a terminal or pipe has no sign for, such as in a class name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     _log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -202,13 +204,6 @@ for _each in STORE:
     store.add_command(_each)
     if _each.name not in cli.commands:  # `export` is another command now
         cli.add_command(_by_its_old_name(_each))
-
-
-def _write_what_a_stream_can_show() -> None:
-    """Escape what a terminal or pipe has no sign for: a class name must not be a traceback after hours of work."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _log_to_stderr() -> None:

@@ -121,7 +121,7 @@ def on_its_half(found: Explained) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("head", "count", "way"), [("logistic_regression", 20, "exact class activation map"), ("knn", 10, "occlusion")]
+    ("head", "count", "way"), [("logistic_regression", 20, "exact class activation map"), ("knn", 5, "occlusion")]
 )
 def test_of_two_things_the_map_lies_on_the_one_that_is_named(
     shapes: Config, composed: Path, tmp_path: Path, head: str, count: int, way: str

@@ -335,7 +335,10 @@ def find_bundle(path: Path) -> Path:
     """Return a bundle's folder: the path itself, or the best one of an experiment's output folder."""
     files = Artifacts(path)
     if files.refitted.exists():
-        return path / _first_refitted(files.refitted)
+        refitted = str(read_document(files.refitted, REFIT)["heads"][0]["bundle"])
+        if not {"..", ""}.isdisjoint(refitted.split("/")):
+            raise REFIT.damaged(files.refitted, f"the bundle {refitted!r} lies outside of its folder")
+        return path / refitted
     if (path / "bundle.json").exists() or not files.leaderboard.exists():
         return path
     board = read_leaderboard(path)
@@ -347,14 +350,6 @@ def find_bundle(path: Path) -> Path:
             "the best row is the constant guess, which looks at no image; labelling with the best head, %s", best.key
         )
     return path / best.bundle
-
-
-def _first_refitted(path: Path) -> str:
-    """Return the folder of the head that a `refit.json` says to use, which must lie beside it."""
-    bundle = str(read_document(path, REFIT)["heads"][0]["bundle"])
-    if not {"..", ""}.isdisjoint(bundle.split("/")):
-        raise REFIT.damaged(path, f"the bundle {bundle!r} lies outside of its folder")
-    return bundle
 
 
 def experiment_around(bundle: Path) -> Artifacts | None:
