@@ -97,27 +97,27 @@ class Artifacts:
 
     def find_stores(self, name: str) -> list[Path]:
         """Every place that has a store of a name, the best first: the experiment may have been moved, or be of release 0.1."""
-        folders = (*self._stores_of_the_last_run(), self.stores, self.root / STORES, self.dataset)
-        places = dict.fromkeys([self.root / name, *(folder / Path(name).name for folder in folders)])
-        return [place for place in places if os.path.exists(place)]
+        places = [self.root / name, *(folder / Path(name).name for folder in self._folders_of_stores())]
+        return [place for place in dict.fromkeys(places) if os.path.exists(place)]
 
     def stores_before(self) -> list[Path]:
         """Folders elsewhere that may have its stores: those of its last run, and its own of release 0.1."""
-        own = [self.root / STORES, self.dataset]
-        return [folder for folder in (*self._stores_of_the_last_run(), *own) if folder != self.stores]
+        return [folder for folder in self._folders_of_stores() if folder != self.stores]
 
-    def _stores_of_the_last_run(self) -> list[Path]:
-        """The folder that `features.json` names: seen from the output folder, and by its full path if that was moved alone."""
-        if not os.path.lexists(self.features):
-            return []
-        try:
-            told = read_document(self.features, FEATURES).get("stores", [])
-            places = dict.fromkeys(os.path.realpath(self.root / place) for place in told)
-        except (PipelineError, OSError, TypeError, ValueError) as error:
-            log.warning("%s; where the features were at the last run is not known", error)
-            return []
+    def _folders_of_stores(self) -> list[Path]:
+        """Those that `features.json` names, seen from the output folder and by their full path, the config's, and those of release 0.1."""
+        told: list[str] = []
+        if os.path.lexists(self.features):
+            try:
+                told = [
+                    os.path.realpath(self.root / place)
+                    for place in read_document(self.features, FEATURES).get("stores", [])
+                ]
+            except (PipelineError, OSError, TypeError, ValueError) as error:
+                log.warning("%s; where the features were at the last run is not known", error)
         here = os.path.realpath(self.stores)
-        return [self.stores if place == here else Path(place) for place in places]
+        last = [self.stores if place == here else Path(place) for place in told]
+        return [*last, self.stores, self.root / STORES, self.dataset]
 
     def seen_from_stores(self) -> str:
         """The output folder as seen from that of the feature stores: both may be moved together."""

@@ -23,7 +23,7 @@ from pipeline.data import DatasetIndex
 from pipeline.embed import records as embedders
 from pipeline.errors import PipelineError
 from pipeline.evaluation.leaderboard import read_leaderboard, read_predictions, read_trials, recommend
-from pipeline.experiment import FINETUNING, Artifacts, read_document
+from pipeline.experiment import FINETUNING, Artifacts, plain, read_document
 from pipeline.export import bundle as bundles
 from pipeline.io.digests import bytes_digest, digests_to_hex
 from pipeline.io.files import refusal
@@ -91,7 +91,7 @@ def _heads(config: Config, files: Artifacts) -> Any:
     stores = [FeatureStore.open(files.find_store(record.store), record.fingerprint) for record in records]
     task = make_task(config, files, index, stores)
     vectors = [bytes_digest(store.read(task.train.digests).tobytes()) for store in stores]
-    return task.key, [record.to_dict() for record in records], vectors, str(task.train.root)
+    return task.key, [plain(record) for record in records], vectors, str(task.train.root)
 
 
 def _loaded(files: Artifacts) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from pipeline import config as configuration
@@ -18,6 +19,8 @@ from pipeline.config import Config
 from pipeline.evaluation import Predictions, scores
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
 from pipeline.report.material import Material
+from pipeline.report.page import filled
+from pipeline.report.sections import SECTIONS
 from pipeline.stages import extract, train_heads
 
 CLASSES = ("ant", "猫 $5", "<b>bee</b> & 'co'")
@@ -55,6 +58,13 @@ def material(rows, trials=None, provenance=None, predictions=None, recommendatio
     board = Leaderboard(tuple(rows), provenance or {}, recommendation)
     said = {} if predictions is None else {board.best.key: predictions}
     return Material(Path("out"), board, said, trials or {})
+
+
+def section(name: str, material: Material) -> Markup:
+    """Return a section of the page as HTML, nothing where it has nothing to show."""
+    found = next(part for part in SECTIONS if part.name == name)
+    part = found.show(material)
+    return Markup("") if part is None else filled(found, material, part)
 
 
 def words(page: str) -> str:

@@ -239,7 +239,7 @@ def labelled(rng: np.random.Generator, n: int, signal: float = 1.5, groups: int 
 
 def _true(said: Predictions) -> dict[str, float]:
     served = [metric for metric in METRICS.values() if "multilabel" in metric.targets]
-    return {metric.name: (1 if metric.higher_is_better else -1) * metric.score(said) for metric in served}
+    return {metric.name: metric.sign * metric.score(said) for metric in served}
 
 
 def label_coverage(runs: int, n: int = 300, groups: int | None = None, signal: float = 1.5) -> dict[str, float]:

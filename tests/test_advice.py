@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from documents import rewrite
 from judged_advice import judged
-from report_experiment import material, row, words
+from report_experiment import material, row, section, words
 
 from pipeline.cli import cli
 from pipeline.config import Config, dump_yaml
@@ -21,7 +21,6 @@ from pipeline.evaluation import advice
 from pipeline.evaluation.advice import ARMS, LABEL, OTHER, STOP, Advice, Way, fit, recommend
 from pipeline.experiment import ADVICE, Artifacts, read_document
 from pipeline.finetuning.pilot import statistics_shift
-from pipeline.report.page import section
 from pipeline.stages import advise as stage
 from pipeline.stages import finetune
 from pipeline.stages.advise import probes

@@ -264,11 +264,7 @@ def test_folder_yaml_explains_every_key_and_shows_its_default() -> None:
             field = fields.model_fields[key]
             assert key in shown[name], f"folder.yaml does not explain {name}.{key}"
             commented, value = shown[name][key]
-            if (
-                commented
-                and field.default is not PydanticUndefined
-                and key not in ("name", "seconds", "budget", "class_weight")
-            ):
+            if commented and field.default is not PydanticUndefined and key not in ("name", "budget", "class_weight"):
                 told = (
                     configuration.load(path, [f"{name}.{key}={value}"]) if name not in ("backbones", "heads") else None
                 )

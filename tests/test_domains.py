@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from report_experiment import words
+from report_experiment import section, words
 
 from pipeline import config as configuration
 from pipeline.config import Config
@@ -22,7 +22,6 @@ from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.export.bundle import load
 from pipeline.report import material
-from pipeline.report.page import section
 from pipeline.stages import extract, predict, train_heads
 from pipeline.stages.train_heads import domains as stage
 

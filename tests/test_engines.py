@@ -74,8 +74,6 @@ def test_what_is_asked_for_is_given_or_refused_with_every_reason() -> None:
         ("resnet18", {"layers": ("layer1", "penultimate"), "pooling": ("max", "grid")}),
         ("mobilenet_v3_small", {}),
         ("efficientnet_lite0", {}),
-        ("shufflenet_v2_x0_5", {}),
-        ("bundled", {"weights": "bundled", "preprocessing": None}),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value)) or "default",
 )

@@ -22,7 +22,7 @@ from pipeline.embed import backbone
 from pipeline.embed.records import EmbeddingRecord, open_record
 from pipeline.embed.spec import probe_images
 from pipeline.errors import ConfigError
-from pipeline.experiment import Artifacts
+from pipeline.experiment import Artifacts, from_plain
 from pipeline.export import bundle as bundles
 from pipeline.heads import as_layer
 from pipeline.images import decode, prepare
@@ -137,7 +137,7 @@ def test_an_exact_map_is_the_lead_of_scores_whose_mean_is_the_heads(
 ) -> None:
     folder, images = Artifacts(shapes.output).bundle(EMBEDDING, "logistic_regression"), sorted(composed.iterdir())[:5]
     found, bundle = explained(folder, images, tmp_path).found, bundles.load(folder)
-    embedder, output = open_record(EmbeddingRecord.from_dict(bundle.embedding), "cpu")
+    embedder, output = open_record(from_plain(EmbeddingRecord, bundle.embedding), "cpu")
     pixels = np.stack(
         [prepare(decode(image.read_bytes(), max_pixels=64 * 64), embedder.preprocessing) for image in images]
     )

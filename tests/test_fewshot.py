@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from documents import rewrite
-from report_experiment import material, row, words
+from report_experiment import material, row, section, words
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
@@ -22,7 +22,6 @@ from pipeline.errors import DatasetError, PipelineError
 from pipeline.evaluation import fewshot
 from pipeline.evaluation.fewshot import EpisodePlan, FewShot, LabelledFeatures, divide, draw, points_of
 from pipeline.experiment import FEWSHOT, Artifacts, read_record, write_record
-from pipeline.report.page import section
 from pipeline.stages import fewshot as stage
 from pipeline.stages.maintenance import verify_files
 
@@ -165,9 +164,7 @@ def test_what_the_images_do_not_allow_is_said():
     few = LabelledFeatures(images.X[:240], images.y[:240])
     found, notes = fewshot.measure(few, EpisodePlan(5, 10, 20, 0), 1)
     assert "maml" not in found
-    assert notes == [
-        "No MAML: it learns on 4 classes at least beside the 5 of an episode, and 6 have enough images; --ways 2 leaves it that many."
-    ]
+    assert notes == ["No MAML: it learns on 4 classes at least beside the 5 of an episode, and 6 have enough images."]
     units = np.where(few.y == 2, 0, np.arange(1, 241))  # all images of one class are of one group
     assert fewshot.measure(LabelledFeatures(few.X, few.y, units), EpisodePlan(5, 10, 20, 0), 1) == (
         {},
@@ -195,9 +192,13 @@ def result_of(gap: float, spread: float, count: int = 400) -> FewShot:
 @pytest.mark.parametrize(
     ("gap", "spread", "said"),
     [
-        (0.002, 0.05, "Plain logistic_regression is as good at K = 5: none is ahead by more than 1 point."),
-        (0.03, 0.05, "Better than plain logistic_regression: K = 5: nearest_centroid by 3.0 points [2.5, 3.5]."),
-        (0.002, 0.2, "Not told apart at K = 5 (another may be ahead by up to 2.2 points); --episodes takes more."),
+        (0.002, 0.05, "K = 5: plain logistic_regression is as good: no other is ahead by more than 1 point."),
+        (0.03, 0.05, "K = 5: nearest_centroid is better than plain logistic_regression by 3.0 points [2.5, 3.5]."),
+        (
+            0.002,
+            0.2,
+            "K = 5: plain logistic_regression is not told apart from others, which may be ahead by up to 2.2 points.",
+        ),
     ],
 )
 def test_logistic_regression_is_as_good_where_the_interval_shows_it(gap, spread, said):

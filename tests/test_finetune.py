@@ -165,17 +165,17 @@ def test_the_network_starts_as_the_head_on_the_stored_features(experiment: Path,
 
 @pytest.fixture(
     scope="module",
-    params=[(5, False, 72), (0.9, True, 72), (1000, True, 24)],
-    ids=["5", "whitened share", "fewer rows than components"],
+    params=[(5, 72), (0.9, 72), (1000, 24)],
+    ids=["5", "share", "fewer rows than components"],
 )
 def reduced(request: pytest.FixtureRequest, experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """The config of the same experiment with heads on principal components, for which stages one and two have been run."""
     folder = tmp_path_factory.mktemp("reduced")
-    components, whiten, count = request.param
+    components, count = request.param
     write_pictures(folder / "pictures", count)
     (folder / "toy.safetensors").symlink_to(experiment / "toy.safetensors")
     config = make_config(folder, steps=2)
-    tuning = config.tuning.model_copy(update={"pca": components, "whiten": whiten})
+    tuning = config.tuning.model_copy(update={"pca": components})
     config = config.model_copy(update={"tuning": tuning})
     extract(config)
     train_heads.run(config)
@@ -202,7 +202,7 @@ def test_heads_on_components_are_handed_over_too(reduced: Config, head: str) -> 
     layer, _ = starting_layer(config, choice, store, parts)
     found = scores(layer)
     if head == "logistic_regression":
-        first = Projections(store.read(parts.train.digests), config.tuning.pca, config.tuning.whiten).whole()
+        first = Projections(store.read(parts.train.digests), config.tuning.pca).whole()
         steps = [("scaler", first[0].scaler), ("pca", first[0].pca), ("head", clone(bundle.estimator[-1]))]
         refitted = Pipeline(steps)
         refitted[-1].fit(first[1], parts.target.encode(parts.train))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from documents import board_of
+from report_experiment import section
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
@@ -27,7 +28,6 @@ from pipeline.heads import HEADS, Head, configure
 from pipeline.heads.tuning import make_folds, tune
 from pipeline.heads.tuning.evaluation import Measured, Problem, derived_seed
 from pipeline.heads.tuning.last_fit import Promise, fit_on_all
-from pipeline.report.page import section
 
 ROWS = 200
 

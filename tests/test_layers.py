@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from documents import rewrite
 from photos import make_photos, small_config
+from report_experiment import section
 
 from pipeline import config as configuration
 from pipeline.config import BackboneConfig, Config
@@ -22,14 +23,13 @@ from pipeline.embed.published import NO_WEIGHTS
 from pipeline.embed.records import EmbeddingRecord, concatenated, open_features, read_records
 from pipeline.errors import ConfigError, PipelineError, StoreError
 from pipeline.evaluation import HeadPredictions, Predictions
-from pipeline.experiment import Artifacts
+from pipeline.experiment import Artifacts, from_plain, plain
 from pipeline.export import bundle as bundles
 from pipeline.heads import layer_profile
 from pipeline.heads.layer_profile import LayerProfile, profile, read_profiles
 from pipeline.heads.tuning import make_folds
 from pipeline.heads.tuning.features import Standardised
 from pipeline.report.material import gather
-from pipeline.report.page import section
 from pipeline.stages import check, extract, maintenance, predict, train_heads
 from pipeline.stages.estimators import Classifier, best_estimator
 from pipeline.stages.train_heads import layers
@@ -129,12 +129,12 @@ def test_predict_says_what_the_saved_predictions_say_with_one_pass_of_each_netwo
 
 def test_a_bundle_names_its_parts_and_one_that_leads_out_is_refused(finished: Config) -> None:
     described = bundles.describe(Artifacts(finished.output).bundle(NAMES[1], "nearest_centroid"))["embedding"]
-    record = EmbeddingRecord.from_dict(described)
+    record = from_plain(EmbeddingRecord, described)
     assert [part.name for part in record.parts] == list(GROUPS[1])
-    assert record.to_dict() == described
+    assert plain(record) == described
     described["parts"][0]["store"] = "../elsewhere.store"
     with pytest.raises(StoreError, match="lies outside of its experiment"):
-        EmbeddingRecord.from_dict(described)
+        from_plain(EmbeddingRecord, described)
 
 
 def test_unknown_names_are_told_together_before_anything_is_embedded(finished: Config) -> None:

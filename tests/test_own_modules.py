@@ -210,7 +210,7 @@ def test_the_identity_sees_weights_text_and_source_and_nothing_else(nets: Callab
         ),
         (
             "nett",
-            "backbone 'my_nets:nett': 'my_nets' has no function 'nett', did you mean 'net'?; it has net, branches, maps",
+            "backbone 'my_nets:nett': 'my_nets' has no function 'nett', did you mean 'net'?",
         ),
         (
             "wants_32",

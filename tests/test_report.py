@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from report_experiment import (
     built_experiment,
     material,
     row,
+    section,
     words,
 )
 
@@ -44,7 +46,7 @@ from pipeline.report import pictures
 from pipeline.report.charts import ranking_chart, tuning_chart
 from pipeline.report.drawing import SCREEN, to_png, to_svg
 from pipeline.report.material import Material, gather
-from pipeline.report.page import render, section
+from pipeline.report.page import render
 from pipeline.report.several import compare
 
 ROOT = Path(__file__).parents[1]
@@ -691,10 +693,10 @@ def test_map_data_names_every_dot(page: str):
 
 def test_ranking_chart_draws_names_and_the_critical_difference():
     ranking = rank_over_datasets(np.random.default_rng(0).uniform(size=(8, 3)) + np.array([0.0, 0.1, 1.0]))
-    svg = to_svg(ranking_chart(ranking, ["ridge", "knn", "rbf_svm"]), "ranks")
+    svg = to_svg(partial(ranking_chart, ranking=ranking, names=["ridge", "knn", "rbf_svm"]), "ranks")
     assert f"critical difference {ranking.critical_difference:.2f}" in svg
     assert all(name in svg for name in ("ridge", "knn", "rbf_svm"))
-    assert to_png(ranking_chart(ranking, ["a", "b", "c"])).startswith(b"\x89PNG")
+    assert to_png(partial(ranking_chart, ranking=ranking, names=["a", "b", "c"])).startswith(b"\x89PNG")
 
 
 def test_uneven_classes_are_shown_with_and_without_prior_correction(gathered: Material):
@@ -849,7 +851,7 @@ def test_nested_and_seeds_are_columns_only_on_request_and_survive_json():
 @pytest.mark.parametrize("count", [2, 12])
 def test_long_names_do_not_squeeze_the_tuning_curves(name: str, count: int) -> None:
     trials = tuple({"mean": 0.5 + 0.01 * trial} for trial in range(12))
-    drawn = tuning_chart({name.format(row): trials for row in range(count)}, "accuracy")(SCREEN)
+    drawn = tuning_chart(SCREEN, {name.format(row): trials for row in range(count)}, "accuracy")
     FigureCanvasAgg(drawn).draw()
     (axes,), (legend,) = drawn.axes, drawn.legends
     place = axes.get_position()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import re
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from report_experiment import built_experiment, material, row, squares, words
+from report_experiment import built_experiment, material, row, section, squares, words
 from sklearn.metrics import roc_auc_score
 
 from pipeline.evaluation import METRICS, Difference, Optimism, Paired, Predictions, scores
@@ -17,7 +18,7 @@ from pipeline.evaluation.leaderboard import Leaderboard, Recommendation, read_le
 from pipeline.report.charts import difference_chart, tuning_chart
 from pipeline.report.drawing import SCREEN, to_svg
 from pipeline.report.material import gather
-from pipeline.report.page import render, section
+from pipeline.report.page import render
 from pipeline.stages import train_heads
 
 OTHERS = ("macro_f1", "log_loss")
@@ -187,7 +188,7 @@ def behind(scoring: str) -> tuple[Difference, dict]:
 )
 def test_worse_is_left_and_a_loss_that_is_worse_is_higher(scoring: str, tip: str, label: str):
     item, rows = behind(scoring)
-    chart = difference_chart([item], rows, scoring)
+    chart = partial(difference_chart, differences=[item], rows=rows, scoring=scoring)
     assert f"net/knn: {tip}, p = 0.200, no evidence of a difference" in tips(to_svg(chart, "differences"))
     drawn = chart(SCREEN)
     FigureCanvasAgg(drawn).draw()
@@ -211,7 +212,7 @@ def test_worse_is_left_and_a_loss_that_is_worse_is_higher(scoring: str, tip: str
 def test_the_tuning_curve_is_in_the_unit_of_the_score_and_rises(scoring: str):
     loss = METRICS[scoring].lower_is_better
     means = (-0.5, -0.3, -0.4) if loss else (0.5, 0.7, 0.6)
-    chart = tuning_chart({"knn": tuple({"mean": mean} for mean in means)}, scoring)
+    chart = partial(tuning_chart, searches={"knn": tuple({"mean": mean} for mean in means)}, scoring=scoring)
     title = NAMES.get(scoring, "accuracy")
     numbers = {"log_loss": "0.300", "mae": "0.300", "rmse": "0.300", "r2": "0.700", "spearman": "0.700"}
     share = "30.0 %" if loss else "70.0 %"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_experiment import material, row, words
+from report_experiment import material, row, section, words
 
 from pipeline import evaluation as metrics
 from pipeline.data.targets import TARGETS
@@ -19,7 +20,7 @@ from pipeline.evaluation.leaderboard import Nested
 from pipeline.report import sections
 from pipeline.report.charts import confusion_chart, most_confused, priced, score_chart
 from pipeline.report.drawing import figure, shorten_all, to_svg
-from pipeline.report.page import render, section
+from pipeline.report.page import render
 from pipeline.report.sections import largest
 
 LONG = tuple(f"a rather long class name number {number:02d}" for number in range(60))
@@ -112,7 +113,7 @@ def test_different_names_stay_different(names, length):
 
 def test_rows_on_different_embeddings_have_different_labels():
     rows = [row("ridge", 0.9, embedding=f"regnet_small-bundled-{layer}") for layer in ("block_1-grid", "block_2-grid")]
-    svg = to_svg(score_chart(rows, (), "accuracy"), "leaderboard")
+    svg = to_svg(partial(score_chart, rows=rows, group=(), scoring="accuracy"), "leaderboard")
     assert ">…1…</text>" in svg
     assert ">…2…</text>" in svg
 
@@ -137,11 +138,13 @@ def test_of_many_classes_the_most_confused_are_drawn_and_the_rest_is_said():
     assert len(kept) == 25
     assert min(mistakes[kept]) >= max(np.delete(mistakes, kept))
     assert kept.tolist() == sorted(kept)
-    svg = to_svg(confusion_chart(matrix, LONG), "confusion")
+    svg = to_svg(partial(confusion_chart, matrix=matrix, classes=LONG), "confusion")
     assert all(svg.count(f">…{place:02d}</text>") == 2 for place in kept)
     assert f"{LONG[kept[0]]} taken for" in svg
     assert ">true class: the 25 of 60 with most mistakes</text>" in svg
-    assert ">true class</text>" in to_svg(confusion_chart(matrix[:25, :25], LONG[:25]), "confusion")
+    assert ">true class</text>" in to_svg(
+        partial(confusion_chart, matrix=matrix[:25, :25], classes=LONG[:25]), "confusion"
+    )
 
 
 def test_the_largest_confusions_are_a_table():
@@ -155,7 +158,7 @@ def test_the_largest_confusions_are_a_table():
     ]
     assert [round(pair.share, 3) for pair in found] == [0.333, 0.375, 1.0, 0.083]
     assert largest(np.diag([1, 2]), ("a", "b")) == []
-    svg = to_svg(confusion_chart(confused(), LONG), "confusion")
+    svg = to_svg(partial(confusion_chart, matrix=confused(), classes=LONG), "confusion")
     assert re.findall(r">(\d)</text>", svg).count("5") > 10
 
 
@@ -258,7 +261,7 @@ def test_a_screen_reader_is_told_what_a_cell_belongs_to():
 
 
 def test_a_drawing_is_rounded_and_its_tooltips_are_not():
-    svg = to_svg(score_chart([row("ridge", -0.12345)], (), "log_loss"), "leaderboard")
+    svg = to_svg(partial(score_chart, rows=[row("ridge", -0.12345)], group=(), scoring="log_loss"), "leaderboard")
     assert "cross-validation log loss 0.123" in svg
     numbers = " ".join(re.findall(r'\b(?:d|x|y|transform)="([^"]*)"', svg))
     assert re.search(r"\.\d\d\b", numbers)

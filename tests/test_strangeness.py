@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from report_experiment import material, row, words
+from report_experiment import material, row, section, words
 from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
 
@@ -21,7 +21,6 @@ from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.evaluation.strangeness import Reference, alike, auroc, directions, distance, label_sets, unsureness
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
-from pipeline.report.page import section
 from pipeline.stages import predict, train_heads
 
 

@@ -115,6 +115,8 @@ GONE: Final[Mapping[str, tuple[object, str]]] = {
         "one process uses all processors and one GPU, which extraction.device names; remove it",
     ),
     "tuning.device": ("auto", "heads are searched on the processor; remove it"),
+    "tuning.seconds": (None, "tuning.budget, such as 10m, is the time of all heads together"),
+    "tuning.whiten": (False, "tuning.pca keeps the components as they are; remove it"),
     "finetune.embedding": ("best", "write finetune.start: EMBEDDING"),
     "finetune.head": ("best", "write finetune.start: EMBEDDING/HEAD, or finetune.start: random"),
     "finetune.interpolate": (True, "the weights between are always tried; remove it"),

@@ -359,14 +359,12 @@ class TuningConfig(Section):
 
     strategy: Literal["bayes", "random", "grid"] = "bayes"
     trials: int = Field(16, ge=1)
-    seconds: float | None = Field(None, gt=0)
     budget: str | None = None
     folds: int = Field(5, ge=2)
     scoring: str = "auto"
     nested: bool = False
     seeds: int = Field(1, ge=1, le=100)
     pca: int | float | None = None
-    whiten: bool = False
     jobs: Count = "auto"
     memory: str = "auto"
 
@@ -409,14 +407,6 @@ class TuningConfig(Section):
         if value != "auto" and (found is None or not float(found[1])):
             raise ValueError(f"expected 'auto' or a size above 0 such as '2GB' or '500MB', got {value!r}")
         return value
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> TuningConfig:
-        if self.budget is not None and self.seconds is not None:
-            raise ValueError("budget: is for all heads together, and seconds for each; give one of them")
-        if self.whiten and self.pca is None:
-            raise ValueError("whiten: works on principal components; give pca too, such as pca: 64")
-        return self
 
 
 class FinetuneConfig(Section):

@@ -28,6 +28,7 @@ from pipeline.config import NO_LABELS, DatasetConfig, guess, parse
 from pipeline.data.failures import noticed, shown
 from pipeline.data.folder import archives_of, splits_of
 from pipeline.data.index import EXCLUDED, LABEL, SEPARATOR
+from pipeline.data.targets import as_number
 from pipeline.data.walk import SPLIT_NAMES, Listing, is_folder
 from pipeline.errors import DatasetError, first, number_of
 from pipeline.images import Refused, Stat, entries, forget, image_columns, open_archive, opened, stat_of
@@ -143,7 +144,11 @@ def _listing(
             found.append("the label is empty")
         found += ["a label holds a NUL character"] * any("\0" in label for label in labels)
         if alone == "regression":
-            found += [f"label {shown(text)!r} is no finite number" for text in labels if not _is_number(text)]
+            found += [
+                f"label {shown(text)!r} is no finite number"
+                for text in labels
+                if not math.isfinite(as_number(text.strip() or "0"))
+            ]
         name = "/".join(part for part in name.split("/") if part not in {"", "."})
         if not found and name in seen:
             found.append(f"path {shown(name)!r} is listed before, at {seen[name]}")
@@ -213,13 +218,6 @@ def _path_problem(name: str, inside: str) -> str | None:
     if name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name):
         return f"path {shown(name)!r} is not inside {inside}; set dataset.root to the folder that holds all images"
     return None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text.strip() or 0))
-    except ValueError:
-        return False
 
 
 def _csv_rows(path: Path, choose: Choose, problems: list[str]) -> Iterator[ManifestRow]:

@@ -51,10 +51,7 @@ class Arithmetic:
 
 
 class Backbone:
-    """A frozen network in eval mode: pixels in, the vectors of each of its layers and poolings out, in one forward pass.
-
-    `probe` holds the vectors of the built-in probe images, per layer and pooling.
-    """
+    """A frozen network in eval mode: pixels in, the vectors of each of its layers and poolings out, in one forward pass."""
 
     def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
         self.device, self.preprocessing = arithmetic.device, network.preprocessing
@@ -86,10 +83,7 @@ class Backbone:
         )
 
     def embed(self, pixels: NDArray[np.uint8]) -> LayerFeatures:
-        """Embed n images as `images.prepare` gives them, uint8 of shape (n, height, width, 3).
-
-        Returns float32 of shape (n, dim) for each layer and pooling, in the order of `specs`.
-        """
+        """Return float32 (n, dim) for each of `specs`, of n images as `images.prepare` gives them, uint8 of shape (n, height, width, 3)."""
         return self._engine(pixels)
 
     def _by_torch(self, pixels: NDArray[np.uint8]) -> LayerFeatures:
@@ -257,10 +251,7 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
 
 
 def layers(name: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """List the nodes of a model that give vectors, each with the shape of its output for one image and its name in any model.
-
-    `name` is that of a network or of the bundled one, or a weights file that says what it holds; BackboneError for any other.
-    """
+    """List the nodes of a network, of the bundled one, or of a described weights file: name, shape for one image, and name in any model."""
     config = BackboneConfig(name=name, weights="random")  # nothing is fetched for it
     if name.endswith(WEIGHTS_FILES):
         config = BackboneConfig(name=Path(name).stem, weights=name)

@@ -50,10 +50,7 @@ class Baseline:
 
 
 def load(name: str, decode: str = "exact") -> Baseline:
-    """Return a baseline of the table, BackboneError for any other name; `decode` is the extraction's.
-
-    Of `standard` and `exact` thumbnails are resized by Pillow in both, which needs no torch.
-    """
+    """Return a baseline of the table, BackboneError for any other name; `decode` is the extraction's, `standard` done by Pillow."""
     if name not in _TABLE:
         raise BackboneError(unknown("baseline", name, NAMES))
     size, dim, library, arguments, recipe = _TABLE[name]

@@ -61,10 +61,7 @@ def preprocessing(name: str) -> Preprocessing:
 
 
 def build(name: str, image_size: int, num_classes: int = 1000) -> nn.Module:
-    """Construct a network for square images of `image_size` pixels, with whatever weights torch gives it.
-
-    Its parts are `stem`, `stages.0` to `stages.6`, `head`, `pool` and `classifier`.
-    """
+    """Construct a network for square images of `image_size` pixels, with whatever weights torch gives it."""
     lite = LITES[name]
     stem, size = _convolution(3, STEM, 3, 2, image_size), math.ceil(image_size / 2)
     channels, stages = STEM, []
@@ -129,10 +126,7 @@ def _convolution(
 
 
 def read(name: str) -> dict[str, torch.Tensor]:
-    """Read the tensors of the installed package, as they are in its file, with the names that `build` gives them.
-
-    BackboneError when the package is not installed, or its file is not the published one.
-    """
+    """Read the installed package's tensors by the names of `build`; BackboneError when it is missing, or not the published file."""
     path = package_file(name)
     if path is None:
         raise BackboneError(_to_install(name))

@@ -204,10 +204,7 @@ def engine_at_hand(engine: str, device: str) -> str:
 
 
 def require_close(found: LayerFeatures, expected: LayerFeatures) -> None:
-    """See that another engine computes the same network, but for the rounding of bf16; RuntimeError where it does not.
-
-    found, expected : one array per layer, float32 of shape (n, dim)
-    """
+    """See that two engines' vectors, float32 (n, dim) per layer, differ by the rounding of bf16 at most; RuntimeError where not."""
     for mine, torchs in zip(found, expected, strict=True):
         distance = np.linalg.norm(mine - torchs, axis=1)
         if not (distance <= MOST_DEVIATION * np.linalg.norm(torchs, axis=1) + 1e-6).all():
@@ -215,10 +212,7 @@ def require_close(found: LayerFeatures, expected: LayerFeatures) -> None:
 
 
 def compile_openvino(vectors: TorchForward, size: tuple[int, int], precision: str, threads: int) -> Forward:
-    """Compile the way from pixels to vectors for this processor, for images of `size` (height, width).
-
-    RuntimeError when the network has an operation that OpenVINO does not know, or what is installed as OpenVINO cannot be imported.
-    """
+    """Compile the way from pixels to vectors for images of `size` (height, width); RuntimeError where OpenVINO cannot."""
     import torch
 
     began = time.perf_counter()

@@ -123,10 +123,7 @@ def traced(model: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node | None]]
 
 
 def _taken_apart(module: fx.GraphModule, node: fx.Node, part: Any, timm: ModuleType) -> fx.Node:
-    """Write a module of timm that does several things as torch's own, so that it can be folded; return where it ends.
-
-    Its norms have an activation inside, its convolutions pad as TensorFlow's SAME does, by the size of what they are given.
-    """
+    """Write a norm of timm with an activation inside, or a convolution that pads as SAME does, as torch's own; return where it ends."""
     plain: nn.Module
     if type(part) is timm.BatchNormAct2d and part.track_running_stats:
         plain = nn.BatchNorm2d(part.num_features, part.eps, device="meta")
@@ -264,9 +261,9 @@ def cut(graph: TracedNetwork, layers: Sequence[str]) -> nn.Module:
 
 
 def map_before(module: nn.Module, output: int, images: torch.Tensor) -> torch.Tensor | None:
-    """Return the last map before one of the network's outputs, back along its only way; None where there is none.
+    """Return the last map before one of the outputs, (n, channels, rows, columns) or channels last; None without one.
 
-    images : of the network's dtype, shape (n, 3, height, width); the map is of it too, shape (n, channels, rows, columns) or channels last
+    images : of the network's dtype, as the map is, shape (n, 3, height, width)
     """
     if not isinstance(module, fx.GraphModule):
         return None

@@ -57,10 +57,7 @@ class OwnNetwork(nn.Module):
             parameter.data.zero_()  # as the digest of the weights must be the same each time
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Score the classes, for `finetune`; features come from inside.
-
-        images : of the network's float dtype, shape (n, 3, height, width); returns that dtype, shape (n, num_classes)
-        """
+        """Score the classes, for `finetune`: images (n, 3, height, width) to (n, num_classes), both of the network's float dtype."""
         vectors = self.network(images)
         if isinstance(vectors, torch.Tensor) and vectors.ndim != 2:
             raise BackboneError(
@@ -97,16 +94,14 @@ def _function(name: str) -> Callable[..., Any]:
     module = users_module(module_name, f"backbone {name!r}", BackboneError)
     found = getattr(module, attribute, None)
     if not callable(found):
-        names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise BackboneError(
-            f"backbone {name!r}: {module_name!r} has no function {attribute!r}{guess(attribute, names)}; it has "
-            f"{', '.join(names) or 'none'}"
+            f"backbone {name!r}: {module_name!r} has no function {attribute!r}{guess(attribute, [*vars(module)])}"
         )
     return found  # type: ignore[no-any-return]
 
 
 def _call(name: str, arguments: Arguments) -> tuple[nn.Module, Preprocessing]:
-    """Call the user's function, on the processor whatever torch's default device is."""
+    """Call the user's function, on the processor whatever torch's default device is: its module, and the transform for it."""
     function, takes = _function(name), list[str]()
     with contextlib.suppress(TypeError, ValueError):  # of a function that is not written in Python
         takes += inspect.signature(function).parameters
@@ -124,7 +119,15 @@ def _call(name: str, arguments: Arguments) -> tuple[nn.Module, Preprocessing]:
         raise BackboneError(
             f"{name}: returns {type(network).__name__}, expected a torch.nn.Module, or (module, transform)"
         )
-    return network, USUAL if transform is None else _described(transform, name)
+    try:
+        if transform is None:
+            return network, USUAL
+        return network, read_preprocessing(transform) if isinstance(transform, Mapping) else preprocessing_of(transform)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BackboneError(
+            f"{name}: its transform is not understood ({first_line(error)}); expected the keys of preprocessing (resize, crop, "
+            "interpolation, mean, std), or what weights.transforms() of torchvision gives"
+        ) from None
 
 
 def _build(name: str, arguments: Arguments) -> OwnNetwork:
@@ -159,17 +162,6 @@ def _digest_of_source(things: Iterable[Any]) -> str:
                 continue
     digests = {file_digest(Path(file)) for file in files if Path(file).is_file()}
     return fingerprint(sorted(digests)) if digests else ""
-
-
-def _described(transform: Any, name: str) -> Preprocessing:
-    """The transform that a function returned: a mapping with the keys of `preprocessing`, or a preset of torchvision's weights."""
-    try:
-        return read_preprocessing(transform) if isinstance(transform, Mapping) else preprocessing_of(transform)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise BackboneError(
-            f"{name}: its transform is not understood ({first_line(error)}); expected the keys of preprocessing (resize, crop, "
-            "interpolation, mean, std), or what weights.transforms() of torchvision gives"
-        ) from None
 
 
 def _weights(name: str) -> dict[str, Published]:

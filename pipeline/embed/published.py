@@ -39,10 +39,7 @@ def joined(licenses: Iterable[str]) -> str:
 
 
 def require_permitted(allowed: str, found: Iterable[tuple[str, str]]) -> None:
-    """See that the licences of some weights are what a config's `licenses` allows; BackboneError with a line for each that is not.
-
-    `found` are what to call the weights, and their licences.
-    """
+    """See that a config's `licenses` allows those `found`, (name, licence) of some weights; BackboneError with a line for each other."""
     if allowed == "any":
         return  # and nothing is asked about
     refused = [(name, license) for name, license in found if license not in {*PERMISSIVE, NO_WEIGHTS}]
@@ -182,10 +179,7 @@ def package_file(name: str) -> Path | None:
 
 
 def stand_in(section: BackboneConfig) -> BackboneConfig | None:
-    """Return what is embedded in place of a section whose weights are not installed; None where it can be had.
-
-    Only the default has one: whoever names another network, layer or size is told which package to install.
-    """
+    """Return what is embedded in place of the default section while its weights are not installed; None of any other section."""
     return STAND_IN if section == DEFAULT and package_file(section.name) is None else None
 
 

@@ -27,7 +27,7 @@ from pipeline.embed.engines import choice_inputs, engine_at_hand, version
 from pipeline.embed.published import BUNDLED, about_stand_in, joined, require_permitted
 from pipeline.embed.spec import EMBED_VERSION, EmbeddingModel, EmbeddingSpec, embedding_name
 from pipeline.errors import BackboneError, PipelineError, StoreError
-from pipeline.experiment import FEATURES, SPECS, Artifacts, from_plain, plain, read_document, write_document
+from pipeline.experiment import FEATURES, SPECS, Artifacts, from_plain, read_document, write_document
 from pipeline.images import DECODE_MODES, DECODE_POLICY
 from pipeline.io.digests import fingerprint
 from pipeline.io.files import make_folder
@@ -41,10 +41,7 @@ MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
 
 @dataclass(frozen=True)
 class EmbeddingRecord:
-    """One embedding of an experiment: what it is, where its vectors are, and all that is needed to make them again.
-
-    StoreError where its store lies outside of the experiment: a stranger's record must not name the reader's files.
-    """
+    """One embedding of an experiment, and all that is needed to make its vectors again; StoreError where its store lies outside of it."""
 
     name: str
     spec: EmbeddingSpec
@@ -101,15 +98,6 @@ class EmbeddingRecord:
         """Whether its weights are random."""
         return self.spec.untrained
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain values for JSON."""
-        return dict(plain(self))
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> EmbeddingRecord:
-        """Return the record that `to_dict` wrote; one of `MALFORMED` when it is of another version."""
-        return cast(EmbeddingRecord, from_plain(EmbeddingRecord, values))
-
 
 # ---- features.json
 
@@ -145,13 +133,11 @@ def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
 
 def _records_of(document: Mapping[str, Any], path: Path) -> tuple[EmbeddingRecord, ...]:
     try:
-        return tuple(map(EmbeddingRecord.from_dict, document["embeddings"]))
+        return cast(tuple[EmbeddingRecord, ...], from_plain(tuple[EmbeddingRecord, ...], document["embeddings"]))
     except MALFORMED:
-        raise _of_another_version(path) from None
-
-
-def _of_another_version(path: Path) -> PipelineError:
-    return PipelineError(f"{path}: was written by another version of this package; run `manyheads features` again")
+        raise PipelineError(
+            f"{path}: was written by another version of this package; run `manyheads features` again"
+        ) from None
 
 
 def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...]:
@@ -162,13 +148,10 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
     """
     document = read_document(path, FEATURES)
     records = _records_of(document, path)
-    try:
-        asked = from_plain(tuple[BackboneConfig, ...], document["backbones"])
-        problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
-    except MALFORMED:
-        raise _of_another_version(path) from None
+    asked = from_plain(tuple[BackboneConfig, ...], document["backbones"])
+    problems = departures(document["shared"], asked, config, "the run of `manyheads features`")
     named = set(baselines.NAMES if config.baselines is None else config.baselines) & set(baselines.NAMES)
-    problems += [f"baselines: not {name}" for name in sorted(named - {record.name for record in records})]
+    problems += [f"baselines: not {name}" for name in sorted(named.difference([record.name for record in records]))]
     if problems:
         raise PipelineError(
             f"{path}: its features are of another config; run `manyheads features` with this config first, which embeds only "
@@ -176,39 +159,33 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
             problems,
         )
     # Two sections may name one embedding, whose record has the first: then nobody can say whose it is.
-    told = all(section in [record.asked for record in records] for section in asked)
-    chosen = tuple(
-        record
-        for record in records
-        if (record.name in named if record.kind == "baseline" else not told or record.asked in config.sections)
-    )
-    for section in config.sections:
-        if section in [record.instead_of for record in chosen]:
-            logger.warning("%s", about_stand_in(section))
-    require_permitted(config.licenses, ((record.name, record.spec.license) for record in chosen))
-    return chosen
+    made = [record.asked for record in records]
+    told = not [section for section in asked if section not in made]
+    chosen = []
+    for record in records:
+        is_asked = record.name in named if record.kind == "baseline" else not told or record.asked in config.sections
+        if is_asked:
+            chosen.append(record)
+            if record.instead_of is not None:
+                logger.warning("%s", about_stand_in(record.instead_of))
+    require_permitted(config.licenses, [(record.name, record.spec.license) for record in chosen])
+    return tuple(chosen)
 
 
 def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], config: Config, whose: str) -> list[str]:
-    """Return where a config asks for what something was not made of: one line per other setting and missing backbone.
-
-    `made` is the `shared` of its config, and `whose` names it. A key that there was not then had the value that is the default now.
-    """
+    """Return a line for each setting and backbone of a config that something was not made of: `made` by what `whose` had `shared`."""
     then = DatasetConfig().model_dump(mode="json", exclude=NOT_SHARED)
     made = {**made, "dataset": {**then, **made["dataset"]}}
     lines = differences(made, shared(config), whose, "this config")
     for section in config.sections:
         if section not in backbones:
             given = section.model_dump(mode="json", exclude_defaults=True)
-            lines.append("backbones: not " + ", ".join(f"{key}: {value}" for key, value in given.items()))
+            lines.append("backbones: not " + ", ".join([f"{key}: {value}" for key, value in given.items()]))
     return lines
 
 
 def require_index(path: Path, fingerprint: str) -> None:
-    """See that the data set's index, of this fingerprint, is the one that the features in `features.json` were made of.
-
-    PipelineError when it is another: then labels, splits or images are not those of the features' run.
-    """
+    """See that the features were made of the index of this fingerprint: of these labels, splits and images; PipelineError if not."""
     if read_document(path, FEATURES).get("index") != fingerprint:
         raise PipelineError(
             f"{path.parent / 'dataset' / 'index.csv'}: is not the index that the features were made of; "
@@ -217,13 +194,9 @@ def require_index(path: Path, fingerprint: str) -> None:
 
 
 def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "`embedding`") -> EmbeddingRecord:
-    """Return an embedding by name; the only backbone's where none is named.
-
-    StoreError when there is none of that name, or several to choose from; `option` is how the user names one.
-    """
-    candidates = [record for record in records if name in (None, record.name)]
-    if name is None and len(candidates) > 1:
-        candidates = [record for record in candidates if record.kind == "backbone"]
+    """Return an embedding by name, the only backbone's where none is named; StoreError, which names `option`, where that is not one."""
+    backbones = [record for record in records if record.kind == "backbone"]
+    candidates = [record for record in records if record.name == name] if name else backbones or records
     if len(candidates) != 1:
         found = ", ".join(record.name for record in records)
         raise StoreError(f"name one embedding with {option}; this experiment has {found}")
@@ -234,10 +207,7 @@ def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "
 
 
 def place(spec: EmbeddingSpec, files: Artifacts, folders: Sequence[Path] = ()) -> Path:
-    """The embedding's store, in the shared folder or else in `folders`; also where it was made under another name.
-
-    Such as of weights in a file that was renamed since.
-    """
+    """Return the embedding's store, in the shared folder or `folders`, also under another name, as of a renamed weights file."""
     path = files.store(spec.name, spec.fingerprint())
     found = (each for folder in (files.stores, *folders) for each in sorted(folder.glob(named(spec))))
     return next(found, path)
@@ -313,10 +283,7 @@ def write_specs(path: Path, specs: Mapping[str, Sequence[EmbeddingSpec]]) -> Non
 def load(
     section: BackboneConfig | None, baseline: str, extraction: ExtractionConfig, seed: int, images: int = 0
 ) -> EmbeddingModel:
-    """Make the embedder of a config's section, or where there is none the baseline of that name.
-
-    BackboneError when the network, its weights, a layer, the device or the precision is not to be had.
-    """
+    """Make the embedder of a section, or without one the baseline of that name; BackboneError when a part of it is not to be had."""
     if section is None:
         return baselines.load(baseline, extraction.decode)
     if names_vectors(section.name):
@@ -379,10 +346,7 @@ class Networks(NamedTuple):
 def open_networks(
     records: Mapping[str, Sequence[EmbeddingRecord]], device: str, *, trust_code: bool = False
 ) -> Networks:
-    """Make the embedders of each target's embeddings again, each once, and say of each embedding where its blocks come from.
-
-    Raises as `open_record` does.
-    """
+    """Make the embedders of each target's embeddings again, each once; raises as `open_record` does."""
     embedders: list[EmbeddingModel] = []
 
     def find(part: EmbeddingRecord) -> tuple[int, int]:
@@ -412,14 +376,12 @@ PartT = TypeVar("PartT")
 
 def find_parts(groups: Sequence[Sequence[str]], known: Mapping[str, PartT]) -> list[tuple[PartT, ...]]:
     """Return the parts that each list of a config's `concat` names; PipelineError with a line for each name of no embedding."""
-    unknown = sorted({name for group in groups for name in group if name not in known})
-    if unknown:
-        there = f"there are {', '.join(known)}"
-        raise PipelineError(
-            "concat: names what is no embedding of this config",
-            [f"concat: no embedding {name!r}{guess(name, list(known))}; {there}" for name in unknown],
-        )
-    return [tuple(known[name] for name in group) for group in groups]
+    there, problems = f"there are {', '.join(known)}", []
+    for name in sorted({name for group in groups for name in group if name not in known}):
+        problems.append(f"concat: no embedding {name!r}{guess(name, list(known))}; {there}")
+    if problems:
+        raise PipelineError("concat: names what is no embedding of this config", problems)
+    return [tuple(map(known.__getitem__, group)) for group in groups]
 
 
 def concatenated(groups: Sequence[Sequence[str]], records: Sequence[EmbeddingRecord]) -> tuple[EmbeddingRecord, ...]:
@@ -434,6 +396,7 @@ def _side_by_side(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
     while all(len(words) > shared + 1 for words in names) and len({words[shared] for words in names}) == 1:
         shared += 1
     trained = [part.spec.trained_on for part in parts if part.spec.trained_on is not None]
+    seconds = {part.network: part.seconds_per_image for part in parts}  # the layers of one network come of one pass
 
     def each_once(words: Iterable[str]) -> str:
         return "+".join(dict.fromkeys(words))
@@ -463,18 +426,7 @@ def _side_by_side(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
         digest=fingerprint({"parts": [part.digest for part in parts]}),
         section=None,
         seed=parts[0].seed,
-        seconds_per_image=_seconds(parts),
+        seconds_per_image=None if None in seconds.values() else sum(filter(None, seconds.values())),
         max_pixels=parts[0].max_pixels,
         parts=tuple(parts),
     )
-
-
-def _seconds(parts: Sequence[EmbeddingRecord]) -> float | None:
-    """What an image costs: the layers of one network come of one pass."""
-    by_network: dict[str, float] = {}
-    for part in parts:
-        if part.seconds_per_image is None:
-            return None
-        network = part.name if part.section is None else part.section.model_dump_json()
-        by_network[network] = max(part.seconds_per_image, by_network.get(network, 0.0))
-    return sum(by_network.values())

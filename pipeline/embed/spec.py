@@ -41,7 +41,7 @@ class EmbeddingSpec:
     layer: str
     """The node of the network's graph, resolved: never `penultimate`."""
     pooling: str
-    """`avg`, `max`, `grid`, `flatten`, `cls`, `cls+avg`, with the first token that is averaged as in `avg[5:]`; or `none` where the layer gives one vector anyway."""
+    """As a config has it, with the first token that is averaged as in `avg[5:]`; `none` where the layer gives one vector anyway."""
     dim: int
     preprocessing: Mapping[str, Any]
     """`Preprocessing.identity()`: the transform and the decoding policy."""
@@ -104,10 +104,7 @@ class EmbeddingModel(Protocol):
 
 
 def probe_images(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return a colour gradient, waves, a checkerboard and noise, uint8 of shape (4, height, width, 3), the same on every machine.
-
-    Their vectors are a check that the network is the one that filled a store.
-    """
+    """Return four images that every network is known by, uint8 of shape (4, height, width, 3): a gradient, waves, a checkerboard, noise."""
     height, width = size
     y, x = np.mgrid[0:height, 0:width].astype(np.int64)
     gradient = np.stack([255 * x // max(width - 1, 1), 255 * y // max(height - 1, 1), (x + y) % 256], axis=-1)

@@ -55,10 +55,7 @@ def library() -> ModuleType:
 
 
 def find(name: str, arguments: Arguments) -> TimmWeights:
-    """Return what a name in a config, or an architecture in a record, stands for.
-
-    BackboneError when timm has no such network or weights, with the nearest that it has.
-    """
+    """Return what a config's name, or a record's architecture, stands for; BackboneError with the nearest that timm has."""
     models = library().models
     if name.startswith(LOCAL_DIR):
         folder = Path(name.removeprefix(LOCAL_DIR))
@@ -149,10 +146,7 @@ def _with_classifier(module: nn.Module, classes: int) -> nn.Module:
 
 
 def _load(found: TimmWeights, name: str, weights: Mapping[str, Any]) -> nn.Module:
-    """Construct a network with weights that timm loads, twice with other seeds: a tensor that differs is in no file.
-
-    BackboneError when the weights do not fit, or leave a part of the network random.
-    """
+    """Construct a network with weights that timm loads, twice with other seeds: a tensor that differs is in no file, and is refused."""
     prints: list[dict[str, str]] = []
     for seed in (0, 1):
         with torch.random.fork_rng(devices=[]):

@@ -85,10 +85,7 @@ def published(config: BackboneConfig) -> Published:
 
 
 def build(architecture: str, arguments: Arguments) -> nn.Module:
-    """Construct a network in eval mode with whatever weights its constructor makes.
-
-    BackboneError when there is no such architecture, or it does not take the arguments.
-    """
+    """Construct a network in eval mode with whatever weights its constructor makes; BackboneError where that cannot be."""
     return _in_eval_mode(partial(family_of(architecture).build, architecture), architecture, arguments)
 
 
@@ -209,13 +206,8 @@ def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
 
 
 def bundled() -> dict[str, Any]:
-    """Return the description of the bundled weights, which lies beside them; BackboneError when this installation has none."""
-    described = BUNDLED.with_suffix(".json")
-    if not BUNDLED.exists() or not described.exists():
-        raise BackboneError(
-            f"weights: bundled: this installation comes without {BUNDLED.name}; use weights: random or a torchvision weights name"
-        )
-    return dict(json.loads(described.read_text(encoding="utf-8")))
+    """Return the description of the bundled weights, which lies beside them."""
+    return dict(json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8")))
 
 
 # ---- networks
@@ -241,10 +233,7 @@ class Network:
 
 
 def load_network(config: BackboneConfig, seed: int) -> Network:
-    """Build the network a config section asks for; `seed` makes the weights of an untrained control (`weights: random`).
-
-    BackboneError when the model, the weights, or the arguments are not to be had; all misfits of a file at once.
-    """
+    """Build the network a config section asks for, BackboneError where that cannot be; `seed` makes the weights of an untrained control."""
     config = _sized(config)
     if config.weights == "bundled":
         described = bundled()
@@ -378,8 +367,8 @@ def _fill(
     state = {name: value.to(expected[name].dtype) if name in expected else value for name, value in state.items()}
     try:
         module.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        problems = [line.strip()[:MOST_LETTERS] for line in str(error).splitlines()[1:]]
+    except (RuntimeError, ValueError) as error:
+        problems = [line.strip()[:MOST_LETTERS] for line in str(error).splitlines()]
         raise BackboneError(f"weights file {origin} does not fit {architecture}", problems) from None
     return module.eval(), has_classifier
 
@@ -388,10 +377,7 @@ def _fill(
 
 
 def check(config: BackboneConfig) -> list[str]:
-    """Return what the section's embeddings will be called; fetches nothing.
-
-    BackboneError when the model, arguments, weights, image size, layers or pooling are not to be had.
-    """
+    """Return what the section's embeddings will be called, fetching nothing; BackboneError when a part of it is not to be had."""
     config = _sized(config)
     weights, has_classifier = config.weights, True
     if config.weights == "bundled" or config.weights.endswith(WEIGHTS_FILES):

@@ -315,7 +315,7 @@ def measure(images: LabelledFeatures, plan: EpisodePlan, shots: int) -> tuple[Ma
     Nothing but a line where there are too few images for so many shots. The shares are float64 of shape (episodes,).
     """
     classes, found = images.classes_of(shots + plan.queries), defaultdict[str, list[Numbers]](list)
-    count, every, fewer = len(classes), len(images.classes_of(1)), len(classes) - LEAST_BASE
+    count, every = len(classes), len(images.classes_of(1))
     if count < plan.ways:
         return {}, [
             f"K = {shots} is left out: {count} classes have {shots} + {plan.queries} images, and {plan.ways} are needed."
@@ -327,8 +327,7 @@ def measure(images: LabelledFeatures, plan: EpisodePlan, shots: int) -> tuple[Ma
         notes.append(f"K = {shots}: {count} of {every} classes have {shots} + {plan.queries} images.")
     if not len(divisions[0].base):
         notes.append(
-            f"No MAML: it learns on {LEAST_BASE} classes at least beside the {plan.ways} of an episode, and {count} have enough images"
-            + (f"; --ways {fewer} leaves it that many." if fewer > 1 else ".")
+            f"No MAML: it learns on {LEAST_BASE} classes at least beside the {plan.ways} of an episode, and {count} have enough images."
         )
     for part, division in zip(np.array_split(np.arange(plan.episodes), len(divisions)), divisions, strict=True):
         base = np.isin(images.y, division.base)
@@ -420,39 +419,41 @@ class FewShot:
         return next((point for point in self.points if (point.method, point.shots) == (method, shots)), None)
 
     def verdict(self) -> list[str]:
-        """Say where plain logistic regression is as good as all others, where it is not, and where nobody can tell."""
-        good, better, unknown = list[str](), list[str](), list[str]()
+        """Say of each number of shots whether plain logistic regression is as good as all others."""
+        lines = []
         for shots in self.shots:
             others = [point for point in self.points if point.shots == shots and point.method != PLAIN]
             best, reach = max(others, key=lambda point: point.ahead), max(point.ahead_interval[1] for point in others)
             low, high = (100 * end for end in best.ahead_interval)
+            told = (
+                f"{best.method} is better than plain {PLAIN} by {100 * best.ahead:.1f} points [{low:.1f}, {high:.1f}]"
+            )
             if reach <= MARGIN:
-                good.append(f"{shots}")
-            elif low > 0:
-                better.append(f"K = {shots}: {best.method} by {100 * best.ahead:.1f} points [{low:.1f}, {high:.1f}]")
-            else:
-                unknown.append(f"{shots} (another may be ahead by up to {100 * reach:.1f} points)")
-        point = f"{100 * MARGIN:g} point"
-        told = (
-            (good, f"Plain {PLAIN} is as good at K = {', '.join(good)}: none is ahead by more than {point}."),
-            (better, f"Better than plain {PLAIN}: {'; '.join(better)}."),
-            (unknown, f"Not told apart at K = {', '.join(unknown)}; --episodes takes more."),
-        )
-        return [line for found, line in told if found]
+                told = f"plain {PLAIN} is as good: no other is ahead by more than {100 * MARGIN:g} point"
+            elif low <= 0:
+                told = (
+                    f"plain {PLAIN} is not told apart from others, which may be ahead by up to {100 * reach:.1f} points"
+                )
+            lines.append(f"K = {shots}: {told}.")
+        return lines
 
     def to_text(self) -> str:
         """Return the table, the verdict and the notes, for a terminal."""
-        rows = [[method, *(_cell(self.at(method, shots)) for shots in self.shots)] for method in self.methods]
-        headers = ["accuracy, %", *(f"K = {shots}" for shots in self.shots)]
+        headers, rows = ["accuracy, %", *(f"K = {shots}" for shots in self.shots)], []
+        for method in self.methods:
+            points = [self.at(method, shots) for shots in self.shots]
+            rows.append(
+                [
+                    method,
+                    *(
+                        "-" if point is None else f"{100 * point.accuracy:.1f} ± {50 * np.ptp(point.interval):.1f}"
+                        for point in points
+                    ),
+                ]
+            )
         table = tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * len(self.shots)))
         title = (
             f"{self.embedding}: {self.ways}-way, K images per class, {self.queries} queries per class, {self.episodes:,} "
             f"episodes of {self.images:,} images in {self.classes:,} classes, ± 95 % over episodes"
         )
         return "\n".join([title, "", table, "", *self.verdict(), *self.notes])
-
-
-def _cell(point: Point | None) -> str:
-    if point is None:
-        return "-"
-    return f"{100 * point.accuracy:.1f} ± {50 * (point.interval[1] - point.interval[0]):.1f}"

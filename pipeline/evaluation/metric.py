@@ -85,7 +85,8 @@ class Metric:
     """By how much the score of few images is too high on average, where that is known."""
     pooled: bool = False
     """Whether its `shares` are a ratio of sums over images and not the mean of a number for each."""
-    higher_is_better: bool = True
+    lower_is_better: bool = False
+    """Whether users know it as a loss."""
     per_class: bool = False
     """Whether it is a mean over classes, so that a few images of a rare class weigh much, and not over images."""
     low: float = 0.0
@@ -112,9 +113,9 @@ class Metric:
         return self.needs == "probabilities"
 
     @property
-    def lower_is_better(self) -> bool:
-        """Whether users know it as a loss."""
-        return not self.higher_is_better
+    def sign(self) -> int:
+        """What turns a score of the package into one as users know it, and back: -1 of a loss, else 1."""
+        return -1 if self.lower_is_better else 1
 
     @property
     def mean_of_images(self) -> bool:
@@ -124,7 +125,7 @@ class Metric:
     @property
     def scale(self) -> float:
         """What a score is multiplied by to be written; negative where lower is better for users."""
-        return (100.0 if self.unit == "points" else 1.0) * (1 if self.higher_is_better else -1)
+        return self.sign * (100.0 if self.unit == "points" else 1.0)
 
     @property
     def percent(self) -> str:
@@ -151,7 +152,7 @@ class Metric:
         if self.weighted is not None:
             return float(self.weighted(predictions)(np.ones((1, len(predictions))))[0])
         assert self.function is not None, f"{self.name} has neither function nor shares"
-        return (1 if self.higher_is_better else -1) * float(self.function(predictions.y_true, said))
+        return self.sign * float(self.function(predictions.y_true, said))
 
     def contributions(self, predictions: Predictions) -> NDArray[np.float64]:
         """Return what each unit adds, the score as mean and m times its variance as variance: float64 of shape (m,).
@@ -388,7 +389,7 @@ def excess(predictions: Predictions) -> float:
 def _of_numbers(name: str, title: str, function: Any = None, shares: Any = None, **more: Any) -> Metric:
     """Return a score of numbers: an error in their units, lower being better, or a share that 1 is the best of."""
     error = more.get("in_units", False)
-    made = {"low": -np.inf, "high": 0.0 if error else 1.0, "higher_is_better": not error, "targets": ("regression",)}
+    made = {"low": -np.inf, "high": 0.0 if error else 1.0, "lower_is_better": error, "targets": ("regression",)}
     made |= {"digits": 3, "unit": title, "column": title.split("'")[0]}
     return Metric(name, title, "values", function, shares, **{**made, **more})
 
@@ -441,12 +442,12 @@ METRICS: Mapping[str, Metric] = {
         ),
         _of_labels("micro_f1", "micro F1", _pooled_f1, pooled=True, threshold="all"),
         _of_labels("subset_accuracy", "subset accuracy", ACCURACY.shares),
-        _of_labels("hamming_loss", "Hamming loss", _wrong_labels, higher_is_better=False, low=-1.0, high=0.0),
+        _of_labels("hamming_loss", "Hamming loss", _wrong_labels, lower_is_better=True, low=-1.0, high=0.0),
         Metric(
             "log_loss",
             "log loss",
             "probabilities",
-            higher_is_better=False,
+            lower_is_better=True,
             shares=_log_probability,
             low=-np.inf,
             high=0.0,

@@ -132,7 +132,7 @@ def _distance_interval(metric: Metric, predictions: Predictions) -> tuple[float,
 
     The standard error is the jackknife's, of what leaving out units changes.
     """
-    added, sign = metric.contributions(predictions), 1 if metric.higher_is_better else -1
+    added, sign = metric.contributions(predictions), metric.sign
     score = metric.score(predictions)
     error = critical(predictions.units) * float(added.std(ddof=1)) / np.sqrt(len(added))
     distance = max(metric.high - score, 1e-12)
@@ -163,7 +163,7 @@ def _log_odds_interval(metric: Metric, predictions: Predictions) -> tuple[float,
         around = np.clip([above - excess, above - excess / 2], 1e-6, 1 - 1e-6)
         ends = expit(logit(around) + np.array([-error, error]) / (around * (1 - around))) + metric.low
         low, high = min(float(ends[0]), score), max(float(ends[1]), score)
-    return (score, (low, high)) if metric.higher_is_better else (-score, (-high, -low))
+    return (-score, (-high, -low)) if metric.lower_is_better else (score, (low, high))
 
 
 def _error_of_labels(
@@ -222,7 +222,7 @@ def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:
 
 def _resampled(metric: Metric, predictions: Predictions, seed: int) -> tuple[float, Interval]:
     """Return any score as users know it, with the percentile interval of the bootstrap over units."""
-    sign = 1.0 if metric.higher_is_better else -1.0
+    sign = metric.sign
     draws = sign * bootstrap(metric, [predictions], seed, RESAMPLES)[:, 0]
     low, high = np.quantile(draws, [0.025, 0.975])
     return sign * metric.score(predictions), (float(low), float(high))

@@ -86,10 +86,7 @@ TRUSTED_TYPES = (
 
 @dataclass(frozen=True, repr=False)
 class ModelBundle:
-    """A fitted head, what it says of an image, and the embedding it expects.
-
-    A soft vote has `members` in place of an estimator and an embedding: the mean of their probabilities.
-    """
+    """A fitted head and the embedding it expects; a soft vote has `members` in their place: the mean of their probabilities."""
 
     head: str
     params: Mapping[str, Any]
@@ -102,10 +99,6 @@ class ModelBundle:
     calibrator: Calibrator | None = None
     """Turns the estimator's scores, in the order of its `classes_`, into probabilities; never changes which is the likeliest."""
     members: tuple[ModelBundle, ...] = ()
-
-    def __repr__(self) -> str:
-        places = " and ".join(str(part.embedding.get("name")) for part in self.parts)
-        return f"ModelBundle({self.head} on {places}: {self.target.kind})"
 
     @property
     def parts(self) -> tuple[ModelBundle, ...]:
@@ -143,10 +136,7 @@ class ModelBundle:
         return self.target.predict(self.estimator, vectors, self.calibrated)
 
     def voted(self, told: Sequence[NDArray[np.floating]]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """Return what a soft vote says, and its probabilities, for those of its members, each of any float dtype, (n, n_classes).
-
-        Returns intp of shape (n,) and float64 of shape (n, n_classes).
-        """
+        """Return a soft vote's labels, intp (n,), and probabilities, float64 (n, k), for those of its members, any float dtype, (n, k)."""
         mean = np.asarray(np.mean(told, axis=0, dtype=np.float64))
         probabilities = self.calibrated(mean, "probability")
         return mean.argmax(axis=1), mean if probabilities is None else probabilities
@@ -335,10 +325,7 @@ MOST_OBJECTS = 10_000_000
 
 
 def check_fitted(estimator: Any) -> None:
-    """Check every part of a loaded estimator that compiled code relies on, ValueError with what is wrong in one line.
-
-    Neighbours' search trees are built again.
-    """
+    """Check all that compiled code relies on in a loaded estimator, and build search trees again; ValueError with what is wrong."""
     for part in _parts(estimator):
         if issparse(part) and hasattr(part, "check_format"):
             part.check_format(full_check=True)

@@ -51,10 +51,7 @@ def _has_probabilities(self: Any) -> bool:
 
 
 class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """A head for classes, or for several labels of each image: then y and what is predicted have a column of 0 and 1 for each.
-
-    Probabilities are calibrated as the bundle's are; after `fit` they are those of the estimator itself.
-    """
+    """A head for classes, or for several labels, in columns of 0 and 1; calibrated as the bundle is, until it is fitted anew."""
 
     def __init__(self, bundle: ModelBundle) -> None:
         self.bundle = bundle

@@ -131,7 +131,7 @@ def _fitted(estimator: Any, name: str, X: FeatureMatrix, y: NDArray[np.int64], s
         head = Head(name, lambda seed: clone(estimator), {}, {}, evaluator=HEADS[name].evaluator)
         return refit(head, {}, X, y, seed)
     head = Head(name, lambda seed: clone(estimator[2:]), {}, {})  # behind the scaler and the PCA
-    return refit(head, {}, X, y, seed, pca.n_components, pca.whiten)
+    return refit(head, {}, X, y, seed, pca.n_components)
 
 
 def _tempered(layer: Layer, estimator: Any, name: str, X: FeatureMatrix, y: NDArray[np.int64], seed: int) -> Layer:

@@ -1,4 +1,4 @@
-"""The charts: each function takes its numbers and returns a `Chart`, which draws itself on the page or on paper."""
+"""The charts: each function draws its numbers in the colours of a palette; with its numbers given it is a `Chart`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.evaluation.leaderboard.table import seconds
 from pipeline.evaluation.learning_curve import pareto
 from pipeline.evaluation.metric import ACCURACY, METRICS, Metric
 from pipeline.heads.layer_profile import LayerProfile
-from pipeline.report.drawing import Palette, chart, figure, plain_text, shorten_all, tip
+from pipeline.report.drawing import Palette, figure, plain_text, shorten_all, tip
 from pipeline.report.material import Map
 
 MOST_ROWS = 30
@@ -38,7 +38,6 @@ LEGEND, LAYER, EMBEDDING, CLASS = 48, 28, 20, 18
 DASHED = (0, (4, 3))
 
 
-@chart
 def score_chart(
     palette: Palette, rows: Sequence[LeaderboardRow], group: Sequence[str], scoring: str, told: Metric = ACCURACY
 ) -> Figure:
@@ -69,7 +68,6 @@ def score_chart(
     return made
 
 
-@chart
 def difference_chart(
     palette: Palette, differences: Sequence[Difference], rows: Mapping[str, LeaderboardRow], scoring: str
 ) -> Figure:
@@ -78,7 +76,7 @@ def difference_chart(
     Left is worse, also of a loss, whose numbers say by how much it is above the best row's.
     """
     metric = METRICS[scoring]
-    scale, sign = abs(metric.scale), 1 if metric.lower_is_better else -1
+    scale, sign = abs(metric.scale), -metric.sign
     shown = [item for item in differences if item.key in rows][:MOST_ROWS]
     named = [rows[item.key] for item in shown]
     made, axes = figure(palette, "How far every row lies behind the best", height=_height(named))
@@ -105,7 +103,6 @@ def difference_chart(
     return made
 
 
-@chart
 def tuning_chart(palette: Palette, searches: Mapping[str, Trials], scoring: str) -> Figure:
     """Draw every trial's score and the best so far, one line per search; up is better, also of a loss."""
     metric = METRICS[scoring]
@@ -136,7 +133,6 @@ def tuning_chart(palette: Palette, searches: Mapping[str, Trials], scoring: str)
     return made
 
 
-@chart
 def layer_chart(palette: Palette, found: LayerProfile) -> Figure:
     """Draw the score of every layer with its interval, from the image to the answer, and below those side by side.
 
@@ -169,7 +165,6 @@ def most_confused(matrix: NDArray[np.int64]) -> NDArray[np.intp]:
     return np.sort(np.argsort(-wrong, kind="stable")[:MOST_CELLS])
 
 
-@chart
 def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
     """Draw a confusion matrix, int64 (n, n), each row as shares of its true class; of many classes those with most mistakes."""
     kept = most_confused(matrix)
@@ -202,7 +197,6 @@ def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequen
     return made
 
 
-@chart
 def reliability_chart(palette: Palette, out_of_fold: Calibration | None, test: Calibration) -> Figure:
     """Draw how often predictions were right against how sure they were, with Wilson intervals on the test images."""
     made, axes = figure(palette, "How often predictions are right against how sure they are", height=4.0)
@@ -222,7 +216,6 @@ def reliability_chart(palette: Palette, out_of_fold: Calibration | None, test: C
     return made
 
 
-@chart
 def numbers_chart(palette: Palette, test: Predictions, place: int, residuals: bool) -> Figure:
     """Draw each test image's predicted number above its true one, or by how much it is too high beside what is predicted.
 
@@ -247,7 +240,6 @@ def numbers_chart(palette: Palette, test: Predictions, place: int, residuals: bo
     return made
 
 
-@chart
 def learning_chart(palette: Palette, curve: LearningCurve, head: str) -> Figure:
     """Draw accuracy against the number of labelled images, the fitted law, its forecast, and its test."""
     made, axes = figure(palette, "Accuracy against the number of labelled images")
@@ -279,7 +271,6 @@ def learning_chart(palette: Palette, curve: LearningCurve, head: str) -> Figure:
     return made
 
 
-@chart
 def few_shot_chart(palette: Palette, result: FewShot) -> Figure:
     """Draw each method's accuracy against the number of images per class; an error bar is its 95 % interval over episodes."""
     label = "Accuracy against the number of labelled images per class, method by method"
@@ -307,7 +298,6 @@ def priced(rows: Sequence[LeaderboardRow], told: Metric = ACCURACY) -> list[Lead
     ]
 
 
-@chart
 def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, told: Metric = ACCURACY) -> Figure:
     """Draw the test's score against time per image (embedding and head); rows that none beats in both are joined."""
     shown = priced(rows, told)
@@ -334,7 +324,6 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, to
     return made
 
 
-@chart
 def map_chart(palette: Palette, space: Map, codes: Sequence[int]) -> Figure:
     """Draw the embedding space, a dot per image in the order of `space.rows`, coloured by the number of its class."""
     made, axes = figure(palette, "Map of the images; arrow keys go from dot to dot", width=7.6, height=4.6)
@@ -354,7 +343,6 @@ def map_chart(palette: Palette, space: Map, codes: Sequence[int]) -> Figure:
     return made
 
 
-@chart
 def ranking_chart(palette: Palette, ranking: Ranking, names: Sequence[str]) -> Figure:
     """Draw a critical-difference diagram: average ranks over data sets, bars join what cannot be told apart."""
     made, axes = figure(palette, "Average ranks over data sets", height=1.4 + 0.22 * len(names))
@@ -408,9 +396,8 @@ def _tested(row: LeaderboardRow, told: Metric) -> tuple[float, float, float] | N
     value, span = (None, None) if row.test is None else row.test.of(told)
     if value is None or span is None:
         return None
-    sign = -1 if told.lower_is_better else 1
-    low, high = sorted(sign * end for end in span)
-    return sign * value, low, high
+    low, high = sorted(told.sign * end for end in span)
+    return told.sign * value, low, high
 
 
 def _floor(values: Sequence[float], metric: Metric) -> float:

@@ -13,9 +13,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from os.path import commonprefix
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -53,17 +52,6 @@ SCREEN = Palette(**dict(zip(_NAMES, _STAND_INS, strict=False)), categories=_STAN
 
 Chart = Callable[[Palette], Figure]
 """Draws itself with the colours it is given."""
-ChartNumbers = ParamSpec("ChartNumbers")
-
-
-def chart(draw: Callable[Concatenate[Palette, ChartNumbers], Figure]) -> Callable[ChartNumbers, Chart]:
-    """Let a function that draws numbers with a palette take the numbers first, and return a `Chart`."""
-
-    @wraps(draw)
-    def numbered(*args: ChartNumbers.args, **kwargs: ChartNumbers.kwargs) -> Chart:
-        return lambda palette: draw(palette, *args, **kwargs)
-
-    return numbered
 
 
 def figure(palette: Palette, label: str, width: float = 4.6, height: float = 3.5) -> tuple[Figure, Axes]:

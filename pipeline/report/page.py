@@ -36,15 +36,18 @@ def build(output: Path) -> Path:
     output = Path(output)
     inputs = digest_inputs(output)  # first, so that what changes meanwhile makes the page old
     material = gather(output)
-    shown, tables = sections.shown(material), audit.to_csv(material.label_issues, material.findings)
-    made = {PAGE: render(material, shown).encode("utf-8")}
-    made |= {f"plots/{name}.png": to_png(chart) for charts, _ in shown.values() for name, chart in charts.items()}
-    filled = {path: fill("model-card.md", _known(material) | given) for path, given in sections.cards(material).items()}
-    filled |= {f"audit/{name}": text for name, text in tables.items()}
-    made |= {name: text.encode("utf-8") for name, text in filled.items()}
+    shown = sections.shown(material)
+    made: dict[str, str | bytes] = {PAGE: render(material, shown)}
+    for charts, _ in shown.values():
+        for name, chart in charts.items():
+            made[f"plots/{name}.png"] = to_png(chart)
+    for path, given in sections.cards(material).items():
+        made[path] = fill("model-card.md", _known(material) | given)
+    for name, text in audit.to_csv(material.label_issues, material.findings).items():
+        made[f"audit/{name}"] = text
     for name, data in made.items():
         make_folder((output / name).parent)
-        write_atomic(output / name, data)
+        write_atomic(output / name, data if isinstance(data, bytes) else data.encode("utf-8"))
     files = digests(output, [output / name for name in made])
     write_document(output / RECORD, REPORT, {"inputs": inputs, "files": files})
     return output / PAGE
@@ -73,20 +76,14 @@ def fill(name: str, given: Mapping[str, object]) -> str:
 def render(material: Material, shown: Mapping[PageSection, Shown] | None = None) -> str:
     """Return the page as HTML text; the same material gives the same text. `shown` spares looking what its sections show."""
     found = sections.shown(material) if shown is None else shown
-    parts = [(section, _filled(section, material, part)) for section, part in found.items()]
+    parts = [(section, filled(section, material, part)) for section, part in found.items()]
     named = [path for _, given in found.values() for path in given.get("pictures", ())]
     given = {"parts": parts, "images": pictures.carried(material, named), **_known(material)}
     return fill("page.html", given)
 
 
-def section(name: str, material: Material) -> Markup:
-    """Return one of `SECTIONS` as HTML, nothing where it has nothing to show."""
-    found = next(section for section in sections.SECTIONS if section.name == name)
-    part = found.show(material)
-    return Markup("") if part is None else _filled(found, material, part)
-
-
-def _filled(section: PageSection, material: Material, part: Shown) -> Markup:
+def filled(section: PageSection, material: Material, part: Shown) -> Markup:
+    """Return a section as HTML, of what it shows."""
     charts, given = part
     drawn = {name: Markup(to_svg(chart, name)) for name, chart in charts.items()}
     macros = _environment().get_template("sections.html").make_module({**_known(material), "drawn": drawn, **given})

@@ -1,10 +1,11 @@
-"""The page's sections: each says which targets it serves, which charts it has, and what its template is given."""
+"""The page's sections: each says which targets it serves, which charts it has, and what its macro of the template `sections.html` is given."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from statistics import median
@@ -21,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation import Calibration, Interval, Predictions, measure_calibration
 from pipeline.evaluation.domains import Domains
 from pipeline.evaluation.intervals import share_interval
-from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, Trials
 from pipeline.evaluation.leaderboard.recommendation import effects
 from pipeline.evaluation.metric import METRICS, metrics_for
 from pipeline.evaluation.scoring import ClassScores, confusion_matrix, per_class, scores
@@ -49,15 +50,15 @@ CHIP = 28
 CARD = "MODEL_CARD.md"
 
 Shown = tuple[Mapping[str, Chart], Mapping[str, Any]]
-"""A section's charts by name, drawn on the page and as `plots/NAME.png`, and what else its template is given."""
+"""A section's charts by name, drawn on the page and as `plots/NAME.png`, and what else its macro is given."""
 
 
 @dataclass(frozen=True)
 class PageSection:
-    """One part of the page: `show` returns what its template is given, or None where there is nothing to show."""
+    """One part of the page: `show` returns what its macro is given, or None where there is nothing to show."""
 
     name: str
-    """Its anchor, and its template NAME.html."""
+    """Its anchor, and its macro, NAME_section."""
     heading: str
     """Its name in the navigation; the top of the page has none."""
     targets: tuple[str, ...]
@@ -81,8 +82,12 @@ def name_of_data(board: Leaderboard, output: Path) -> str:
 
 def shown(material: Material) -> dict[PageSection, Shown]:
     """Return the sections of an experiment's page, from top to bottom, with what they show."""
-    found = [(section, section.show(material)) for section in SECTIONS if material.target in section.targets]
-    return {section: part for section, part in found if part is not None}
+    found = {}
+    for section in SECTIONS:
+        part = section.show(material) if material.target in section.targets else None
+        if part is not None:
+            found[section] = part
+    return found
 
 
 def predict_command(output: Path, row: LeaderboardRow, best: LeaderboardRow) -> str:
@@ -120,14 +125,12 @@ def _first(material: Material) -> Shown:
     """Give the first screen: what to use, how sure that is, whether a network helps, and what to do next."""
     board, test = material.leaderboard, material.best.test if material.best else None
     row = board.recommended
-    floor = max((one for one in board.ranked if one.baseline and one.test), key=lambda one: one.cv_mean, default=None)
-    behind = (
-        {one.key for one in board.recommendation.differences if not one.no_evidence} if board.recommendation else set()
-    )
+    floor = next((one for one in board.ranked if one.baseline and one.test), None)
+    differences = board.recommendation.differences if board.recommendation else ()
     return {}, {
         "row": row,
         "floor": None if row.baseline or row.untrained else floor,
-        "ahead": floor is not None and floor.key in behind,
+        "ahead": any(floor is not None and one.key == floor.key and not one.no_evidence for one in differences),
         "command": predict_command(material.output, row, board.best),
         "place": quote(str(material.output)),
         "leaks": board.leaks.test if board.leaks else 0,
@@ -160,10 +163,10 @@ def _leaderboard(material: Material) -> Shown:
 
 def _ends(board: Leaderboard) -> Interval:
     """Return the scores at the ends of the bars in the leaderboard."""
-    spans = [span for row in board.rows if row.test and (span := row.test.of(board.told_by)[1])]
-    if not spans:
+    spans = np.array([span for row in board.rows if row.test and (span := row.test.of(board.told_by)[1])])
+    if not len(spans):
         return (0.0, 1.0)
-    lows, highs = zip(*spans, strict=True)
+    lows, highs = spans.T.tolist()
     low, high = min(lows), max(highs)
     # A hopeless row's interval would squeeze all others into a corner.
     if board.told_by.lower_is_better:
@@ -174,10 +177,16 @@ def _ends(board: Leaderboard) -> Interval:
 def _difference(material: Material) -> Shown:
     board, recommendation = material.leaderboard, material.leaderboard.recommendation
     group = recommendation.no_evidence if recommendation else (board.best.key,)
-    found = {"leaderboard": charts.score_chart(board.ranked, group, board.scoring, board.told_by)}
+    found = {
+        "leaderboard": partial(
+            charts.score_chart, rows=board.ranked, group=group, scoring=board.scoring, told=board.told_by
+        )
+    }
     if recommendation and len(recommendation.differences) > 1:
         rows = {row.key: row for row in board.rows}
-        found["differences"] = charts.difference_chart(recommendation.differences, rows, board.scoring)
+        found["differences"] = partial(
+            charts.difference_chart, differences=recommendation.differences, rows=rows, scoring=board.scoring
+        )
     return found, {}
 
 
@@ -185,7 +194,10 @@ def _layers(material: Material) -> Shown | None:
     """Give a chart and a table for every network whose profile is of the leaderboard's images."""
     tasks = {row.task for row in material.leaderboard.rows}
     found = [one for one in read_profiles(Artifacts(material.output).layers) or () if one.task in tasks]
-    drawn = {f"layers-{number}" if number else "layers": charts.layer_chart(one) for number, one in enumerate(found)}
+    drawn = {
+        f"layers-{number}" if number else "layers": partial(charts.layer_chart, found=one)
+        for number, one in enumerate(found)
+    }
     told = [(name, one, METRICS[one.metric], what_to_take(one)) for name, one in zip(drawn, found, strict=True)]
     return (drawn, {"profiles": told, "gap": gap}) if found else None
 
@@ -195,16 +207,14 @@ def _tuning(material: Material) -> Shown | None:
     found = [(row, trials[row.key]) for row in material.leaderboard.rows if len(trials.get(row.key, ())) > 1]
     if not found:
         return None
-    several = len({row.embedding for row, _ in found}) > 1
-    drawn = {
-        row.key.replace("-penultimate/", "/") if several else row.head: trials for row, trials in found[:MOST_SEARCHES]
-    }
-    searches = []
+    several, drawn, searches = len({row.embedding for row, _ in found}) > 1, dict[str, Trials](), []
     for row, made in found:
         ended = Counter(trial["status"] for trial in made)
         searches.append((row, len(made), ended["stopped"], ended["failed"]))
+        if len(drawn) < MOST_SEARCHES:
+            drawn[row.key.replace("-penultimate/", "/") if several else row.head] = made
     tuning = material.leaderboard.provenance.get("config", {}).get("tuning", {})
-    chart = charts.tuning_chart(drawn, material.leaderboard.scoring)
+    chart = partial(charts.tuning_chart, searches=drawn, scoring=material.leaderboard.scoring)
     return {"tuning": chart}, {"tuning": tuning, "searches": searches, "most": MOST_SEARCHES}
 
 
@@ -237,7 +247,7 @@ def _classes(material: Material) -> Shown | None:
     # A class that is neither among the test images nor among the answers has no F1, and is not the worst.
     worst = sorted(rows, key=lambda row: (not row.support + row.predicted, row.f1))[:WORST_CLASSES]
     confused = largest(matrix, best.classes)
-    return {"confusion": charts.confusion_chart(matrix, best.classes)}, {
+    return {"confusion": partial(charts.confusion_chart, matrix=matrix, classes=best.classes)}, {
         "wide": len(matrix) > charts.MOST_SMALL,
         "confused": confused[:MOST_LISTED],
         "confusions": len(confused),
@@ -257,9 +267,14 @@ def _reliability(material: Material) -> Shown | None:
     on_test = measured(best.test) if best else None
     if best is None or on_test is None:
         return None
-    predicted = [(row, material.predictions.get(row.key)) for row in material.leaderboard.rows]
-    rows = [(row, found) for row, said in predicted if said and (found := measured(said.test))]
-    return {"reliability": charts.reliability_chart(measured(best.out_of_fold), on_test)}, {"measured": rows}
+    rows = []
+    for row in material.leaderboard.rows:
+        found = measured(material.predictions[row.key].test) if row.key in material.predictions else None
+        if found is not None:
+            rows.append((row, found))
+    return {"reliability": partial(charts.reliability_chart, out_of_fold=measured(best.out_of_fold), test=on_test)}, {
+        "measured": rows
+    }
 
 
 def _numbers(material: Material) -> Shown | None:
@@ -275,8 +290,8 @@ def _numbers(material: Material) -> Shown | None:
         outside = sum(bool(target.note(place, number)) for number in said[:, place].tolist())
         rows.append((name, target.half[place], float(inside[:, place].mean()), span, outside))
         if place < MOST_COLUMNS:
-            drawn[f"predicted-{place}"] = charts.numbers_chart(test, place, residuals=False)
-            drawn[f"residuals-{place}"] = charts.numbers_chart(test, place, residuals=True)
+            drawn[f"predicted-{place}"] = partial(charts.numbers_chart, test=test, place=place, residuals=False)
+            drawn[f"residuals-{place}"] = partial(charts.numbers_chart, test=test, place=place, residuals=True)
     off = (np.abs(said - true) / target.scale).max(axis=1)
     worst = np.argsort(-off, kind="stable")[:MOST_PICTURES]
     return drawn, {"rows": rows, "total": len(test), "level": LEVEL, **_told(material, test, worst)}
@@ -342,10 +357,12 @@ def _labels(material: Material) -> Shown | None:
 def _growth(material: Material) -> Shown | None:
     rows, told, found = material.leaderboard.rows, material.leaderboard.told_by, dict[str, Chart]()
     if material.curve is not None and len(material.curve.points) > 1:
-        found["learning_curve"] = charts.learning_chart(material.curve, CURVE_HEAD.name)
+        found["learning_curve"] = partial(charts.learning_chart, curve=material.curve, head=CURVE_HEAD.name)
     shown = charts.priced(rows, told)
     if shown:
-        found["cost"] = charts.cost_chart(rows, max(row.test.n for row in shown if row.test), told)
+        found["cost"] = partial(
+            charts.cost_chart, rows=rows, images=max(row.test.n for row in shown if row.test), told=told
+        )
     return (found, {"curve": material.curve, "unpriced": len(rows) - len(shown)}) if found else None
 
 
@@ -355,7 +372,7 @@ def _advice(material: Material) -> Shown | None:
 
 def _few_shot(material: Material) -> Shown | None:
     result = material.few_shot
-    return None if result is None else ({"few_shot": charts.few_shot_chart(result)}, {"result": result})
+    return None if result is None else ({"few_shot": partial(charts.few_shot_chart, result=result)}, {"result": result})
 
 
 def _unknown(material: Material) -> Shown | None:
@@ -384,7 +401,7 @@ def _map(material: Material) -> Shown | None:
     first = [material.codes[path][0] for path in index.paths[space.rows].tolist()]
     chips = list(zip(kinds.classes, shorten_all(kinds.classes, CHIP), strict=True))
     given = {"space": space, "total": len(index), "chips": chips, "colours": len(CATEGORIES)}
-    return {"map": charts.map_chart(space, first)}, given
+    return {"map": partial(charts.map_chart, space=space, codes=first)}, given
 
 
 def _mistakes(material: Material) -> Shown | None:
@@ -460,4 +477,4 @@ SECTIONS = (
     PageSection("outliers", "Outliers", EVERY, _outliers),
     PageSection("reproduce", "Reproduce", EVERY, lambda material: ({}, {})),
 )
-"""The page from top to bottom. One more section is a row, its template, and the function that says what it shows."""
+"""The page from top to bottom. One more section is a row, its macro, and the function that says what it shows."""

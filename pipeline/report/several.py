@@ -6,6 +6,7 @@ One data set cannot say which head is better in general; average ranks over seve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,10 @@ def compare(outputs: Sequence[Path], target: Path, row: str | None = None) -> li
 def _ranks(boards: Sequence[Leaderboard], target: Path) -> list[str]:
     """Rank the rows that all experiments share by the tuned score on the test."""
     metric = boards[0].metric
-    sign = -1.0 if metric.lower_is_better else 1.0
     tested: list[dict[str, float]] = []
     for board in boards:
         found = {row.key: row.test.of(metric)[0] for row in board.rows if row.test}
-        tested.append({key: sign * score for key, score in found.items() if score is not None})
+        tested.append({key: metric.sign * score for key, score in found.items() if score is not None})
     keys = [key for key in tested[0] if all(key in rows for rows in tested)]
     if len(keys) < 2:
         raise PipelineError(
@@ -70,7 +70,7 @@ def _ranks(boards: Sequence[Leaderboard], target: Path) -> list[str]:
         ]
     )
     make_folder(target)
-    write_atomic(target / "ranks.png", to_png(ranking_chart(ranking, keys)))
+    write_atomic(target / "ranks.png", to_png(partial(ranking_chart, ranking=ranking, names=keys)))
     write_text_atomic(target / "ranks.md", text)
     return [text, f"diagram  {target / 'ranks.png'}"]
 
@@ -90,5 +90,5 @@ def _searches(outputs: Sequence[Path], boards: Sequence[Leaderboard], target: Pa
         strategy = board.provenance.get("config", {}).get("tuning", {}).get("strategy", "search")
         searches[f"{strategy} ({output.name})"] = trials
     make_folder(target)
-    write_atomic(target / "search.png", to_png(tuning_chart(searches, boards[0].scoring)))
+    write_atomic(target / "search.png", to_png(partial(tuning_chart, searches=searches, scoring=boards[0].scoring)))
     return [f"plot     {target / 'search.png'} ({key})"]

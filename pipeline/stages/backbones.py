@@ -104,12 +104,10 @@ def _published() -> Iterator[NetworkRow]:
 
 def _here() -> Iterator[NetworkRow]:
     """Yield what comes with the package."""
-    if BUNDLED.exists():
-        found = bundled()
-        dim = found["arguments"]["block_params"]["widths"][-1]
-        size = BUNDLED.stat().st_size / 1e6
-        crop = found["preprocessing"]["crop"]
-        yield NetworkRow(found["name"], "bundled", "manyheads", lambda: dim, crop, size, found["license"], HERE)
+    found = bundled()
+    dim, crop = found["arguments"]["block_params"]["widths"][-1], found["preprocessing"]["crop"]
+    size = BUNDLED.stat().st_size / 1e6
+    yield NetworkRow(found["name"], "bundled", "manyheads", lambda: dim, crop, size, found["license"], HERE)
     for name in baselines.NAMES:
         (spec,) = baselines.load(name, ExtractionConfig().decode).specs
         side = spec.preprocessing["crop"][0]

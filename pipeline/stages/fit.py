@@ -136,7 +136,7 @@ def settings_of(
             f"folders' names, as dataset.source is {config.dataset.source}"
         )
     more: dict[str, Any] = {"dataset.label_columns": list(target)} if target else {}
-    more |= {"tuning.budget": budget, "tuning.seconds": None} if budget else {}
+    more |= {"tuning.budget": budget} if budget else {}
     more |= {"output": str(output)} if output else {}
     return settings.load(config, more)
 

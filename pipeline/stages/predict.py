@@ -37,7 +37,7 @@ from pipeline.evaluation.domains import LEAST, Alignment, Apart, apart
 from pipeline.evaluation.domains import align as fit_alignment
 from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.leaderboard import read_leaderboard
-from pipeline.experiment import REFIT, Artifacts, read_document, to_cell
+from pipeline.experiment import REFIT, Artifacts, from_plain, read_document, to_cell
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.export.strangers import Strangers, names, open_strangers
@@ -327,7 +327,7 @@ def records_of(heads: Mapping[str, ModelBundle], folders: Mapping[str, Path]) ->
         if not all(part.embedding for part in head.parts):
             problem = "is the constant guess, which looks at no image; name another bundle's folder"
             raise BundleError(f"{folders[target]}: {problem}")
-        found[target] = [EmbeddingRecord.from_dict(part.embedding) for part in head.parts]
+        found[target] = [from_plain(EmbeddingRecord, part.embedding) for part in head.parts]
     return found
 
 

@@ -258,7 +258,7 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
 
 def _asked_for(row: LeaderboardRow, asked: Asked) -> tuple[Config, Embedding, Head]:
     """Return what a row is fitted on, and its head; no search is repeated."""
-    once = {"trials": 1, "seconds": None, "nested": False, "seeds": 1}
+    once = {"trials": 1, "nested": False, "seeds": 1}
     config = asked.config.model_copy(update={"tuning": asked.config.tuning.model_copy(update=once)})
     for embedding in asked.embeddings:
         for head in embedding.heads:

@@ -1,13 +1,4 @@
-"""Vectors in files of their own: packed files to share, parts that many write at once, `.npy` and `.parquet`.
-
-A packed file is read by every command, and by anyone with plain h5py:
-
-features (n, d)   one row per distinct image content         content (n, 2)   its digest
-row (m,)          image -> row of `features`                 path, label, split, group (m,)   UTF-8, padded
-identity_json     how the features were made                 canary (k, d)    vectors of the built-in probe images
-
-with h5py.File("features.h5") as f:
-    X, y = f["features"][:][f["row"][:]], f["label"].asstr("utf-8")[:]
+"""Vectors in files of their own: packed files to share (docs/promises.md has their datasets), parts, `.npy` and `.parquet`.
 
 Parts are packed files, immutable and made without a lock, on a disk or in an object store:
 
@@ -73,11 +64,12 @@ def pack(
         order = np.argsort(first)
         content = digests[first[order]]
         others["row"] = np.argsort(order)[inverse.reshape(-1)].astype("<u8")
-        others |= {
-            COLUMNS[name]: _text(name, values, len(digests))
-            for name, values in (columns or {}).items()
-            if name != "paths" or not anonymous
-        }
+        for name, values in (columns or {}).items():
+            if name != "paths" or not anonymous:
+                encoded = [str(value).encode("utf-8") for value in values]
+                if (longest := max(map(len, encoded), default=0)) > MAX_TEXT:
+                    raise StoreError(f"{name}: a text has {longest} bytes, at most {MAX_TEXT} can be packed")
+                others[COLUMNS[name]] = np.array(encoded, f"S{max(1, longest)}")
     composed = compose(
         "pack",
         store.store_type,
@@ -93,15 +85,6 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     with explained(path):
         files.make_folder(path.parent)
         files.rename(files.write_temporary(path.parent, parts, f".{path.name}"), path)
-
-
-def _text(name: str, values: Iterable[str], count: int) -> NDArray[np.bytes_]:
-    """Return some texts as bytes, of shape (count,), as long as the longest."""
-    encoded = [str(value).encode("utf-8") for value in values]
-    longest = max([1, *map(len, encoded)])
-    if longest > MAX_TEXT:
-        raise StoreError(f"{name}: a text has {longest} bytes, at most {MAX_TEXT} can be packed")
-    return np.array(encoded, f"S{longest}").reshape(count)
 
 
 @dataclass(frozen=True, eq=False)

@@ -223,7 +223,7 @@ class Leaks:
         for row in rows:
             score = row.test.of(metric)[0] if row.test and row.key in self.without else None
             if score is not None:
-                tests.append(told(row.key, self.without[row.key], -score if metric.lower_is_better else score))
+                tests.append(told(row.key, self.without[row.key], metric.sign * score))
             whole, left = self.held_out.get(row.key, (np.nan, np.nan))
             if np.isfinite(left):
                 held_out.append(told(row.key, left, whole))

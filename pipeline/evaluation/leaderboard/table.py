@@ -127,12 +127,12 @@ class Leaderboard:
         """Return a pandas DataFrame of the rows, the best first; scores as users know them, a loss above 0."""
         import pandas as pd
 
-        sign, found = -1 if self.metric.lower_is_better else 1, []
+        found = []
         for row in self.rows:
             cells: dict[str, Any] = {
                 "embedding": row.embedding,
                 "head": row.head,
-                f"cv_{self.scoring}": sign * row.cv_mean,
+                f"cv_{self.scoring}": self.metric.sign * row.cv_mean,
                 "cv_std": row.cv_std,
             }
             for metric in metrics_for(self.target):
@@ -308,36 +308,38 @@ class Leaderboard:
 
     def _row_notes(self) -> list[str]:
         """Say what the rows were tested on and are made of."""
-        best, rows, lines = self.best, self.rows, []
-        test = max((row.test for row in rows if row.test), key=lambda test: test.n, default=None)
+        best, lines, test = self.best, list[str](), None
+        kinds, reduced, licences = set[str](), dict[str, int](), dict[str, dict[str, None]]()
+        for row in self.rows:
+            kinds.add("baseline" if row.baseline else "untrained" if row.untrained else "network")
+            if row.license and not (row.baseline or row.untrained):
+                licences.setdefault(row.license, {})[row.embedding] = None
+            if row.components is not None:
+                reduced[row.embedding] = row.components
+            if row.test is not None and (test is None or row.test.n > test.n):
+                test = row.test
         if test is not None:
             of = "" if test.units in (None, test.n) else f" of {test.units:,} groups, which the interval counts"
             lines.append(
                 f"Test: {test.n:,} images{of}, in brackets the 95 % interval{' (Wilson)' * (self.told_by is ACCURACY)}."
             )
-        if any(row.untrained for row in rows):
+        if "untrained" in kinds:
             lines.append(
                 "untrained: the backbone has random weights and saw no image before; a control, not a contender."
             )
-        other = next((row for apart in self.apart for row in apart if row.unseen_rows is not None and row.bundle), None)
+        other = next((rows[0] for rows in self.apart if rows[0].unseen_rows is not None and rows[0].bundle), None)
         if other is not None:
             lines.append(f"To label with a row that stands apart, give `manyheads predict` its folder, {other.bundle}.")
         if best.unseen_rows is not None:
             lines.append(f"All of them: {apart_words(self.ranked)[1]}")
-        reduced = {row.embedding: row.components for row in rows if row.components is not None}
         if reduced:
-            whitened = ", whitened" if self.provenance.get("config", {}).get("tuning", {}).get("whiten") else ""
+            told = ", ".join(f"up to {count} of {name}" for name, count in reduced.items())
             lines.append(
-                f"Heads work on principal components{whitened}, found within each fold's training images: "
-                + ", ".join(f"up to {count} of {name}" for name, count in reduced.items())
-                + "; fewer where a fold has fewer training images."
+                f"Heads work on principal components, found within each fold's training images: {told}; fewer where a fold has fewer "
+                "training images."
             )
-        if any(row.baseline for row in rows):
+        if "baseline" in kinds:
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
-        licences: dict[str, dict[str, None]] = {}
-        for row in rows:
-            if row.license and not (row.baseline or row.untrained):
-                licences.setdefault(row.license, {})[row.embedding] = None
         if licences:
             told = "; ".join(f"{licence} ({', '.join(names)})" for licence, names in licences.items())
             lines.append(f"Licences of the weights: {told}.")

@@ -61,12 +61,11 @@ def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
     proof = prove(model, photos, whole.SerializeToString(), inner.SerializeToString(), entries)
     onnx.helper.set_model_props(whole, _metadata(model, proof))
     shapes = f"{number_of(proof.images, 'image')} and {number_of(proof.odd_sizes, 'odd size')}"
-    undecided = f"; {number_of(proof.undecided, 'image')} between two labels got the other one" * bool(proof.undecided)
     return whole.SerializeToString(deterministic=True), [
         f"input   {IMAGES}, uint8 of shape (n, height, width, 3)",
         f"output  {', '.join(outputs)}",
         f"proven  by onnxruntime {onnxruntime.__version__} on {shapes}: at most {proof.from_prepared:.1g} from `predict` on prepared "
-        f"pixels, {proof.from_raw:.1g} on images themselves{undecided}",
+        f"pixels, {proof.from_raw:.1g} on images themselves",
     ]
 
 
@@ -122,8 +121,6 @@ class Proof:
     from_raw: float = 0.0
     in_float64: int = 0
     """Images compared with torch's float64, as its float32 was further off for one of their batch."""
-    undecided: int = 0
-    """Images that have another label, as two are as likely to within the difference that is allowed."""
 
 
 def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, entries: Mapping[Any, str]) -> Proof:
@@ -144,16 +141,15 @@ def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, en
             {name: together[way].transpose(0, 3, 1, 2).astype(np.float32) for way, name in entries.items()}
         )
         try:
-            far, _ = _compare(model, batch, exact, told, FROM_PREPARED, "prepared pixels")
+            far = _compare(model, batch, exact, told, FROM_PREPARED, "prepared pixels")
         except BundleError:  # where torch itself rounds that far off, float64 says which is nearer to the truth
             exact = model.said(model.exact.in_float64(), together)
-            far, _ = _compare(model, batch, exact, told, FROM_PREPARED, "prepared pixels")
+            far = _compare(model, batch, exact, told, FROM_PREPARED, "prepared pixels")
             proof.in_float64 += len(batch)
         proof.from_prepared = max(proof.from_prepared, far)
         each = [from_raw({IMAGES: photo.pixels[None]}) for photo in batch]
         found = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
-        far, undecided = _compare(model, batch, expected, found, FROM_RAW, "the image itself")
-        proof.from_raw, proof.undecided = max(proof.from_raw, far), proof.undecided + undecided
+        proof.from_raw = max(proof.from_raw, _compare(model, batch, expected, found, FROM_RAW, "the image itself"))
         proof.odd_sizes += sum(photo.odd for photo in batch)
         proof.images += sum(not photo.odd for photo in batch)
     return proof
@@ -172,15 +168,14 @@ def _runner(content: bytes) -> Callable[[Mapping[str, NDArray[Any]]], NamedOutpu
 
 def _compare(
     model: Model, batch: list[Photo], expected: Mapping[str, Any], found: NamedOutputs, most: float, way: str
-) -> tuple[float, int]:
-    """Return the largest difference, and how many images have another label that may be; BundleError for one that may not."""
-    largest, undecided = 0.0, 0
+) -> float:
+    """Return the largest difference; BundleError for an image that is further off, or has another label that is sure."""
+    largest = 0.0
     for name, head in model.heads.items():
         prefix = f"{name}_" if name else ""
         own = {key.removeprefix(prefix): value for key, value in found.items() if key.startswith(prefix)}
         y, probabilities = expected[name]
         far, wrong, sure = answers_differ(head.target, y, probabilities, own, most)
-        undecided += int((wrong & ~sure).sum())
         largest = max(largest, float(far.max()))
         for place in np.flatnonzero(~(far <= most) | (wrong & sure)):
             says = "another label" if wrong[place] and far[place] <= most else f"{far[place]:.2g}, more than {most:g}"
@@ -188,7 +183,7 @@ def _compare(
                 f"nothing was written: from {way} the file is not as `predict` says of {batch[place].name}"
                 f"{f', target {name}' if name else ''}: {says}"
             )
-    return largest, undecided
+    return largest
 
 
 def answers_differ(

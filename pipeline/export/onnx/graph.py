@@ -119,10 +119,7 @@ _FILTERS: Mapping[str, tuple[float, Callable[[Graph, str], str]]] = {
 
 
 def add_prepared(g: Graph, images: str, preprocessing: Preprocessing) -> str:
-    """Add all that `prepare` does to the named images, uint8 of shape (n, height, width, 3); BundleError for another interpolation.
-
-    Returns the name of whole numbers from 0 to 255, float32 of shape (n, 3, *preprocessing.size).
-    """
+    """Add what `prepare` does to images, uint8 (n, height, width, 3): 0 to 255, float32 (n, 3, *size); BundleError where ONNX cannot."""
     if preprocessing.interpolation not in _FILTERS:
         raise BundleError(
             f"its images are resized by {preprocessing.interpolation!r}, which has no form in ONNX here; {', '.join(_FILTERS)} have"

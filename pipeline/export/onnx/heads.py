@@ -1,8 +1,8 @@
 """Fitted heads as ONNX: what they say of vectors, calibrated, as the answer of any kind of target.
 
 Vectors and the scaler are float32 and all after them float64, as in scikit-learn. What has few operations is written here, and
-what skl2onnx writes otherwise than scikit-learn computes it: neighbours, by up to 0.2 of a probability, kernels, in float32, and perceptrons of several labels or numbers. The
-rest, such as trees, is left to skl2onnx.
+what skl2onnx writes otherwise than scikit-learn computes it: neighbours (by up to 0.2 of a probability), kernels (in float32), and
+perceptrons of several labels or numbers. The rest, such as trees, is left to skl2onnx.
 """
 
 from __future__ import annotations
@@ -41,10 +41,7 @@ Outputs = dict[str, tuple[Any, list[Any]]]
 
 
 def add_answer(g: Graph, bundle: ModelBundle, vectors: Sequence[str], prefix: str = "") -> Outputs:
-    """Add what a bundle says of the vectors of its parts, float32 of shape (n, dim) each; return the outputs, whose names begin alike.
-
-    BundleError when a head of it cannot be written.
-    """
+    """Add what a bundle says of its parts' vectors, float32 (n, dim) each, as outputs with a prefix; BundleError where ONNX cannot."""
     target, parts, strings = bundle.target, dict[str, str](), dict[str, tuple[str, list[Any]]]()
     if bundle.members:
         told = [

@@ -144,7 +144,13 @@ def embed(
         outputs = [[output(each, embedder) for each in own] for own, embedder in loaded]
         # A byte is exact in float16.
         hashed = stack.enter_context(opened(hashes, HASH_IDENTITY, HASH_BYTES, "float16"))
-        count, items = _items(outputs, images)
+        wanting = np.array([np.any([output.missing for output in own], axis=0) for own in outputs])  # (sources, images)
+        needed = np.flatnonzero(wanting.any(axis=0)).tolist()
+        paths, digests = images.paths, images.digests
+        items = (
+            Item(each, str(paths[each]), digests[each].tobytes(), tuple(np.flatnonzero(wanting[:, each]).tolist()))
+            for each in needed
+        )
         work = Work(workers=threads(config.extraction.workers))
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
@@ -159,7 +165,7 @@ def embed(
 
         try:
             stopped()
-            with bar(count, "images", "embedding") as progress:
+            with bar(len(needed), "images", "embedding") as progress:
                 made = embedded(lanes, items, images.root, config.dataset.max_pixels, work.workers, hashed=True)
                 for batch, parts in made:
                     batch.store_hashes(hashed, images.digests)
@@ -189,21 +195,6 @@ def hash_store(files: Artifacts) -> Path:
     """Where to write perceptual hashes: where another experiment writes them now, beside the index, until the next run."""
     shared = files.stores / HASH_STORE
     return files.dataset / HASH_STORE if lock.holder(shared) else shared
-
-
-def _items(outputs: Sequence[Sequence[Output]], images: Contents) -> tuple[int, Iterator[Item]]:
-    """The images to read, each once, with the sources that want it: their number, and one at a time."""
-    wanting = np.array([np.any([output.missing for output in own], axis=0) for own in outputs])  # (sources, images)
-    needed = np.flatnonzero(wanting.any(axis=0)).tolist()
-    return len(needed), (
-        Item(
-            each,
-            str(images.paths[each]),
-            images.digests[each].tobytes(),
-            tuple(np.flatnonzero(wanting[:, each]).tolist()),
-        )
-        for each in needed
-    )
 
 
 def _store(
@@ -310,4 +301,4 @@ def _filled(
     with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim) as writer:
         new = writer.append(contents.digests[pending], X[places[contents.rows[pending]]])
     logger.info("%s: %s taken from %s", target.spec.name, number_of(new, "vector"), path)
-    return replace(target, pending=np.zeros_like(target.pending), rows=target.rows + new, why="")
+    return replace(target, pending=np.zeros_like(target.pending), why="")

@@ -26,7 +26,7 @@ from pipeline.evaluation.intervals import Interval, expected_accuracy
 from pipeline.evaluation.leaderboard import LeaderboardRow, Nested, Seeds
 from pipeline.evaluation.leaderboard.recommendation import UNEVEN, unevenness
 from pipeline.evaluation.predictions import FILE_NAME
-from pipeline.experiment import Artifacts, bundle_file
+from pipeline.experiment import Artifacts, bundle_file, plain
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, identity
@@ -81,7 +81,7 @@ def make_row(
     record, task, tuning, seed = embedding.record, embedding.task, embedding.tuning, config.seed
     journal, folder = files.trials(embedding.name, head.name), files.bundle(embedding.name, head.name)
     tuned = tune(head, vectors.train, task.y_train, task.folds, tuning, seed, journal, vectors.projections, task.target)
-    identity_of = record.to_dict() if record else {}
+    identity_of = plain(record) if record else {}
     calibrator = calibrator_of(tuned, task)
     bundle = ModelBundle(head.name, tuned.best.params, task.target, identity_of, tuned.pipeline, {}, calibrator)
     out_of_fold = _out_of_fold(tuned, task, bundle)
@@ -224,7 +224,7 @@ def _seeds(
     if tuning.seeds < 2:
         return None
     assert row.test is not None
-    sign = 1 if told_by.higher_is_better else -1
+    sign = told_by.sign
     numbers, means, on_test = tuple(range(seed, seed + tuning.seeds)), [row.cv_mean], [row.test.of(told_by)[0] or 0.0]
     for number in numbers[1:]:
         log.info("%s, seed %d", head.name, number)
@@ -263,7 +263,7 @@ def reweighted(
 
     params = {**head.fixed, **tuned.best.params}
     switched = replace(head, build=build, space={}, defaults={}, fixed=params)
-    once = tuning.model_copy(update={"trials": 1, "seconds": None})
+    once = tuning.model_copy(update={"trials": 1})
     found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
     guess = found.classes[found.out_of_fold.y_pred]
     return scores(Predictions(task.y_train, guess, units=task.groups, target=task.target), seed)

@@ -21,7 +21,7 @@ from pipeline.evaluation import ACCURACY, HeadPredictions, Metric, Predictions, 
 from pipeline.evaluation.calibration import fit_calibrator
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
 from pipeline.evaluation.predictions import FILE_NAME
-from pipeline.experiment import Artifacts
+from pipeline.experiment import Artifacts, plain
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.io.digests import fingerprint
@@ -150,7 +150,7 @@ def _made(
     if not parts:
         return replace(head, head=name)
     calibrator = fit_calibrator(bundles.logits(held_out, "probability"), task.y_train)
-    members = tuple(replace(head, embedding=part.to_dict()) for part in parts)
+    members = tuple(replace(head, embedding=plain(part)) for part in parts)
     return ModelBundle(name, head.params, head.target, {}, None, {}, calibrator, members)
 
 
