@@ -112,7 +112,7 @@ def fit_as_promised(
 def _recalled(problem: Problem, pipeline: Pipeline, metric: Metric) -> Predictions:
     """Return what a fit on all rows says of them."""
     with working_memory(problem.work_bytes):
-        parts = [problem.target.answers(pipeline, block)[:2] for _, block in blocks(problem.X)]
+        parts = [problem.target.recalled(pipeline, block) for _, block in blocks(problem.X)]
     labels, target = np.concatenate([labels for labels, _ in parts]), problem.target
     looked_at = metric.needs_probabilities or (metric.threshold and not target.exclusive)
     columns = np.concatenate([columns for _, columns in parts]) if looked_at else None
