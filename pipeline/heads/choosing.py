@@ -154,8 +154,7 @@ def load_own(path: str) -> Head:
     module = users_module(module_name, f"head {path!r}", HeadError)
     if not hasattr(module, attribute):
         names = [name for name, value in vars(module).items() if isinstance(value, Head)]
-        known = f"; its heads: {', '.join(names)}" if names else "; it holds no pipeline.heads.Head"
-        raise HeadError(f"head {path!r}: {module_name!r} has no {attribute!r}{guess(attribute, names)}{known}")
+        raise HeadError(f"head {path!r}: {module_name!r} has no {attribute!r}{guess(attribute, names)}")
     head = getattr(module, attribute)
     if not isinstance(head, Head):
         raise HeadError(f"head {path!r}: is of type {type(head).__name__}, expected a pipeline.heads.Head")
