@@ -76,7 +76,7 @@ def test_heads_without_probabilities_are_left_out_of_log_loss(tmp_path: Path) ->
     make_photos(tmp_path)
     reason = (
         "head ridge: tuning.scoring 'log_loss' needs probabilities, which it does not give; the others are accuracy, "
-        "balanced_accuracy and macro_f1"
+        "balanced_accuracy, macro_f1"
     )
     both = make_config(tmp_path, heads=["ridge", "knn"], tuning={"scoring": "log_loss"})
     assert check.run(both)[:2] == ["1 head: knn", f"left out: {reason}"]
