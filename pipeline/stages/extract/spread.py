@@ -38,7 +38,7 @@ from pipeline.io.files import make_folder
 from pipeline.io.process import bar, look_in
 from pipeline.io.remote import Engine, connected
 from pipeline.stages.extract.targets import Contents, EmbeddingTarget, find_targets, require_permitted, resolve
-from pipeline.stages.extract.work import Work, embed, hash_store, note_failures, stop_requested
+from pipeline.stages.extract.work import Work, embed, hash_store, note_failures
 from pipeline.store import differences, lock
 from pipeline.store.share import PartWriter
 
@@ -123,8 +123,7 @@ def run_shard(config: Config, shard: Shard, place: str | None = None, *, rehash:
     pending = [target for target in find_targets(sources, mine, files) if target.pending.any()]
     work = Work()
     if pending:
-        with stop_requested() as stopped:
-            work = embed(pending, mine, config, hash_store(files), partial(PartWriter, where), stopped)
+        work = embed(pending, mine, config, hash_store(files), partial(PartWriter, where))
         with lock.held(files.dataset, PATIENCE):
             note_failures(work, files, config)
     merge = f"manyheads store merge {quote(str(files.stores))} {quote(where)}, then " if place else ""
@@ -200,8 +199,7 @@ class Worker:
         """Embed k images, for each of t targets those that are pending, bool of shape (t, k); return what was done, and the most bytes."""
         targets = [replace(target, pending=own) for target, own in zip(self._targets, pending, strict=True)]
         opened = partial(PartWriter, self._place, look=False)
-        work = embed(targets, images, self._config, Path(HASH_STORE), opened, lambda: None)  # Ray stops its workers
-        return work, _most_bytes()
+        return embed(targets, images, self._config, Path(HASH_STORE), opened), _most_bytes()
 
 
 def _most_bytes() -> int:
@@ -216,7 +214,7 @@ def embed_on(
     PipelineError when there is no cluster, its workers cannot load the networks, or none stays alive. Finished parts stay.
     """
     began = time.perf_counter()
-    with connected(engine.address) as ray, stop_requested() as stopped:  # in this order: Ray has handlers of its own
+    with connected(engine.address) as ray:
         pool = Pool.of(ray.cluster_resources(), engine.workers)
         if config.extraction.workers == "auto":
             extraction = config.extraction.model_copy(update={"workers": pool.cores})
@@ -232,7 +230,7 @@ def embed_on(
         pieces = deque(np.array_split(needed, range(size, len(needed), size)))
         work = Work(workers=pool.workers * pool.cores)
         driver = _Driver(ray, make, images, pending, pieces, pool, work, began)
-        driver.run(stopped)
+        driver.run()
     return work, pool
 
 
@@ -252,14 +250,13 @@ class _Driver:
     """What Ray is to give us -> the worker, and its piece; None while it loads the networks."""
     early_deaths: int = 0
 
-    def run(self, stopped: Callable[[], None]) -> None:
+    def run(self) -> None:
         """Give away all pieces and take what is made of them."""
         count = sum(map(len, self.todo))
         for _ in range(min(self.pool.workers, len(self.todo))):
             self._hire()
         with bar(count, "images", f"embedding on {self.pool.workers} workers") as progress:
             while self.todo or any(piece is not None for _, piece in self.at_work.values()):
-                stopped()
                 for made in self.ray.wait(list(self.at_work), timeout=1.0)[0]:
                     progress.update(self._met(made))
         self.work.loop_seconds = time.perf_counter() - self.began - self.pool.ready_seconds
