@@ -25,15 +25,13 @@ if TYPE_CHECKING:
 APART = {
     "domains": (
         "Adapted to new domains, without their labels",
-        "the head of a row above, as it does on the same test images after it is adapted. Each half of the new domains' test images "
-        "is adapted by the features of the other half: no image's own, and no label of theirs. Cross-validation on the training "
-        "images cannot judge that, so these rows are no candidates; what each brought is said in the notes.",
+        "the head of a row above, each half of the new domains' test images adapted by the features of the other half, never by a label. "
+        "Cross-validation cannot judge that, so these rows are no candidates; the notes say what each brought.",
     ),
     "views": (
         "With views of the images",
-        "the best head of a network, at the same parameters, averaged over views of an image, learned from the views of the training "
-        "images, or both. Folds are of images, so that no view of an image that is judged was learned from. These rows are no "
-        "candidates; what each brought and costs is said in the notes.",
+        "the best head of a network, averaged over views of an image, learned from views of the training images, or both, in folds of "
+        "whole images. These rows are no candidates; the notes say what each brought and costs.",
     ),
 }
 """Headings and words on rows that are made of others, by `LeaderboardRow.apart`."""

@@ -248,7 +248,8 @@ def _filled(
     paths, X = read_vectors(path)
     if paths is None:
         listing = list_source(config.dataset, files.dataset)
-        in_order = listing.paths if config.dataset.source == "manifest" else sorted(listing.paths)
+        in_order = [path for path, *_ in listing.images]
+        in_order = in_order if config.dataset.source == "manifest" else sorted(in_order)
         if len(in_order) != len(X):
             raise StoreError(
                 f"{path}: has {len(X):,} vectors, and the data set names {number_of(len(in_order), 'image')} that are there; a .npy "
