@@ -42,7 +42,7 @@ def is_current(output: Path) -> bool:
     """Whether all that `report.json` names is as it was then: what the page was made of, and what was made."""
     try:
         record = read_document(output / RECORD, REPORT)
-        made = digests(output, [output / name for name in record["files"]])
+        made = digests(output, map(output.joinpath, record["files"]))
     except (PipelineError, OSError, KeyError, TypeError):
         return False
     return bool(record["files"] == made and record.get("inputs") == digest_inputs(output))
