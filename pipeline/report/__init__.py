@@ -30,7 +30,7 @@ def refresh(output: Path, anew: bool = False) -> Path:
     """Make them where they, or what they are made of, have changed, or all `anew`."""
     output = Path(output)
     each = Artifacts(output).each_target()
-    made = {name: refresh(folder, anew) for name, folder in each.items()}
+    made = {} if "" in each else {name: refresh(folder, anew) for name, folder in each.items()}
     if not anew and not made and is_current(output):
         return output / PAGE
     from pipeline.report import page
