@@ -114,8 +114,7 @@ def resolve_device(asked: str) -> torch.device:
     if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         found = ", ".join(kind for kind, available in there.items() if available)
         raise BackboneError(
-            f"device {asked!r} is not available here, found {found} and {torch.cuda.device_count()} GPUs; set "
-            "extraction.device (predict: --device) to another, or to 'auto'"
+            f"device {asked!r} is not available; there are {found} and {torch.cuda.device_count()} GPUs"
         )
     return device
 

@@ -156,9 +156,7 @@ def classifier(module: nn.Module) -> fx.Node:
         for node in calls:
             if isinstance(modules[str(node.target)], kind):
                 return node
-    raise BackboneError(
-        "the network has neither a linear nor a convolutional layer, so it has no penultimate layer; name one under layers"
-    )
+    raise BackboneError("a network without a linear or convolutional layer has no penultimate one; name a layer")
 
 
 def classifier_name(model: nn.Module, graph: TracedNetwork) -> str:
@@ -192,17 +190,13 @@ def resolve(
         known = [PENULTIMATE, *by_stage, *names]
         unknown = [f"no layer {layer!r}{guess(layer, known)}" for layer, end in found.items() if end is None]
         if unknown:
-            raise BackboneError(
-                "layers that are not in the network; `manyheads layers MODEL` lists those that are", unknown
-            )
+            raise BackboneError("layers that are not in the network, which `manyheads layers MODEL` lists", unknown)
     if not has_classifier and POOLED not in names:
         order = [*names]
         last = order.index(by_node[classifier(module)])
         late = [layer for layer, end in found.items() if order.index(str(end)) >= last]
         if late:
-            raise BackboneError(
-                f"the weights have no classifier, so they give no {', '.join(late)}; use layers: [{PENULTIMATE}]"
-            )
+            raise BackboneError(f"the weights have no classifier, so no {', '.join(late)}; use layers: [{PENULTIMATE}]")
     return [str(found[layer]) for layer in asked]
 
 
@@ -546,9 +540,7 @@ def effective(
     for row in rows:
         output = outputs[row.output]
         if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
-            raise BackboneError(
-                f"layer {row.node!r} does not give a tensor per image; `manyheads layers` lists those that do"
-            )
+            raise BackboneError(f"layer {row.node!r} gives no tensor per image; `manyheads layers` lists those that do")
         try:
             pooling = effective_pooling(output, row.pooling, tokens, row.node)
         except BackboneError as error:

@@ -64,9 +64,7 @@ class EmbeddingRecord:
     def __post_init__(self) -> None:
         parts = {*self.store.split("/"), *self.name.split("/")}
         if parts & {"", ".", ".."} or {"\0", "\\"} & {*self.store, *self.name} or "/" in self.name:
-            raise StoreError(
-                f"embedding {self.name!r}: its store {self.store!r} lies outside of its experiment; not opened"
-            )
+            raise StoreError(f"embedding {self.name!r}: its store {self.store!r} lies outside of its experiment")
 
     @property
     def asked(self) -> BackboneConfig | None:
@@ -135,9 +133,7 @@ def _records_of(document: Mapping[str, Any], path: Path) -> tuple[EmbeddingRecor
     try:
         return cast(tuple[EmbeddingRecord, ...], from_plain(tuple[EmbeddingRecord, ...], document["embeddings"]))
     except MALFORMED:
-        raise PipelineError(
-            f"{path}: was written by another version of this package; run `manyheads features` again"
-        ) from None
+        raise PipelineError(f"{path}: is of another version; run `manyheads features` again") from None
 
 
 def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...]:
@@ -310,8 +306,7 @@ def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = Fals
     decode = spec.preprocessing["decode"]["mode"]
     if decode not in DECODE_MODES:
         raise BackboneError(
-            f"{record.name}: its images were decoded in the way {decode!r}, which this version does not have; run `manyheads "
-            "features` and `manyheads heads` again"
+            f"{record.name}: images are no longer decoded by {decode!r}; run `manyheads features` again"
         )
     engine = spec.engine if section is None else engine_at_hand(spec.engine, device)
     if engine != spec.engine:

@@ -243,10 +243,7 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
     # A fitted scikit-learn object is only promised to load with the release (major.minor) that wrote it.
     here = importlib.metadata.version("scikit-learn")
     if found.split(".")[:2] != here.split(".")[:2]:
-        raise BundleError(
-            f"{folder}: saved with scikit-learn {found}, this is {here}; "
-            f"install scikit-learn {found} or make the bundle again with `manyheads heads`"
-        )
+        raise BundleError(f"{folder}: saved with scikit-learn {found}, this is {here}; install that, or {BUNDLE.again}")
     members = tuple(load(place, trust_code=trust_code) for place in places_of(folder, document))
     bundle = ModelBundle(
         **about,
@@ -275,18 +272,13 @@ def _load_head(path: Path, trust_code: bool) -> Any:
     """Load an estimator's file, in the safe format whatever it holds, else only if it is trusted."""
     data = bundle_file(path.parent, path.name)
     if path.name == JOBLIB and not trust_code:
-        raise BundleError(
-            f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
-        )
+        raise BundleError(f"{path}: can run any code when it is loaded; add --trust only if you know who made it")
     if path.name == JOBLIB:
         look_in(Path())
         try:
             return joblib.load(io.BytesIO(data))
         except (ImportError, AttributeError) as error:
-            raise BundleError(
-                f"{path}: its head is of a module of yours that cannot be imported ({first_line(error)}); "
-                "run the command in the folder where that module is"
-            ) from None
+            raise BundleError(f"{path}: cannot be loaded ({first_line(error)}); run it where your module is") from None
     try:
         require_modest(data)
         unknown = sorted(set(skops_io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))

@@ -121,9 +121,7 @@ _FILTERS: Mapping[str, tuple[float, Callable[[Graph, str], str]]] = {
 def add_prepared(g: Graph, images: str, preprocessing: Preprocessing) -> str:
     """Add what `prepare` does to images, uint8 (n, height, width, 3): 0 to 255, float32 (n, 3, *size); BundleError where ONNX cannot."""
     if preprocessing.interpolation not in _FILTERS:
-        raise BundleError(
-            f"its images are resized by {preprocessing.interpolation!r}, which has no form in ONNX here; {', '.join(_FILTERS)} have"
-        )
+        raise BundleError(f"ONNX resizes images by {', '.join(_FILTERS)} here, not by {preprocessing.interpolation}")
     sides = g("Slice", g("Shape", images), [1], [3])
     resized = _resized(g, sides, preprocessing)
     crop = np.array(preprocessing.size)
