@@ -71,10 +71,9 @@ TracedNetwork = tuple[fx.GraphModule | Taps, dict[str, fx.Node | None]]
 
 
 def trace(model: nn.Module, probe: torch.Tensor | None = None) -> TracedNetwork:
-    """Return the network as a graph in eval mode, and its nodes by name in the order they run.
+    """Return a network in eval mode as a graph, and its nodes by name in the order they run; as it is, with its modules, where that fails.
 
-    Where it cannot be traced, or its graph gives another result for the images `probe`, float32 of shape (n, 3, height, width), it is
-    run as it is, and its layers are its modules.
+    probe : images, float32 of shape (n, 3, height, width), of which a graph has to give the same
     """
     try:
         module, names = traced(model.eval())
@@ -173,10 +172,9 @@ def resolve(
     has_classifier: bool = True,
     stages: Callable[[], Mapping[str, str]] = dict,
 ) -> list[str]:
-    """Return the node name of each layer asked for; `penultimate` is the network's own feature, or the input of the classifier.
+    """Return the node of each layer: `penultimate` is the network's own feature, or its classifier's input; a stage one of `stages`.
 
-    `stages` gives `stage_ends`, where a layer is no name of the network's own. BackboneError with one line for every unknown layer,
-    or for those that are not before a classifier that the weights lack.
+    BackboneError with a line for every unknown layer, or for those that are not before a classifier that the weights lack.
     """
     module, names = graph
     by_node = {node: name for name, node in names.items()}
@@ -381,10 +379,7 @@ def tokens_of(model: nn.Module) -> Tokens:
 
 
 def source(layer: str, pooling: str, tokens: Tokens) -> str:
-    """Return the layer that a pooling is taken of: at `penultimate`, one vector already, the tokens it was made of.
-
-    `own`, and `map` and `cls` where the network pools so by itself, are the network's own vector.
-    """
+    """Return the layer that a pooling is taken of: at `penultimate` the tokens before it, unless that is how the network pools."""
     own = pooling in {"own", "map"} or (pooling == "cls" and tokens.own == "token")
     return UNPOOLED if layer == PENULTIMATE and tokens.own and not own else layer
 
@@ -520,11 +515,9 @@ def rows(
 def effective(
     run: Callable[[], Sequence[object]], rows: Sequence[EmbeddingRow], tokens: Tokens, name: str, size: tuple[int, int]
 ) -> list[EmbeddingRow]:
-    """Return the rows with the pooling that applies, having run two images through before the work starts.
+    """Return the rows with the pooling that applies, by what `run` gives for two images; warn of poolings that have no meaning.
 
-    `run` gives the network's outputs for the two, with weights or on torch's meta device. Of several poolings of a layer those
-    that have no meaning there are left out, with a warning. BackboneError when the network does not take the images; with a line
-    for every pooling of the layers that have none.
+    BackboneError when the network does not take the images, or with a line for every pooling of a layer that has none.
     """
     try:
         with torch.inference_mode():

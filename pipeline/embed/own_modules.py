@@ -37,11 +37,7 @@ AS_FAMILIES_DO = ("torch", "torchvision", "timm")
 
 
 class OwnNetwork(nn.Module):
-    """A module of the user's with a last layer of zeros behind it.
-
-    `code` is what beside its tensors makes its vectors: digests of its text, as torch prints it, and of the source it is from.
-    `leaf_modules` are those that are not traced into: all of it where the traced graph does not compute the same.
-    """
+    """A module of the user's with a last layer of zeros behind it; `code` is digests of its text and of the source it is from."""
 
     def __init__(self, name: str, network: nn.Module, preprocessing: Preprocessing, num_classes: int) -> None:
         super().__init__()

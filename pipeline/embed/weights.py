@@ -144,10 +144,7 @@ order; what lies beside them is of the training, such as a projection head."""
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a weights file: its tensors, of the shapes and dtypes they have there, and the description a file of this project carries.
-
-    BackboneError when the file is missing, damaged, or holds more than tensors.
-    """
+    """Read a file's tensors, of the shapes and dtypes they have there, and its description; BackboneError where that is not all it holds."""
     if not path.is_file():
         raise BackboneError(f"weights file {path} does not exist; a path in a config is relative to its folder")
     try:
@@ -337,11 +334,7 @@ def fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Pr
 def _fill(
     architecture: str, arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor], origin: object
 ) -> tuple[nn.Module, bool]:
-    """Build a network from a state dict; the number of classes is the file's, and each tensor gets the dtype of the network's.
-
-    Returned with whether the file has the network's last layer, which is zero otherwise. BackboneError with what is missing, left
-    over or of another shape.
-    """
+    """Build a network from a state dict, and say whether that has its last layer, which is zero otherwise; BackboneError for a misfit."""
     state = {name: value for name, value in state.items() if not name.startswith(torchvision_models.AUXILIARY)}
     empty = build_empty(architecture, arguments)
     head = f"{classifier_name(empty, trace(empty))}."

@@ -164,10 +164,9 @@ def versions() -> dict[str, str]:
 
 
 def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None = None) -> None:
-    """Write a bundle; a killed save leaves the previous bundle or none, never half of one.
+    """Write a bundle, with files `beside` it by name; a killed save leaves the previous bundle or none, never half of one.
 
     skops' format is used unless the head holds a type outside `TRUSTED_TYPES`; then joblib's, and `bundle.json` says so.
-    `beside` are further files of the folder, by name, whose digests stand in `bundle.json` too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     places = [folder / MEMBERS / str(number) for number in range(len(bundle.members))]
@@ -225,11 +224,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
-    """Load a bundle.
-
-    BundleError when it is damaged, was saved with another scikit-learn, or is a joblib file (which can run any code when it is
-    loaded) and `trust_code` is not given.
-    """
+    """Load a bundle; BundleError when it is damaged, of another scikit-learn, or a joblib file, which can run code, without `trust_code`."""
     document = describe(folder)
     try:
         file, found = document["file"], str(document["versions"]["scikit-learn"])

@@ -37,10 +37,7 @@ NamedOutputs = Mapping[str, NDArray[Any]]
 
 
 def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
-    """Return the content of the file, the same for the same model and photos, and lines on what it is and was proven to be.
-
-    PipelineError when a part of it cannot be written as ONNX, or does not say what `predict` says of the photos.
-    """
+    """Return a file, the same for the same model and photos, and lines on it; PipelineError where it cannot be written or proven."""
     g = Graph()
     ways = dict.fromkeys(embedder.preprocessing for embedder in model.exact.embedders)
     entries = {way: f"prepared.{number}" for number, way in enumerate(ways)}

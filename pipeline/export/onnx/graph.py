@@ -41,10 +41,7 @@ class Graph:
     parts: int = 0
 
     def __call__(self, operator: str, *inputs: Any, outputs: int = 1, named: str = "", **attributes: Any) -> Any:
-        """Add a node; an input is the name of another's output, '' for one left out, or the value of a constant.
-
-        Returns the name of the output, `named` where that is given; of several outputs a list.
-        """
+        """Add a node; return its output's name, a list of several. An input is a name, '' for one left out, or the value of a constant."""
         names = [named or f"{operator}.{len(self.nodes)}" + f".{place}" * (place > 0) for place in range(outputs)]
         given = [each if isinstance(each, str) else self.constant(np.asarray(each)) for each in inputs]
         self.nodes.append(helper.make_node(operator, given, names, **attributes))
