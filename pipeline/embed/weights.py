@@ -144,7 +144,7 @@ order; what lies beside them is of the training, such as a projection head."""
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a file's tensors, of the shapes and dtypes they have there, and its description; BackboneError where that is not all it holds."""
+    """Read a file's tensors, of the shapes and dtypes they have there, and its description; BackboneError where it holds more."""
     if not path.is_file():
         raise BackboneError(f"weights file {path} does not exist; a path in a config is relative to its folder")
     try:
