@@ -13,7 +13,7 @@ Importing this costs nothing: what is used is imported when it is asked for.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
@@ -282,10 +282,10 @@ def finetune(config: _Given, output: _Place | None = None, **overrides: Any) -> 
         files.require_place(Path(output))
     given = advise.run(asked)
     yield [given, ""]
-    if asked.finetune.unfreeze == "auto" and given.scope is None:
+    run = stage.run(asked)
+    if run is None:
         yield "Nothing is trained, as finetune: auto follows the advice; set finetune.unfreeze to [[0, all]] to train nevertheless."
         return None
-    run = stage.run(asked)
     yield run
     if output is not None:
         files.write_atomic(Path(output), run.weights.read_bytes())
@@ -316,19 +316,13 @@ def fewshot(
 
     In Python it returns what was found by the name of the target, '' being a single one.
     """
-    from pipeline import report
     from pipeline.stages import fewshot as stage
     from pipeline.stages import targets
 
-    found = {}
-    for name, alone in targets.of_classes(_config(config, overrides), "episodes are").items():
-        found[name] = made = stage.run(
-            alone, ways=ways, shots=shots or stage.SHOTS, queries=queries, episodes=episodes, embedding=embedding
-        )
-        yield [*targets.heading(name), made]
-        if made.files.leaderboard.exists():
-            yield f"report   {report.refresh(made.files.root)}"
-    return found
+    found = targets.of_classes(_config(config, overrides), "episodes are")
+    options: dict[str, Any] = {"ways": ways, "queries": queries, "episodes": episodes, "embedding": embedding}
+    made = yield from targets.each(found, partial(stage.run, shots=shots or stage.SHOTS, **options))
+    return made
 
 
 @_in_parts
@@ -531,11 +525,9 @@ def layers(
     from pipeline.stages import targets
     from pipeline.stages.train_heads import layers as stage
 
-    lines = list[str]()
-    for name, alone in targets.of_classes(_config(config, overrides), "profiles of layers are").items():
-        lines += [*targets.heading(name), *stage.run(alone)]
-    yield lines
-    return lines
+    experiments = targets.of_classes(_config(config, overrides), "profiles of layers are")
+    made = yield from targets.each(experiments, stage.run)
+    return [line for lines in made.values() for line in lines]
 
 
 def backbones(word: str = "") -> list[str]:

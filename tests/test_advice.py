@@ -17,7 +17,6 @@ from report_experiment import material, row, section, words
 
 from pipeline.cli import cli
 from pipeline.config import Config, dump_yaml
-from pipeline.errors import TrainingError
 from pipeline.evaluation import advice
 from pipeline.evaluation.advice import ARMS, LABEL, OTHER, STOP, Advice, Way, fit, recommend
 from pipeline.experiment import ADVICE, Artifacts, read_document
@@ -168,21 +167,19 @@ def test_auto_trains_what_is_advised_and_nothing_else(
     path = Artifacts(config.output).advice
     kept = json.loads(path.read_text())
     rewrite(path, kept | {"advice": kept["advice"] | {"recommended": STOP}})
-    with pytest.raises(
-        TrainingError, match=r"auto follows the advice, which is to stop here; set finetune.unfreeze to"
-    ):
-        finetune.run(auto)
+    assert finetune.run(auto) is None
     written = tmp_path / "config.yaml"
     written.write_text(dump_yaml(auto, tmp_path), encoding="utf-8")
     done = CliRunner().invoke(cli, ["finetune", str(written)], catch_exceptions=False)
     assert done.exit_code == 0
     assert "Nothing is trained, as finetune: auto follows the advice" in done.output
     rewrite(path, kept | {"advice": kept["advice"] | {"recommended": LAST}})
-    followed = finetune.as_advised(auto)
-    assert followed == config.model_copy(
-        update={"finetune": config.finetune.model_copy(update={"unfreeze": ((0.0, "last_stage"),)})}
-    )
-    assert finetune.as_advised(config) is config
+    plans = []
+    monkeypatch.setattr(finetune, "choose", lambda asked, files: plans.append(asked.finetune.unfreeze) or 1 / 0)
+    for asked in (auto, config):
+        with pytest.raises(ZeroDivisionError):
+            finetune.run(asked)
+    assert plans == [((0.0, "last_stage"),), ((0.0, "all"),)]
 
 
 def test_the_page_says_what_to_do_and_why() -> None:

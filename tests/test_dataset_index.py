@@ -250,7 +250,7 @@ def test_what_a_spreadsheet_would_run_is_text_in_the_file_and_itself_when_read(t
 
 
 def test_no_index_and_an_index_of_another_format(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"has no index.json; run `manyheads features`"):
+    with pytest.raises(DatasetError, match=r"holds no index; run `manyheads features`"):
         DatasetIndex.read(tmp_path)
     make_index([]).write(tmp_path)
     (tmp_path / "index.json").write_text(json.dumps({"format": "manyheads index", "version": 9, "root": ""}))

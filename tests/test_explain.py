@@ -214,9 +214,9 @@ def test_of_several_labels_each_has_a_map_of_its_own(
 
 
 def test_an_image_without_a_label_is_asked_about_the_likeliest() -> None:
-    assert explain._places(np.int64(2), None) == [2]
-    assert explain._places(np.array([True, False, True]), np.array([0.9, 0.1, 0.8])) == [0, 2]
-    assert explain._places(np.zeros(3, bool), np.array([0.1, 0.3, 0.2])) == [1]
+    assert explain._codes(np.int64(2), None) == [2]
+    assert explain._codes(np.array([True, False, True]), np.array([0.9, 0.1, 0.8])) == [0, 2]
+    assert explain._codes(np.zeros(3, bool), np.array([0.1, 0.3, 0.2])) == [1]
 
 
 # ---- neighbours and pages

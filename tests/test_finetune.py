@@ -20,7 +20,7 @@ from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 
 from pipeline import config as configuration
-from pipeline.config import BackboneConfig, Config, ExtractionConfig
+from pipeline.config import BackboneConfig, Config, ExtractionConfig, HeadConfig
 from pipeline.data import DatasetIndex, lineage
 from pipeline.data.scan import scan
 from pipeline.embed import backbone
@@ -33,8 +33,8 @@ from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.finetuning import material, trainer
 from pipeline.finetuning.handover import put_head, starting_layer
-from pipeline.finetuning.material import LINEAR, choose, divide, lineage_of, read_pixels
-from pipeline.finetuning.result import describe, judge, lines, transfer, verdict, write_weights
+from pipeline.finetuning.material import LINEAR, choose, divide, read_pixels
+from pipeline.finetuning.result import judge, lines, transfer, verdict, write_weights
 from pipeline.finetuning.trainer import predict_logits
 from pipeline.heads import as_layer
 from pipeline.heads.tuning import Projections
@@ -54,6 +54,13 @@ ARGUMENTS = {
     },
 }
 PREPARED = {"resize": 16, "crop": 16, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
+DESCRIBED = {
+    "name": "toy",
+    "architecture": ARCHITECTURE,
+    "arguments": ARGUMENTS,
+    "preprocessing": PREPARED,
+    "classes": tuple("abcde"),
+}
 CLASSES = ("across", "along", "checks")
 STEPS = {"steps": 12, "batch_size": 16, "augment": "flip", "rate": 0.01}
 
@@ -77,10 +84,7 @@ def write_toy(path: Path) -> None:
     network = build(ARCHITECTURE, {**ARGUMENTS, "num_classes": 5})
     with torch.no_grad():
         network.train()(torch.randn(64, 3, 16, 16))
-    described = describe(
-        name="toy", architecture=ARCHITECTURE, arguments=ARGUMENTS, preprocessing=PREPARED, classes=tuple("abcde")
-    )
-    write_weights(path, network.state_dict(), described)
+    write_weights(path, network.state_dict(), **DESCRIBED)
 
 
 def make_config(folder: Path, **finetuning: Any) -> Config:
@@ -147,8 +151,8 @@ def opened(config: Config) -> tuple[Any, ...]:
 @pytest.mark.parametrize("head", ["logistic_regression", "ridge"])
 def test_the_network_starts_as_the_head_on_the_stored_features(experiment: Path, head: str) -> None:
     config = make_config(experiment, start=f"best/{head}")
-    files, choice, store, parts = opened(config)
-    layer, words = starting_layer(config, files, choice, store, parts)
+    _, choice, store, parts = opened(config)
+    layer, words = starting_layer(config, choice, store, parts)
     assert words.startswith(f"{head} of stage two (")
     network = load_network(choice.record.section, 0)
     put_head(network.module, layer)
@@ -161,17 +165,17 @@ def test_the_network_starts_as_the_head_on_the_stored_features(experiment: Path,
 
 @pytest.fixture(
     scope="module",
-    params=[(5, False, 72), (0.9, True, 72), (1000, True, 24)],
-    ids=["5", "whitened share", "fewer rows than components"],
+    params=[(5, 72), (0.9, 72), (1000, 24)],
+    ids=["5", "share", "fewer rows than components"],
 )
 def reduced(request: pytest.FixtureRequest, experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """The config of the same experiment with heads on principal components, for which stages one and two have been run."""
     folder = tmp_path_factory.mktemp("reduced")
-    components, whiten, count = request.param
+    components, count = request.param
     write_pictures(folder / "pictures", count)
     (folder / "toy.safetensors").symlink_to(experiment / "toy.safetensors")
     config = make_config(folder, steps=2)
-    tuning = config.tuning.model_copy(update={"pca": components, "whiten": whiten})
+    tuning = config.tuning.model_copy(update={"pca": components})
     config = config.model_copy(update={"tuning": tuning})
     extract(config)
     train_heads.run(config)
@@ -195,10 +199,10 @@ def test_heads_on_components_are_handed_over_too(reduced: Config, head: str) -> 
 
     # Stage two's own head, and the same fitted anew on what stage three learns from.
     np.testing.assert_allclose(scores(as_layer(bundle.estimator)), bundle.estimator.decision_function(X), atol=2e-3)
-    layer, _ = starting_layer(config, files, choice, store, parts)
+    layer, _ = starting_layer(config, choice, store, parts)
     found = scores(layer)
     if head == "logistic_regression":
-        first = Projections(store.read(parts.train.digests), config.tuning.pca, config.tuning.whiten).whole()
+        first = Projections(store.read(parts.train.digests), config.tuning.pca).whole()
         steps = [("scaler", first[0].scaler), ("pca", first[0].pca), ("head", clone(bundle.estimator[-1]))]
         refitted = Pipeline(steps)
         refitted[-1].fit(first[1], parts.target.encode(parts.train))
@@ -210,12 +214,12 @@ def test_features_beyond_the_limit_stay_on_disk_and_start_the_same(
     experiment: Path, reduced: Config, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for config in (make_config(experiment, start=f"best/{head}"), reduced):
-        files, choice, store, parts = opened(config)
-        here, words = starting_layer(config, files, choice, store, parts)
+        _, choice, store, parts = opened(config)
+        here, words = starting_layer(config, choice, store, parts)
         small = config.model_copy(update={"tuning": config.tuning.model_copy(update={"memory": "0.001MB"})})
         with monkeypatch.context() as patch:
             patch.setattr(FeatureStore, "read", None)
-            disk, same = starting_layer(small, files, choice, store, parts)
+            disk, same = starting_layer(small, choice, store, parts)
         assert words == same
         for one, other in zip(here, disk, strict=True):
             np.testing.assert_allclose(one, other, atol=0.02 * np.abs(here[0]).max())
@@ -225,6 +229,19 @@ def test_a_head_on_components_goes_all_the_way(reduced: Config) -> None:
     made = finetune.run(reduced)
     assert made.result["start"].startswith(("logistic_regression of stage two (", "ridge of stage two ("))
     assert made.result["steps"] == 2
+
+
+def test_classes_weigh_as_in_the_head_that_a_run_starts_from(experiment: Path, tmp_path: Path) -> None:
+    assert not choose(make_config(experiment, start="best/ridge"), Artifacts(experiment / "out")).balanced
+    assert not choose(make_config(experiment, start="random"), Artifacts(experiment / "out")).balanced
+    for name in ("pictures", "toy.safetensors"):
+        (tmp_path / name).symlink_to(experiment / name)
+    heads = (HeadConfig(name="ridge", class_weight="balanced"),)
+    config = make_config(tmp_path, steps=2).model_copy(update={"heads": heads})
+    extract(config)
+    train_heads.run(config)
+    assert choose(config, Artifacts(config.output)).balanced
+    assert finetune.run(config).result["steps"] == 2
 
 
 def test_the_handed_over_head_has_not_seen_what_chooses(experiment: Path) -> None:
@@ -257,12 +274,12 @@ def replace_dataset(files: Artifacts, folder: Path) -> Artifacts:
 
 def test_a_random_start_is_spelled_out_and_has_no_head(experiment: Path) -> None:
     config = make_config(experiment, start="random")
-    files, choice, store, parts = opened(config)
+    _, choice, store, parts = opened(config)
     assert choice.linear is None
-    first, words = starting_layer(config, files, choice, store, parts)
+    first, words = starting_layer(config, choice, store, parts)
     assert words == "a random last layer"
-    again, _ = starting_layer(config, files, choice, store, parts)
-    other, _ = starting_layer(config.model_copy(update={"seed": 1}), files, choice, store, parts)
+    again, _ = starting_layer(config, choice, store, parts)
+    other, _ = starting_layer(config.model_copy(update={"seed": 1}), choice, store, parts)
     assert np.array_equal(first[0], again[0])
     assert not np.array_equal(first[0], other[0])
 
@@ -332,7 +349,7 @@ def test_the_weights_know_what_they_have_learned_from_and_what_chose_them(
     for part, said in ((parts.train, (True, False)), (parts.validation, (False, True)), (parts.test, (False, False))):
         found = known.learned(part.digests), known.chose(part.digests)
         assert [(set(one.tolist()) == {wanted}) for one, wanted in zip(found, said, strict=True)] == [True, True]
-    assert lineage_of(choice.record) == lineage.NONE
+    assert lineage.of(choice.record.section, choice.record.spec.trained_on) == lineage.NONE
     assert lineage.read(experiment / "toy.safetensors") == lineage.Lineage(frozenset(), None)
     with pytest.raises(TrainingError, match="was trained on other images"):
         lineage.read(experiment / "toy.safetensors", expected)
@@ -492,7 +509,7 @@ def test_the_verdict_compares_with_the_best_row_and_with_the_same_network_frozen
     for one, row in zip(found["comparisons"].values(), (others[0], choice.frozen), strict=True):
         assert one["test"] == row.test.accuracy
         assert one["gain"]["difference"] == pytest.approx(1 - row.test.accuracy)
-    result = {**found, "start": "", "source": "", "alpha": 1, "validation": {"chosen": 1, "start": 1}}
+    result = {**found, "start": "", "alpha": 1, "validation": {"chosen": 1, "start": 1}}
     verdicts = [line for line in lines(result) if " against the " in line]
     assert verdicts[0].startswith(f"verdict    against the best row, {others[0].key} ({others[0].test.accuracy:.2%}): ")
     assert verdicts[1].startswith("           against the same network frozen, toy-toy-penultimate/ridge (")
@@ -560,11 +577,8 @@ def test_other_weights_under_the_same_name_are_noticed(experiment: Path) -> None
     original = path.read_bytes()
     torch.manual_seed(9)
     network = build(ARCHITECTURE, {**ARGUMENTS, "num_classes": 5})
-    described = describe(
-        name="toy", architecture=ARCHITECTURE, arguments=ARGUMENTS, preprocessing=PREPARED, classes=tuple("abcde")
-    )
     try:
-        write_weights(path, network.state_dict(), described)
+        write_weights(path, network.state_dict(), **DESCRIBED)
         with pytest.raises(PipelineError, match="this machine makes another embedding than the one that was stored"):
             finetune.run(config)
     finally:

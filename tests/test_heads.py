@@ -147,7 +147,7 @@ def test_all_problems_of_a_head_are_told_at_once():
         "  space.neighbours: unknown parameter, did you mean 'n_neighbors'?; this head is searched over n_neighbors, weights, metric",
         "  space.n_neighbors: expected [low, high] in whole numbers, such as [1, 64], got [5.5, 9]",
         "  space.weights: 'unifrom' is not a choice, did you mean 'uniform'?; allowed: uniform, distance",
-        "  space.metric: 1 is not a choice; expected a list of text, such as ['euclidean', 'cosine']",
+        "  space.metric: 1 is not a choice; expected a list such as ['euclidean', 'cosine']",
         "  class_weight: 'balanced' is not possible with this head; heads that take it: ridge, logistic_regression, "
         "linear_svm, decision_tree, random_forest, rbf_svm",
     ]
@@ -157,7 +157,7 @@ def test_all_problems_of_a_head_are_told_at_once():
     ("values", "text"),
     [
         ((0, 1), "is searched on a logarithmic scale, so low must be above 0, got [0, 1]"),
-        ((2, 1), "expected low below high, got [2, 1]"),
+        ((2, 1), "expected [low, high] in numbers, such as [1e-06, 100.0], got [2, 1]"),
         ((1, 2, 3), "expected [low, high] in numbers, such as [1e-06, 100.0], got [1, 2, 3]"),
         ((True, 2), "expected [low, high] in numbers, such as [1e-06, 100.0], got [True, 2]"),
         ((), "expected [low, high] in numbers, such as [1e-06, 100.0], got []"),
@@ -170,17 +170,17 @@ def test_ranges_that_are_no_ranges(values, text):
 
 
 OWN_HEADS = """
-from skopt.space import Real
 from sklearn.naive_bayes import GaussianNB
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import Pipeline
-from pipeline.heads import Head
+from pipeline.heads import Head, Real
 
 def build(seed):
     return Pipeline([("head", GaussianNB())])
 
 BAYES = Head("naive_bayes", build, {"var_smoothing": Real(1e-12, 1e-3, prior="log-uniform")}, {"var_smoothing": 1e-9}, probabilities=True)
-FLAWED = Head("naive bayes", build, {"smoothing": Real(1, 2)}, {"smoothing": 3.0, "more": 1}, evaluator="logistic")
+FLAWED = Head("naive bayes", build, {"smoothing": Real(1, 2)}, {"smoothing": 3.0, "more": 1})
+ODD = Head("odd", build, {"var_smoothing": (1e-12, 1e-3)}, {"var_smoothing": 1e-9})
 NO_HEAD = 3
 """
 
@@ -209,47 +209,25 @@ def test_a_users_own_head_is_imported_from_beside_the_config(tmp_path, monkeypat
     assert resolve_all(configuration.load(Path("configs/own.yaml")).heads)[0].name == "naive_bayes"
 
 
-def test_dimensions_of_scikit_optimize_are_taken_and_have_its_text():
-    """The text is in the identity of a search, which journals are continued by."""
-    import skopt.space as theirs
-
-    given = {
-        "a": theirs.Real(1e-6, 100, prior="log-uniform"),
-        "b": theirs.Integer(1, 64, prior="log-uniform"),
-        "c": theirs.Integer(2, 32),
-        "d": theirs.Categorical([None, 0.1, "x"]),
-    }
-    space = Head("own", lambda seed: None, given, {}).space
-    assert space == {
-        "a": Real(1e-6, 100, prior="log-uniform"),
-        "b": Integer(1, 64, prior="log-uniform"),
-        "c": Integer(2, 32),
-        "d": Categorical((None, 0.1, "x")),
-    }
-    assert [repr(row) for row in space.values()] == [repr(row) for row in given.values()]
-    with pytest.raises(HeadError, match=r"\(1, 2\) is no dimension of a search space"):
-        Head("own", lambda seed: None, {"a": (1, 2)}, {})
-
-
 def test_what_is_wrong_with_a_users_own_head_is_told(own_heads):
     messages = {}
-    for attribute in ("BAYS", "NO_HEAD", "FLAWED"):
+    for attribute in ("BAYS", "NO_HEAD", "FLAWED", "ODD"):
         with pytest.raises(HeadError) as caught:
             resolve(HeadConfig(name=f"{own_heads}:{attribute}"))
         messages[attribute] = str(caught.value)
     assert messages["BAYS"] == (
-        "head 'own_heads_for_test:BAYS': 'own_heads_for_test' has no 'BAYS', did you mean 'BAYES'?; its heads: BAYES, FLAWED"
+        "head 'own_heads_for_test:BAYS': 'own_heads_for_test' has no 'BAYS', did you mean 'BAYES'?; its heads: BAYES, FLAWED, ODD"
     )
     assert messages["NO_HEAD"] == "head 'own_heads_for_test:NO_HEAD': is of type int, expected a pipeline.heads.Head"
     lines = messages["FLAWED"].splitlines()
-    assert lines[0] == "head 'own_heads_for_test:FLAWED': 5 problems"
+    assert lines[0] == "head 'own_heads_for_test:FLAWED': 4 problems"
     assert lines[1] == "  name: 'naive bayes' names files; use letters, digits, '.', '_' and '-'"
-    assert lines[2] == "  defaults.more: the space and the defaults must name the same parameters"
-    assert lines[3].startswith("  defaults.smoothing: 3.0 is not in Real(low=1, high=2")
-    assert lines[4] == (
-        "  evaluator: 'logistic' is none; expected that of a built-in head, such as pipeline.heads.RIDGE.evaluator, or None"
-    )
-    assert lines[5].startswith("  build: a pipeline with the defaults cannot be built (ValueError: Invalid parameter")
+    assert lines[2] == "  defaults: expected a value for each parameter of the space, and for no other"
+    assert lines[3] == "  defaults.smoothing: 3.0 is not in Real(low=1, high=2, prior='uniform')"
+    assert lines[4].startswith("  build: a pipeline with the defaults cannot be built (ValueError: Invalid parameter")
+    assert messages["ODD"].splitlines()[1:] == [
+        "  space.var_smoothing: expected a Real, Integer or Categorical of pipeline.heads, got (1e-12, 0.001)"
+    ]
     with pytest.raises(HeadError, match=r"module 'no_such_module' cannot be imported \(ModuleNotFoundError"):
         resolve(HeadConfig(name="no_such_module:HEAD"))
 

@@ -235,8 +235,7 @@ class TestPolicy:
     def test_32_bit_pixels_are_refused(self, dtype: type) -> None:
         found = problem(saved(Image.fromarray(np.ones((2, 2), dtype=dtype)), "TIFF"))
         assert found.status == "unsupported_format"
-        kind = "signed 32-bit" if dtype is np.int32 else "32-bit"
-        assert found.reason == f"it has {kind} pixels, whose brightness range is not known; save it with 8 or 16 bits"
+        assert found.reason.startswith("it has 32-bit, floating or signed pixels, whose brightness range is not known")
 
     def test_the_policy_is_plain_data_and_names_the_jpeg_library(self) -> None:
         assert "libjpeg-turbo" in canonical_json(dict(DECODE_POLICY))

@@ -13,7 +13,7 @@ from odd_images import Samples, chunk, png, tiff
 from PIL import Image
 
 from pipeline.images import ImageProblem, content_key, decode, kind_of
-from pipeline.images.formats import reads_heic
+from pipeline.images.decoding import reads_heic
 from pipeline.io.digests import content_digest
 
 RNG = np.random.default_rng(0)
@@ -53,7 +53,7 @@ class TestTiff:
             if white_is_zero and (bits == 12 or (bits == 16 and order == ">")):
                 status, reason = refused(data)
                 assert status == "unsupported_format"
-                assert reason.startswith(f"a TIFF of {bits} bits (grey, white is zero")
+                assert reason.startswith(f"a TIFF of 1 x {bits} bits (photometric 0, ")
                 continue
             levels = to_8_bits(values, bits)
             check(data, 255 - levels if white_is_zero else levels)
@@ -65,7 +65,7 @@ class TestTiff:
             check(tiff(values, bits, 2, order, separate, compression), values >> (bits - 8))
         assert refused(tiff(samples(16, 3), 16, 2, order, separate=True)) == (
             "unsupported_format",
-            "a TIFF of 3 x 16 bits (RGB, in separate planes) is not read; save it as PNG, or in RGB with 8 bits",
+            "a TIFF of 3 x 16 bits (photometric 2, compression 1, in separate planes) is not read; save it as PNG, or in RGB with 8 bits",
         )
         cmyk = samples(8, 4)
         expected = np.round((255 - cmyk[..., :3]) * (255 - cmyk[..., 3:]) / 255).astype(np.int64)
@@ -74,14 +74,14 @@ class TestTiff:
     @pytest.mark.parametrize(
         ("data", "reason"),
         [
-            (tiff(samples(12), 12, 1, ">"), "a TIFF of 12 bits (grey)"),
-            (tiff(samples(12, 3), 12, 2), "a TIFF of 3 x 12 bits (RGB)"),
-            (tiff(samples(16, 2), 16, 1), "a TIFF of 2 x 16 bits (grey)"),
-            (tiff(samples(8, 4), 8, 2, separate=True, tags=[(338, [1])]), "a TIFF of 4 x 8 bits (RGB, in separate planes)"),
-            (tiff(samples(8), 8, 1, tags=[(339, [2])]), "a TIFF of 8 bits (grey, signed)"),
-            (tiff(samples(16, 3), 16, 2, tags=[(339, [2] * 3)]), "a TIFF of 3 x 16 bits (RGB, signed)"),
-            (tiff(samples(8, 3), 8, 2, compression=34887), "a TIFF of 3 x 8 bits (RGB, compression 34887)"),
-            (tiff(samples(16), 16, 32803), "a TIFF of 16 bits (colours of kind 32803)"),
+            (tiff(samples(12), 12, 1, ">"), "a TIFF of 1 x 12 bits (photometric 1, compression 1)"),
+            (tiff(samples(12, 3), 12, 2), "a TIFF of 3 x 12 bits (photometric 2, compression 1)"),
+            (tiff(samples(16, 2), 16, 1), "a TIFF of 2 x 16 bits (photometric 1, compression 1)"),
+            (tiff(samples(8, 4), 8, 2, separate=True, tags=[(338, [1])]), "a TIFF of 4 x 8 bits (photometric 2, compression 1, in separate planes)"),
+            (tiff(samples(8), 8, 1, tags=[(339, [2])]), "a TIFF of 1 x 8 bits (photometric 1, compression 1, signed)"),
+            (tiff(samples(16, 3), 16, 2, tags=[(339, [2] * 3)]), "a TIFF of 3 x 16 bits (photometric 2, compression 1, signed)"),
+            (tiff(samples(8, 3), 8, 2, compression=34887), "a TIFF of 3 x 8 bits (photometric 2, compression 34887)"),
+            (tiff(samples(16), 16, 32803), "a TIFF of 1 x 16 bits (photometric 32803, compression 1)"),
         ],
     )  # fmt: skip
     def test_what_pillow_does_not_read_is_named(self, data: bytes, reason: str) -> None:
@@ -93,7 +93,7 @@ class TestTiff:
     def test_signed_pixels_have_no_known_brightness(self) -> None:
         assert refused(tiff(samples(15), 16, 1, tags=[(339, [2])])) == (
             "unsupported_format",
-            "it has signed 16-bit pixels, whose brightness range is not known; save it with 8 or 16 bits",
+            "it has 32-bit, floating or signed pixels, whose brightness range is not known; save it with 8 or 16 bits",
         )
 
     @pytest.mark.parametrize("tags", [[(50706, [1, 4, 0, 0])], [(254, [1])]])

@@ -236,9 +236,7 @@ def test_of_several_tars_the_one_that_is_cut_off_is_named(below: str, photos: Pa
         assert (entry.path, entry.status) == ("b.tar", "truncated")
 
 
-def test_rows_without_bytes_are_named_and_row_groups_too_large_refused(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_without_bytes_are_named(photos: Path, tmp_path: Path) -> None:
     path = parquet(photos, tmp_path / "p.parquet")
     rows = pq.read_table(path).to_pylist()
     rows[2]["image"] = {"bytes": None, "path": "elsewhere/2.png"}
@@ -251,12 +249,6 @@ def test_rows_without_bytes_are_named_and_row_groups_too_large_refused(
             "it cannot be read: damaged in the archive: its row has no bytes, only the path elsewhere/2.png",
         )
     ]
-    monkeypatch.setattr(archives, "MOST_BYTES", 1000)
-    archives._OPEN.clear()
-    with pytest.raises(
-        DatasetError, match=r"it has row groups of 0.0 GB, which are read as a whole; write it anew with smaller"
-    ):
-        look(table(path), tmp_path / "index")
 
 
 def test_of_several_columns_of_images_one_is_named(photos: Path, tmp_path: Path) -> None:

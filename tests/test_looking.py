@@ -291,8 +291,7 @@ def test_predict_says_how_often_it_agrees_with_class_folders(experiment: Config,
     (accuracy,) = [line for line in lines if line.startswith("accuracy")]
     assert accuracy.startswith(f"accuracy {100 * right / 8:.1f} % [")
     assert accuracy.endswith(f"{right} of 8 images are labelled as their folders are called")
-    assert "not counted: 4 images in folders that are no known class: misc" in lines
-    assert any(line.startswith("  leaf: ") and " of 4" in line for line in lines)
+    assert "not counted: 4 images in folders that are no known class" in lines
 
 
 def test_predict_does_not_count_what_the_head_has_learned_from(experiment: Config, tmp_path: Path) -> None:

@@ -128,17 +128,16 @@ def test_an_embedding_this_machine_makes_otherwise_is_refused(experiment: Config
 
 
 def test_the_heads_own_label_comes_first_when_two_are_as_likely() -> None:
-    row = predict.PredictionRow("a.jpg", "ok", (("b", np.array([0.4, 0.4, 0.2])),))
-    text = predict.to_csv([row], {"": Classification(("a", "b", "c"))}, top=3)
-    assert text == "a.jpg,ok,b,0.400000,a,0.400000,c,0.200000\n"
+    cells = Classification(("a", "b", "c")).csv_cells("b", np.array([0.4, 0.4, 0.2]), 3)
+    assert list(cells) == ["b", "0.400000", "a", "0.400000", "c", "0.200000"]
 
 
 def test_a_cell_that_a_spreadsheet_would_run_is_text_and_reads_back() -> None:
-    row = predict.PredictionRow("=HYPERLINK(1)/@a.jpg", "ok", (("+1-1", np.array([0.6, 0.4])),))
-    text = predict.to_csv([row], {"": Classification(("+1-1", "-1"))}, top=2)
+    said = Classification(("+1-1", "-1")).csv_cells("+1-1", np.array([0.6, 0.4]), 2)
+    text = predict.to_lines([["=HYPERLINK(1)/@a.jpg", "ok", *said]])
     assert text == "'=HYPERLINK(1)/@a.jpg,ok,'+1-1,0.600000,-1,0.400000\n"
     cells = next(csv.reader([text]))
-    assert [from_cell(cell) for cell in cells[:3]] == [row.path, "ok", "+1-1"]
+    assert [from_cell(cell) for cell in cells[:3]] == ["=HYPERLINK(1)/@a.jpg", "ok", "+1-1"]
 
 
 def pixels_bundle(experiment: Config) -> Path:
@@ -298,13 +297,13 @@ def test_rows_are_not_kept_in_memory(experiment: Config, tmp_path: Path, monkeyp
     photos = make_photos(tmp_path / "new", per_class=8)
     monkeypatch.setattr(predict, "BATCH_SIZE", 4)
     alive: list[int] = []
-    to_csv = predict.to_csv
+    to_lines = predict.to_lines
 
-    def count(rows: Any, *rest: Any) -> str:
+    def count(rows: Any) -> str:
         alive.append(sum(type(found) is predict.PredictionRow for found in gc.get_objects()))
-        return to_csv(rows, *rest)
+        return to_lines(rows)
 
-    monkeypatch.setattr(predict, "to_csv", count)
+    monkeypatch.setattr(predict, "to_lines", count)
     predict.run(pixels_bundle(experiment), [photos], output=tmp_path / "out.csv")
     assert len(alive) == 6
     assert max(alive) <= 8  # this batch's, and the one before until its name is taken

@@ -34,25 +34,23 @@ from pipeline.stages.train_heads.task import objections
 REDUCED = TuningConfig(trials=1, jobs=1, pca=6)
 
 
-def plain(name: str, pca: Any, whiten: bool = False, seed: int = 0) -> Pipeline:
+def plain(name: str, pca: Any, seed: int = 0) -> Pipeline:
     """What a scikit-learn user would write."""
     classifier = configure(HEADS[name], HEADS[name].defaults, seed)[-1]
-    steps = PCA(pca, whiten=whiten, svd_solver="covariance_eigh")
+    steps = PCA(pca, svd_solver="covariance_eigh")
     return Pipeline([("scaler", StandardScaler()), ("pca", steps), ("head", classifier)])
 
 
-@pytest.mark.parametrize(("pca", "whiten"), [(6, True), (0.8, False)])
+@pytest.mark.parametrize("pca", [6, 0.8])
 @pytest.mark.parametrize("name", ["logistic_regression", "linear_svm", "ridge", "rbf_svm", "knn", "decision_tree"])
-def test_scores_are_those_of_a_plain_pipeline_on_the_same_folds(
-    name: str, whiten: bool, pca: Any, tmp_path: Path
-) -> None:
+def test_scores_are_those_of_a_plain_pipeline_on_the_same_folds(name: str, pca: Any, tmp_path: Path) -> None:
     X, y = network(240, 30, 3)
     folds = make_folds(y, 3, 0)
-    run = tune(HEADS[name], X, y, folds, REDUCED.model_copy(update={"pca": pca, "whiten": whiten}), 0, tmp_path / "j")
-    reference = plain(name, pca, whiten)
+    run = tune(HEADS[name], X, y, folds, REDUCED.model_copy(update={"pca": pca}), 0, tmp_path / "j")
+    reference = plain(name, pca)
     expected = np.array(
         [
-            plain(name, pca, whiten, derived_seed(0, 0, fold)).fit(X[train], y[train]).score(X[held_out], y[held_out])
+            plain(name, pca, derived_seed(0, 0, fold)).fit(X[train], y[train]).score(X[held_out], y[held_out])
             for fold, (train, held_out) in enumerate(folds)
         ]
     )
@@ -83,13 +81,13 @@ def test_probabilities_out_of_fold_are_those_of_a_plain_pipeline(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["logistic_regression", "rbf_svm", "knn", "nearest_centroid"])
 def test_components_learn_nothing_from_the_rows_they_are_judged_on(name: str, tmp_path: Path) -> None:
-    tuning = TuningConfig(trials=1, jobs=1, pca=3, whiten=True)
+    tuning = TuningConfig(trials=1, jobs=1, pca=3)
     assert not held_out_rows_reach_the_fit(lambda X: HEADS[name], tmp_path, tuning)
 
 
 def test_components_found_outside_the_folds_are_seen(tmp_path: Path) -> None:
     def leaky(X: np.ndarray) -> Head:
-        found = Pipeline([("scaler", StandardScaler()), ("pca", PCA(3, whiten=True))]).fit(X)  # the fault
+        found = Pipeline([("scaler", StandardScaler()), ("pca", PCA(3))]).fit(X)  # the fault
 
         def build(seed: int) -> Pipeline:
             return Pipeline([("all", Fixed(found)), ("head", clone(HEADS["logistic_regression"].build(0)[-1]))])
@@ -124,7 +122,7 @@ def test_heads_and_trials_share_one_projection_per_fold(tmp_path: Path, monkeypa
         return fit(X, rows, *rest)
 
     monkeypatch.setattr(Projection, "of", staticmethod(counted))
-    shared, tuning = Projections(X, 5, False), TuningConfig(trials=4, jobs=2, pca=5)
+    shared, tuning = Projections(X, 5), TuningConfig(trials=4, jobs=2, pca=5)
     for name in ("ridge", "knn"):
         tune(HEADS[name], X, y, make_folds(y, 3, 0), tuning, 0, tmp_path / name, shared)
     assert sorted(made) == [100, 100, 100, 150]
@@ -142,7 +140,7 @@ def test_no_more_components_than_rows_and_dimensions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "pca"), [("knn", 0.8), ("logistic_regression", 6), ("decision_tree", 0.8)])
 def test_every_head_can_work_on_components_of_features_on_disk(name: str, pca: Any, tmp_path: Path) -> None:
     X, y = network(240, 30, 3)
-    folds, tuning = make_folds(y, 3, 0), TuningConfig(trials=2, jobs=1, pca=pca, whiten=True)
+    folds, tuning = make_folds(y, 3, 0), TuningConfig(trials=2, jobs=1, pca=pca)
     here = tune(HEADS[name], X, y, folds, tuning, 0, tmp_path / "here")
     disk = tune(HEADS[name], stored(tmp_path / "store", X), y, folds, tuning, 0, tmp_path / "disk")
     assert disk.best.params == here.best.params
@@ -162,8 +160,7 @@ def test_every_head_can_work_on_components_of_features_on_disk(name: str, pca: A
 def test_bundles_and_the_hand_over_take_the_components_along(on_disk: bool, tmp_path: Path) -> None:
     X, y = network(200, 20, 3)
     features = stored(tmp_path / "store", X) if on_disk else X
-    tuning = REDUCED.model_copy(update={"whiten": True})
-    run = tune(HEADS["logistic_regression"], features, y, make_folds(y, 3, 0), tuning, 0, tmp_path / "j")
+    run = tune(HEADS["logistic_regression"], features, y, make_folds(y, 3, 0), REDUCED, 0, tmp_path / "j")
     bundles.save(
         bundles.ModelBundle("lr", {}, Classification(("a", "b", "c")), {}, run.pipeline, {}), tmp_path / "bundle"
     )
@@ -176,14 +173,14 @@ def test_bundles_and_the_hand_over_take_the_components_along(on_disk: bool, tmp_
 
 def test_stage_two_records_the_components(tmp_path: Path) -> None:
     config = stage_one(tmp_path)
-    tuning = TuningConfig(trials=1, folds=3, jobs=1, pca=4, whiten=True, nested=True)
+    tuning = TuningConfig(trials=1, folds=3, jobs=1, pca=4, nested=True)
     ridge = tuple(head for head in config.heads if head.name == "ridge")
     board = train_heads.run(config.model_copy(update={"tuning": tuning, "heads": ridge})).leaderboard
     assert {row.key: row.components for row in board.rows} == {
         "net/ridge": 4,
         "majority/most_frequent": None,
     }
-    note = "Heads work on principal components, whitened, found within each fold's training images: up to 4 of net; fewer where a fold has fewer training images."
+    note = "Heads work on principal components, found within each fold's training images: up to 4 of net; fewer where a fold has fewer training images."
     assert note in board.notes()
     page = html.unescape(report.build(tmp_path).read_text(encoding="utf-8"))
     assert note in page
@@ -208,26 +205,9 @@ def test_what_is_no_number_of_components_is_told() -> None:
             parse({"pca": value})
         expected = f"tuning.pca: expected a number of components such as 64, a share of the variance below 1 such as 0.95, or null, got {value!r}"
         assert caught.value.problems == (expected,)
-    with pytest.raises(ConfigError) as caught:
-        parse({"whiten": True})
-    assert caught.value.problems == ("tuning: whiten: works on principal components; give pca too, such as pca: 64",)
-    assert parse({"pca": 0.95, "whiten": True}).pca == 0.95
-    assert parse({"pca": 64}).pca == 64
+    assert [parse({"pca": value}).pca for value in (0.95, 64)] == [0.95, 64]
 
 
 def parse(tuning: dict[str, Any]) -> TuningConfig:
     raw = {"output": "o", "backbones": [{"name": "resnet18"}], "heads": ["knn"], "tuning": tuning}
     return configuration.parse(raw, "test").tuning
-
-
-def test_whitening_leaves_out_what_the_rows_do_not_differ_in(tmp_path: Path) -> None:
-    X, _ = network(260, 200, 3)
-    few = np.arange(60)
-    for source in (X, stored(tmp_path / "store", X)):
-        whitened = Projection.of(source, few, 1000, True)
-        assert whitened.pca.n_components_ == 59  # the 60 rows differ from their mean in 59 directions
-        # Divided by next to nothing, rows that were not fitted would lie half a million units away.
-        assert whitened.apply(X, np.arange(60, 260)).std(axis=0).max() < 10
-        assert whitened.pca.explained_variance_.shape == whitened.pca.singular_values_.shape == (59,)
-    assert Projection.of(X, few, 1000, False).pca.n_components_ == 60
-    assert Projection.of(X, few, 20, True).pca.n_components_ == 20

@@ -80,7 +80,7 @@ def test_a_growing_fold_keeps_its_images_and_the_shares_of_the_classes() -> None
 def found(**changed: object) -> Refitted:
     even = Paired(0.0, (-0.02, 0.02), 1.0)
     given = dict.fromkeys((field.name for field in dataclasses.fields(Refitted)), 0) | {
-        "train": (10, 20), "seconds": (0.0, 0.0), "change": even, "on_curve": even, "new_classes": (), "expected": 0.01, "shown": False, "sound": True,
+        "train": (10, 20), "seconds": 0.0, "change": even, "new_classes": (), "expected": 0.01, "shown": False, "sound": True,
     }  # fmt: skip
     return Refitted(**{**given, **changed})
 
@@ -90,10 +90,10 @@ def test_a_new_search_is_worth_it_where_the_evidence_says_so() -> None:
     new = (refit.NewClass("x", 3, 1, 1),)
     assert found().reasons == []
     assert ["beyond chance" in reason for reason in found(shown=True).reasons] == [True]
-    assert len(found(change=worse, on_curve=worse).reasons) == 2
+    assert len(found(change=worse).reasons) == 2
     assert found(expected=0.03).reasons == ["the new images brought less than the learning curve lets expect"]
     # With one class more the same images are a harder question, and a fall tells nothing of the parameters.
-    assert found(change=worse, on_curve=worse, new_classes=new).reasons == []
+    assert found(change=worse, new_classes=new).reasons == []
     assert len(found(shown=True, new_classes=new).reasons) == 1
 
 

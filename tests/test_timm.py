@@ -20,9 +20,9 @@ from pipeline.config import TIMM_NAMES, BackboneConfig, ExtractionConfig
 from pipeline.embed import backbone, efficientnet_lite, engines, graph, timm_models, weights
 from pipeline.embed.spec import probe_images
 from pipeline.errors import BackboneError, TrainingError
-from pipeline.finetuning.checkpoint import copy_weights
 from pipeline.finetuning.plan import last_linear
-from pipeline.finetuning.result import describe, write_weights
+from pipeline.finetuning.result import write_weights
+from pipeline.finetuning.trainer import copy_weights
 from pipeline.images import Preprocessing, prepare
 from pipeline.stages import backbones
 
@@ -343,14 +343,15 @@ def test_a_fine_tuned_network_is_timms_with_a_last_layer_and_its_file_gives_its_
     last = module.get_submodule(last_linear(module))
     with torch.inference_mode():
         torch.testing.assert_close(module(images), last(before))
-    described = describe(
+    write_weights(
+        tmp_path / "tuned.safetensors",
+        copy_weights(module),
         name=network.name,
         architecture=network.architecture,
         arguments=network.arguments,
         preprocessing={"resize": 32, "crop": 32, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3},
         classes=("a", "b", "c"),
     )
-    write_weights(tmp_path / "tuned.safetensors", copy_weights(module), described)
     again = weights.load_network(section("timm:test_vit.r160_in1k", weights=str(tmp_path / "tuned.safetensors")), 0)
     with torch.inference_mode():
         assert torch.equal(again.module(images), before)

@@ -9,7 +9,6 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from sklearn.pipeline import Pipeline
 from pipeline.config import HeadConfig, TuningConfig
 from pipeline.errors import HeadError
 from pipeline.heads import HEADS, Head, Real, configure, resolve
-from pipeline.heads.tuning import check, make_folds, racing, tune
+from pipeline.heads.tuning import check, make_folds, tune
 from pipeline.heads.tuning.journal import Journal
 from pipeline.io import files
 
@@ -213,25 +212,6 @@ def test_warnings_are_counted_and_not_printed(tmp_path, recwarn):
     run = tune(head, X, y, make_folds(y, 3, 0), TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
     assert run.trials[0].warnings == {"ConvergenceWarning": 3}
     assert not [warning for warning in recwarn if "Convergence" in warning.category.__name__]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "fits", "reasons"),
-    [
-        (0.5, 3, [None]),  # one trial always ends
-        (1.5, 4, [None, "time was up after 1 of 3 folds"]),
-        (6.5, 8, [None, *["time was up after 2 of 3 folds"] * 2, "time was up after 1 of 3 folds"]),
-    ],
-)
-def test_a_time_budget_is_looked_at_between_fits(tmp_path, monkeypatch, seconds, fits, reasons):
-    """A clock that goes on by a second with every fit: no fit begins after its time but those of the trial that has to end."""
-    monkeypatch.setattr(racing, "time", SimpleNamespace(perf_counter=lambda: float(len(Counting.fits))))
-    X, y = features()
-    folds = make_folds(y, 3, 0)
-    run = tune(counting(), X, y, folds, TuningConfig(seconds=seconds, jobs=1), 0, tmp_path / "trials.jsonl")
-    assert sum(score is not None for trial in run.trials for score in trial.fold_scores) == fits
-    assert sorted(str(trial.reason) for trial in run.trials) == sorted(map(str, reasons))
-    assert run.best.mean is not None
 
 
 def test_a_trial_in_a_score_over_classes_has_that_of_all_held_out_answers(tmp_path):

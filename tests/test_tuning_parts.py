@@ -248,12 +248,6 @@ def test_racing_hardly_ever_drops_the_winner():
     assert fits < 0.8 * 400 * candidates * folds
 
 
-def test_racing_looks_after_every_second_fold_or_after_each():
-    assert racing.stages(5) == [[0, 1], [2, 3], [4]]
-    assert racing.stages(2) == [[0, 1]]
-    assert racing.stages(3, 1) == [[0], [1], [2]]
-
-
 def test_a_vague_warning_is_counted_by_its_first_sentence():
     with evaluation.counting_warnings(), evaluation.counted() as counts:
         warnings.warn("self.width_ is 0 in a class.Inputs are identical.", stacklevel=1)

@@ -128,7 +128,7 @@ def test_predict_embeds_with_every_network_and_says_the_mean(voted, tmp_path):
     marked = predict.run(
         folder, [photos], output=tmp_path / "marked.csv", unknown=0.2
     )  # by the distance of the first member
-    assert marked.strangers[""].counts["images"] == len(said["vote"])
+    assert marked.models[""].strangers.counts["images"] == len(said["vote"])
     mean = (said["0"] + said["1"]) / 2
     np.testing.assert_allclose(said["vote"], vote.calibrated(mean, "probability"), atol=2e-5)
     paths = sorted(photos.rglob("*.png"))

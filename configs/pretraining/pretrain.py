@@ -33,9 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from pipeline import config, images
 from pipeline.embed.weights import build
 from pipeline.finetuning.batches import Data, LabelledImages, rows_at, to_float
-from pipeline.finetuning.checkpoint import copy_weights
-from pipeline.finetuning.result import describe, write_weights
-from pipeline.finetuning.trainer import evaluate
+from pipeline.finetuning.result import write_weights
+from pipeline.finetuning.trainer import copy_weights, evaluate
 from pipeline.io.digests import bytes_digest, fingerprint
 
 CPU = torch.device("cpu")
@@ -225,7 +224,12 @@ def write(folder: Path, network: nn.Module, recipe: Recipe, source: Source, hist
     """Write the weights in half precision, and beside them their description and the log as files to read."""
     apart = {"output", "data", "name", "architecture", "arguments", "preprocessing", "seed"}
     counts = {"train": len(source.data.train), "validation": len(source.data.validation)}
-    description = describe(
+    weights = {
+        name: weight.half() if weight.is_floating_point() else weight for name, weight in copy_weights(network).items()
+    }
+    description = write_weights(
+        folder / "weights.safetensors",
+        weights,
         name=recipe.name,
         architecture=recipe.architecture,
         arguments=recipe.arguments,
@@ -236,10 +240,6 @@ def write(folder: Path, network: nn.Module, recipe: Recipe, source: Source, hist
         seed=recipe.seed,
         outcome=history[-1],
     )
-    weights = {
-        name: weight.half() if weight.is_floating_point() else weight for name, weight in copy_weights(network).items()
-    }
-    write_weights(folder / "weights.safetensors", weights, description)
     (folder / "weights.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", "utf-8")
     (folder / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in history), "utf-8")
 

@@ -115,6 +115,8 @@ GONE: Final[Mapping[str, tuple[object, str]]] = {
         "one process uses all processors and one GPU, which extraction.device names; remove it",
     ),
     "tuning.device": ("auto", "heads are searched on the processor; remove it"),
+    "tuning.seconds": (None, "tuning.budget, such as 10m, is the time of all heads together"),
+    "tuning.whiten": (False, "tuning.pca keeps the components as they are; remove it"),
     "finetune.embedding": ("best", "write finetune.start: EMBEDDING"),
     "finetune.head": ("best", "write finetune.start: EMBEDDING/HEAD, or finetune.start: random"),
     "finetune.interpolate": (True, "the weights between are always tried; remove it"),
@@ -123,6 +125,13 @@ GONE: Final[Mapping[str, tuple[object, str]]] = {
     "finetune.label_smoothing": (0.0, "remove it"),
     "finetune.mixup": (0.0, "remove it, and set finetune.augment: trivial"),
     "finetune.patience": (None, "the best weights are kept anyway; set finetune.steps lower"),
+    "finetune.rate_decay": (0.5, "each stage has half the rate of the one above it; remove it"),
+    "finetune.warmup": (0.1, "the rate rises in the first tenth of the steps; remove it"),
+    "finetune.class_weight": (None, "classes weigh as in the head that a run starts from; set it for that head"),
+    "finetune.batch_norm": ("frozen", "norms stay as they are; remove it"),
+    "finetune.ema": (0.0, "no average of the weights is made; remove it"),
+    "finetune.profile_steps": (0, "write finetune.watch: [profiler]"),
+    "finetune.tensorboard": (False, "write finetune.watch: [tensorboard]"),
     "finetune.training": (_TRAINING, "its keys stand in finetune itself"),
 }
 """A key of an earlier version -> its default, which is still read as files of then have it, and what to do in place of another value."""

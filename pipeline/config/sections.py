@@ -195,10 +195,8 @@ class DatasetConfig(Section):
     """The manifest's column that says where an image is from, such as its camera or clinic; `split` where the training images are of
     one source and the test images of another."""
     target: str | dict[str, str] = "auto"
-    """What is said of an image, for all columns of labels or by their names: `classification` is one class, `regression` a number,
-    several where there are several columns, `multilabel` any number of labels, with `|` between them or from several columns of
-    0 and 1; `auto` is one class too, but stops where labels look like a number to predict, like
-    several labels, or like a name for every image; with `none` images need no labels, and nothing is learned."""
+    """What is said of an image, for all columns of labels or by their names: `classification`, `regression`, `multilabel`; `auto` is one
+    class too, but stops where labels look like something else; with `none` images need no labels, and nothing is learned."""
 
     @field_validator("target")
     @classmethod
@@ -267,19 +265,15 @@ class BackboneConfig(Section):
 
     name: str
     weights: str = "random"
-    """The name of published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`), `bundled`, `random`, or a `.safetensors` /
-    `.pth` file. Names of timm's networks say which weights, which are `pretrained` by default."""
+    """Published ones (`imagenet`, torchvision's exact `IMAGENET1K_V2`, timm's `pretrained`), `bundled`, `random`, or a file."""
     layers: Annotated[tuple[str, ...], NOT_EMPTY] = ("penultimate",)
-    """`penultimate` is the input of the last linear layer, `stage3` the end of a stage; any node listed by `manyheads layers`
-    will do. Several come of one pass."""
+    """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` will do."""
     pooling: Annotated[tuple[Pooling, ...], NOT_EMPTY, BeforeValidator(_one_or_several)] = ("avg",)
-    """How a layer with a spatial or token axis becomes one vector; an average of tokens is one of patches only. `own` is the
-    network's own way, the default of timm's networks, `map` its own attention. Of several ways each is an embedding."""
+    """How a layer with a spatial or token axis becomes one vector; `own` is the network's own way, `map` its own attention."""
     arguments: dict[str, Scalar] = Field(default_factory=dict)
     preprocessing: PreprocessingConfig | None = None
     views: tuple[View, ...] = ()
-    """Changed images that are embedded as well, each an embedding of its own: the best head is also averaged over all of them, and
-    learned from them, as rows to compare."""
+    """Changed images that are embedded as well, each an embedding of its own."""
     view: View | None = None
     """The one that is embedded in place of the image, in what `Config.sections` makes of `views`; no key of a config."""
 
@@ -293,9 +287,9 @@ class BackboneConfig(Section):
     def _some_names_say_more(cls, raw: Any) -> Any:
         name = str(raw.get("name")) if isinstance(raw, dict) else ""
         usual = {"weights": "pretrained", "pooling": "own"} if names_timm(name) else {}
-        return (
-            {**usual, **({"weights": OWN} if names_code(name) or names_vectors(name) else {}), **raw} if name else raw
-        )
+        if names_code(name) or names_vectors(name):
+            usual = {"weights": OWN}
+        return {**usual, **raw} if name else raw
 
     @model_validator(mode="after")
     def _views_are_of_images(self) -> BackboneConfig:
@@ -359,14 +353,12 @@ class TuningConfig(Section):
 
     strategy: Literal["bayes", "random", "grid"] = "bayes"
     trials: int = Field(16, ge=1)
-    seconds: float | None = Field(None, gt=0)
     budget: str | None = None
     folds: int = Field(5, ge=2)
     scoring: str = "auto"
     nested: bool = False
     seeds: int = Field(1, ge=1, le=100)
     pca: int | float | None = None
-    whiten: bool = False
     jobs: Count = "auto"
     memory: str = "auto"
 
@@ -410,14 +402,6 @@ class TuningConfig(Section):
             raise ValueError(f"expected 'auto' or a size above 0 such as '2GB' or '500MB', got {value!r}")
         return value
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> TuningConfig:
-        if self.budget is not None and self.seconds is not None:
-            raise ValueError("budget: is for all heads together, and seconds for each; give one of them")
-        if self.whiten and self.pca is None:
-            raise ValueError("whiten: works on principal components; give pca too, such as pca: 64")
-        return self
-
 
 class FinetuneConfig(Section):
     """Stage three: which backbone is trained end to end, from which linear head, and how."""
@@ -433,14 +417,9 @@ class FinetuneConfig(Section):
     batch_size: int = Field(32, ge=1)
     size: int | None = Field(None, ge=1)
     rate: float = Field(1e-3, gt=0)
-    rate_decay: float = Field(0.5, gt=0, le=1)
-    warmup: Share = 0.1
     augment: Literal["none", "flip", "crop", "trivial"] = "crop"
-    class_weight: Literal["balanced"] | None = None
-    batch_norm: Literal["frozen", "affine", "train"] = "frozen"
-    ema: Share = 0.0
-    profile_steps: int = Field(0, ge=0)
-    tensorboard: bool = False
+    watch: tuple[Literal["tensorboard", "profiler"], ...] = ()
+    """What a run writes besides, in its folder: its numbers for TensorBoard, and a table of torch's profiler."""
 
     @field_validator("unfreeze")
     @classmethod

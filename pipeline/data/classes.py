@@ -1,7 +1,5 @@
-"""Targets of classes: one for each image, or any number of labels.
-
-Heads are fitted on codes, places in the classes, or on a column of 0 and 1 for each label. What they say is a score for each class,
-or a log-odds for each label; the threshold from which on a label is said is found for every label by itself, out of fold.
+"""Targets of classes, one for each image or any number of labels: heads are fitted on places in the classes, or on a column of 0 and 1
+for each label, and say a score for each class, or a log-odds for each label.
 """
 
 from __future__ import annotations
@@ -139,15 +137,6 @@ class Classification:
             return present[places], None, None
         return present[places], expand_scores(columns, present, self.width, kind), kind
 
-    def recalled(self, estimator: Any, X: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.floating] | None]:
-        """Return what an estimator says of the rows that it was fitted on: places in its own classes, and their scores.
-
-        X : float32 of shape (n, dim); the places are int64 of shape (n,), the scores of the estimator's float dtype and
-            shape (n, len(classes_)), None where it has none
-        """
-        places, columns, _ = said(estimator, X)
-        return places.astype(np.int64), columns
-
     def predict(
         self, estimator: Any, X: NDArray[np.float32], calibrate: Calibrate
     ) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
@@ -243,7 +232,7 @@ def expand_scores(
     present : of any integer dtype, shape (len(present),): the classes the estimator was fitted on
     """
     if scores.ndim == 1:
-        scores = np.stack([-scores, scores], axis=1)
+        scores = scores_as_columns(scores)
     if len(present) == n_classes:
         return scores.astype(np.float32)
     absent = 0.0 if kind == "probability" else scores.min(axis=1, keepdims=True) - 1
@@ -407,10 +396,6 @@ class MultiLabel:
         """Return what an estimator says of n vectors: the labels that it takes to be likelier than not, and log-odds."""
         scores = said_odds(estimator, X)
         return scores > 0, scores, "decision"
-
-    def recalled(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Flags, NDArray[np.float32]]:
-        """Return what an estimator says of the rows that it was fitted on."""
-        return self.answers(estimator, X)[:2]
 
     def predict(
         self, estimator: Any, X: NDArray[np.float32], calibrate: Calibrate

@@ -15,12 +15,9 @@ from typing import NamedTuple
 from pipeline.errors import DatasetError
 from pipeline.experiment import from_cell, to_cell
 from pipeline.io.digests import Digests, digests_from_hex, digests_to_hex
-from pipeline.io.files import make_folder, read_file, remove, write_text_atomic
+from pipeline.io.files import make_folder, read_file, write_text_atomic
 
 FAILURES_FILE = "failures.csv"
-OLD_FILE = "ledger.csv"
-"""What 0.1 called it; read where there is no other, and replaced when the list is written."""
-
 REMARKS = frozenset({"not_an_image", "not_in_a_class", "leak", "conflict"})
 """Statuses that are worth knowing and are not failures of an image."""
 
@@ -54,24 +51,18 @@ def noticed(path: str, status: str, reason: str) -> Failure:
 
 def read_failures(folder: Path) -> list[Failure]:
     """Read the list of a folder, an empty one where there is none; DatasetError when it is no such list."""
-    for name in (FAILURES_FILE, OLD_FILE):
-        path = folder / name
-        try:
-            rows = list(csv.reader(io.StringIO(read_file(path).decode("utf-8"), newline="")))
-        except FileNotFoundError:
-            continue
-        except PermissionError:
-            raise
-        except (OSError, ValueError, csv.Error) as error:
-            raise _damaged(path, f"cannot be read ({error})") from None
-        if not rows or tuple(rows[0]) != Failure._fields or any(len(row) != len(Failure._fields) for row in rows):
-            raise _damaged(path, f"expected the columns {', '.join(Failure._fields)}")
-        return [Failure(*map(from_cell, row)) for row in rows[1:]]
-    return []
-
-
-def _damaged(path: Path, what: str) -> DatasetError:
-    return DatasetError(f"{path}: {what}; delete it, and failed images are tried again")
+    path = folder / FAILURES_FILE
+    try:
+        header, *rows = csv.reader(io.StringIO(read_file(path).decode("utf-8"), newline=""))
+        if tuple(header) != Failure._fields:
+            raise ValueError(f"expected the columns {', '.join(Failure._fields)}")
+        return [Failure(*map(from_cell, row)) for row in rows]
+    except FileNotFoundError:
+        return []
+    except PermissionError:
+        raise
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise DatasetError(f"{path}: cannot be read ({error}); delete it, and failed images are tried again") from None
 
 
 def write_failures(folder: Path, failures: Iterable[Failure]) -> None:
@@ -84,7 +75,6 @@ def write_failures(folder: Path, failures: Iterable[Failure]) -> None:
     make_folder(folder)
     if not path.exists() or path.read_bytes() != text.getvalue().encode():
         write_text_atomic(path, text.getvalue())
-    remove(folder / OLD_FILE)
 
 
 def record_failures(folder: Path, failures: Sequence[Failure], policy: str) -> None:
@@ -93,8 +83,6 @@ def record_failures(folder: Path, failures: Sequence[Failure], policy: str) -> N
     What failed under another policy is forgotten: it is tried again under this one. A file that could not be read this
     time is listed too, but only until the next scan looks again.
     """
-    if not policy or not all(failure.digest for failure in failures):
-        raise ValueError("a failed image needs its digest and its decode policy")
     fresh = {failure.digest for failure in failures}
     known = read_failures(folder)
     kept = [one for one in known if not one.policy or (one.policy == policy and one.digest not in fresh)]

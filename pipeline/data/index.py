@@ -1,8 +1,7 @@
-"""The index: which image has which label and is on which side; one CSV file that people and programs can read.
+"""The index: which image has which label and is on which side, and nothing else does; one CSV file that people can read.
 
-Labels and splits live here and nowhere else, so relabelling or splitting anew costs no embedding. `index.csv` holds the
-rows; `index.json` beside it says which format that is, where the images are, how splits were made, and the digest of the
-rows, also of those that they replaced: a kill may fall between the two files.
+`index.json` beside `index.csv` says which format that is, where the images are, how splits were made, and the digest of the rows,
+also of those that they replaced: a kill may fall between the two files.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from pipeline.config import NO_LABELS
 from pipeline.errors import DatasetError
 from pipeline.experiment import INDEX, from_cell, read_document, to_cell, write_document
 from pipeline.io.digests import Digests, bytes_digest, digests_from_hex, digests_to_hex
-from pipeline.io.files import NOT_ORDINARY, make_folder, read_file, write_atomic
+from pipeline.io.files import make_folder, read_file, write_atomic
 from pipeline.io.remote import address_of
 
 Texts = NDArray[np.object_]
@@ -263,15 +262,13 @@ class DatasetIndex:
     def read(folder: Path) -> DatasetIndex:
         """Read the index of a folder; DatasetError when there is none, or it is not one this version can read."""
         found = WrittenIndex.read(folder)
-        if found.record is None:
-            raise DatasetError(f"{folder}: has no {INDEX_RECORD}; run `manyheads features` to make the index")
+        if found.record is None or found.index is None:
+            raise DatasetError(f"{folder}: holds no index; run `manyheads features` to make it")
         if found.edited:
             raise DatasetError(
-                f"{folder / INDEX_FILE}: is not the one that was written: it was edited, or is damaged; run `manyheads features`, "
-                "which keeps its splits, or delete it to have it made anew"
+                f"{found.path}: is not the one that was written: it was edited, or is damaged; run `manyheads features`, which keeps its "
+                "splits, or delete it to have it made anew"
             )
-        if found.index is None:
-            raise DatasetError(f"{found.path}: there is no index here; run `manyheads features` to make it")
         return found.index
 
 
@@ -291,21 +288,16 @@ class WrittenIndex:
             return WrittenIndex(path, record, read_file(path))
         except FileNotFoundError:
             return WrittenIndex(path, record, None)
-        except OSError as error:
-            if error.errno not in NOT_ORDINARY:
-                raise
-            raise _unreadable(path, error) from None
 
     @cached_property
     def digest(self) -> str:
         """The digest of index.csv: the fingerprint of the index unless somebody has edited it."""
-        return "" if self.csv is None else bytes_digest(self.csv)
+        return bytes_digest(self.csv or b"")
 
     @property
     def edited(self) -> bool:
         """Whether index.csv is not, byte for byte, what was written with index.json; 0.1 did not write down which that was."""
-        written = (self.record or {}).get("rows")
-        return written is not None and self.csv is not None and self.digest not in written
+        return self.csv is not None and self.digest not in (self.record or {}).get("rows", [self.digest])
 
     @property
     def plan(self) -> SplitPlan | None:
@@ -316,10 +308,9 @@ class WrittenIndex:
     @cached_property
     def index(self) -> DatasetIndex | None:
         """The index, also where somebody has edited it; DatasetError when it is damaged."""
-        if self.csv is None:
-            return None
         record = self.record or {}
-        return _from_csv(self.path, self.csv, Path(record.get("root", "")), record.get("version") != 1)
+        in_cells = record.get("version") != 1  # 0.1 did not write texts as cells
+        return None if self.csv is None else _from_csv(self.path, self.csv, Path(record.get("root", "")), in_cells)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -328,10 +319,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     record = read_document(path, INDEX)
-    made = record.get("made_splits")
-    if not isinstance(record.get("root"), str) or not (
-        made is None or (isinstance(made, dict) and {"seed", "test_fraction"} <= {*made})
-    ):
+    plan = {"seed", "test_fraction"}
+    if not isinstance(record.get("root"), str) or not plan <= {*(record.get("made_splits") or plan)}:
         raise INDEX.damaged(path, "it does not say where the images are and how splits were made")
     return record
 
@@ -383,17 +372,13 @@ def _from_csv(path: Path, data: bytes, root: Path, in_cells: bool) -> DatasetInd
             convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False),
         )
     except pa.ArrowException as error:
-        raise _unreadable(path, error) from None
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{path}: cannot be read ({reason}); delete it to have it made anew") from None
     return _checked(table, path, root, names, in_cells)
 
 
-def _unreadable(path: Path, error: Exception) -> DatasetError:
-    reason = " ".join(str(error).split())
-    return DatasetError(f"{path}: cannot be read ({reason}); delete it to have it made anew")
-
-
 def _checked(table: pa.Table, path: Path, root: Path, names: Sequence[str], in_cells: bool) -> DatasetIndex:
-    """Turn the table into an index after checking what the rest of the program relies on; 0.1 did not write texts as cells."""
+    """Turn the table into an index after checking what the rest of the program relies on."""
     paths = table["path"]
     if in_cells:
         paths = pc.replace_substring_regex(paths, pattern="^'", replacement="")  # as `from_cell`

@@ -1,8 +1,7 @@
-"""Splits: the user's own where there are any, else a test set by seed, stratified, whole groups, and stable.
+"""Splits: a test set by seed, stratified, of whole groups, and stable; and copies across sides.
 
-One rule serves the first split and every later one. Units (a group, or a content with its copies) are taken in the order
-of a seeded hash; a unit joins the test set while that brings the classes' test counts nearer to their targets. Units that
-were split before keep their side, so adding, renaming or removing images moves no other image.
+Units (a group, or a content with its copies) are taken in the order of a seeded hash; one joins the test set while that brings the
+classes' test counts nearer to their targets. Units that were split before keep their side, so no image moves for another.
 """
 
 from __future__ import annotations
@@ -63,10 +62,9 @@ def find_copies(index: DatasetIndex) -> Copies:
 
 def apply_leaks(splits: Texts, leaking: NDArray[np.bool_], policy: str) -> Texts:
     """Return splits, object (n,), with those of `leaking`, bool (n,), 'excluded' that are of the side that the policy drops."""
-    result = splits.copy()
-    if policy in {"drop_train", "drop_test"}:
-        result[leaking & ((splits == "test") == (policy == "drop_test"))] = "excluded"
-    return result
+    if policy not in ("drop_train", "drop_test"):
+        return splits
+    return np.where(leaking & ((splits == "test") == (policy == "drop_test")), "excluded", splits).astype(object)
 
 
 def make_test_split(
@@ -79,10 +77,12 @@ def make_test_split(
     """
     splits, groups, digests = index.splits, index.groups, index.digests
     units = index.units()
-    n_units = int(units.max()) + 1 if len(units) else 0
+    n_units = int(units.max(initial=-1)) + 1
     fixed = np.zeros(n_units, dtype=bool)
     fixed[units[splits != "train"]] = True
-    side = _prior_sides(units, n_units, prior)
+    # Where a unit's images were on both sides, most of them decide, and training on a tie.
+    was_test, was_train = (np.bincount(units, weights=prior == was, minlength=n_units) for was in (1, 0))
+    side = np.where(was_test > was_train, 1, np.where(was_train > 0, 0, -1))
     codes = _strata(index, kinds, plan.test_fraction)
     counts = _images_of(codes, splits == "train")
     in_test = side == 1
@@ -145,16 +145,6 @@ def prior_sides(before: DatasetIndex, index: DatasetIndex) -> NDArray[np.int8]:
     return sides
 
 
-def _prior_sides(units: NDArray[np.int64], n_units: int, prior: NDArray[np.int8]) -> NDArray[np.int8]:
-    """One side for each unit: where its images were on both sides, most of them decide, and training on a tie."""
-    test = np.bincount(units, weights=prior == 1, minlength=n_units)
-    train = np.bincount(units, weights=prior == 0, minlength=n_units)
-    side = np.full(n_units, -1, dtype=np.int8)
-    side[train > 0] = 0
-    side[test > train] = 1
-    return side
-
-
 def _joining(
     order: NDArray[np.int64],
     units: NDArray[np.int64],
@@ -197,12 +187,10 @@ def _unit_keys(
     units: NDArray[np.int64], n_units: int, groups: Texts | None, digests: Digests, seed: int
 ) -> NDArray[np.uint64]:
     """A pseudo-random number for each unit, from its group's name or its content and from the seed, not from its place."""
-    keys = digests[:, 0].copy()
+    keys = digests[:, 0]
     if groups is not None:
         codes, names = encode(groups)
-        named = np.array(
-            [int.from_bytes(content_digest(name.encode())[:8], "little") for name in names], dtype=np.uint64
-        )
+        named = np.array([np.frombuffer(content_digest(name.encode())[:8], "<u8")[0] for name in names], np.uint64)
         keys = np.where(groups != "", named[codes], keys)
     mixed = _splitmix(keys ^ _splitmix(np.array([seed], dtype=np.uint64)))
     smallest = np.full(n_units, np.iinfo(np.uint64).max, dtype=np.uint64)

@@ -1,12 +1,8 @@
-"""Targets: what is to be said of an image, one frozen record for each kind.
+"""Targets: what is to be said of an image, one frozen record for each kind, those of classes in `classes.py`, that of numbers here.
 
 A record knows how the columns of the index become y, what estimators are fitted on and what they say, what folds and the test
-split keep in proportion, and what predictions look like in a file. It names no metric and no head: their rows say which kinds
-they serve. Those of classes are in `classes.py`, that of numbers is here; a new kind is a record with the same members and a row
-in `TARGETS`. Whoever holds a target asks it and never looks which kind it is.
-
-Heads are fitted on standardised numbers, so that penalties, margins and learning rates mean the same whatever the unit is; what
-they say is turned back. An interval around a prediction is as wide as the out-of-fold residuals tell.
+split keep in proportion, and what predictions look like in a file. A new kind is a record with the same members and a row in
+`TARGETS`, in those of metrics and in those of heads; whoever holds a target asks it and never looks which kind it is.
 """
 
 from __future__ import annotations
@@ -38,7 +34,8 @@ QUARTERS = 4
 
 @dataclass(frozen=True)
 class Regression:
-    """One number for each image, or several: the label columns of the index.
+    """One number for each image, or several: the label columns of the index. Heads are fitted on standardised numbers, so that penalties
+    and learning rates mean the same whatever the unit is.
 
     `centre` and `scale` are what the numbers of the training images are standardised by, `low` and `high` their range, `half` half
     of the width of a prediction's interval; each with an entry per column, () where it is not known yet. Where not told otherwise
@@ -112,7 +109,7 @@ class Regression:
         except ValueError:
             y = np.full(index.labels.shape, np.nan)
             for place, text in np.ndenumerate(index.labels):
-                y[place] = _number(text)
+                y[place] = as_number(text)
         wrong = ~np.isfinite(self._flat(y)).all(axis=1)
         if wrong.any():
             found = [f"{path}: {label}" for path, label in zip(index.paths[wrong], index.labels[wrong], strict=True)]
@@ -188,10 +185,6 @@ class Regression:
         whole = self._flat(np.asarray(standardised, dtype=np.float64)) * self.scale + self.centre
         return np.asarray(whole[:, 0] if self.width == 1 else whole)
 
-    def recalled(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Numbers, None]:
-        """Return what an estimator says of the rows that it was fitted on."""
-        return self.answers(estimator, X)[:2]
-
     def predict(self, estimator: Any, X: NDArray[np.float32], calibrate: Calibrate) -> tuple[Numbers, None]:
         """Return numbers; there are no probabilities."""
         return self.answers(estimator, X)[:2]
@@ -228,7 +221,8 @@ class Regression:
         return f"{side} the training images' {self.low[place]:.6g} to {self.high[place]:.6g}"
 
 
-def _number(text: str) -> float:
+def as_number(text: str) -> float:
+    """Return the number that a text says; not a number where it says none."""
     try:
         return float(text)
     except ValueError:

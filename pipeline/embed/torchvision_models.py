@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.embed.published import NO_DOWNLOAD, UNKNOWN, Arguments, Family, Fetch, Published
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
 from pipeline.io.vision import torchvision
 
@@ -100,6 +101,8 @@ def _published(architecture: str, member: Any) -> Published:
                 f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {path.parent}; "
                 f"{NO_DOWNLOAD}"
             ) from None
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # as torch says it of half a file
+            raise BackboneError(f"{path} is damaged ({first_line(error)}); delete it, to fetch it again") from None
 
     return Published(
         load,

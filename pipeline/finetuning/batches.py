@@ -1,4 +1,4 @@
-"""Batches: which images a step sees and how they are changed, as functions of the seed and the step, and what is learned of them."""
+"""Batches: which images a step sees and how they are changed, as functions of the seed and the step, and the loss on them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SMALLEST_CROP = 0.5
 """Of an image's area."""
 
 Score = tuple[float, float]
-"""Of validation images, higher is better: accuracy, and minus the loss, which decides between equal ones."""
+"""Accuracy on the validation images, and minus the loss, which decides between equal ones: higher is better."""
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images with what is to be said of them, in memory or mapped from a file.
+    """Images with their labels, in memory or mapped from a file.
 
     pixels : ndarray of shape (n, height, width, 3), uint8
-    y : ndarray of shape (n,), as the target encodes it: int64 places in the classes
-    entering : what enters the lowest stage that is trained, of shape (n, ...), where that was kept: then it stands for the pixels
+    y : ndarray of shape (n,), int64, places in the classes
+    entering : what enters the lowest trained stage, of shape (n, ...), where that was kept; it is then used in place of the pixels
     """
 
     pixels: NDArray[np.uint8]
@@ -40,15 +40,18 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class Data:
-    """What is learned from, what weights are chosen on, and how pixels become numbers; `width` is how many numbers the network gives."""
+    """Images to learn from, images to choose weights on, and how pixels become numbers."""
 
     train: LabelledImages
     validation: LabelledImages
     width: int
+    """Numbers that the network gives for an image, one for each class."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     below: tuple[nn.Module, ...] = ()
-    """Modules of the network that are left out for images of which is kept what they give."""
+    """Modules that are left out for images with `entering`, as their work is done."""
+    balanced: bool = False
+    """Whether each class counts as much as another, however many images it has."""
 
 
 def rows_at(position: int, count: int, images: int, seed: int) -> NDArray[np.int64]:
@@ -91,19 +94,22 @@ def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch
     return to_float(images.permute(0, 2, 3, 1), data.mean, data.std).contiguous(memory_format=torch.channels_last)
 
 
-# ---- what is learned, and chosen by: outputs are float32 of shape (n, `Data.width`)
+# ---- the loss and the score of a network's outputs, float32 of shape (n, `Data.width`)
 
 
-def loss_of(logits: Tensor, y: Tensor, settings: FinetuneConfig, data: Data) -> Tensor:
-    """Return the mean cross-entropy of outputs, float32 (n, n_classes), for classes, int64 (n,); balanced, a class weighs n / (n_classes * n_class), as in scikit-learn."""
+def loss_of(logits: Tensor, y: Tensor, data: Data) -> Tensor:
+    """Return the mean cross-entropy for classes, int64 (n,).
+
+    Where classes are balanced, each weighs n / (n_classes * n_class), as in scikit-learn.
+    """
     weights = None
-    if settings.class_weight is not None:
+    if data.balanced:
         counts = np.maximum(np.bincount(data.train.y, minlength=data.width), 1)
         weights = torch.tensor(len(data.train) / (data.width * counts), dtype=torch.float32, device=logits.device)
     return functional.cross_entropy(logits, y, weights)
 
 
 def score_of(logits: Tensor, y: Tensor) -> Score:
-    """Return how good outputs are, likewise."""
+    """Return accuracy and minus the loss for classes, int64 (n,)."""
     accuracy = (logits.argmax(1) == y).double().mean().item()
     return accuracy, -functional.cross_entropy(logits.double(), y).item()

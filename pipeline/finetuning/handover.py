@@ -24,8 +24,6 @@ from pipeline.embed.records import open_record
 from pipeline.embed.weights import Network, family_of, load_network
 from pipeline.errors import TrainingError
 from pipeline.evaluation import fit_calibrator
-from pipeline.experiment import Artifacts
-from pipeline.export import bundle as bundles
 from pipeline.finetuning.material import Choice, Parts, read_pixels
 from pipeline.finetuning.plan import last_linear
 from pipeline.finetuning.trainer import predict_logits
@@ -60,9 +58,13 @@ def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Par
     module = family_of(network.architecture).with_classifier(network.module, parts.target.width)
     network = replace(network, module=module)
     rows = parts.train.rows(np.arange(min(PROBES, len(parts.train))))
-    stored = store.read(rows.digests)
-    found = _entering_last_layer(network, read_pixels(config, rows, preprocessing), config)
-    off = np.full(len(rows), np.inf)
+    device, entering = resolve_device(config.extraction.device), list[NDArray[np.float32]]()
+    layer = module.to(device).get_submodule(last_linear(module))
+    hook = layer.register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0].float().cpu().numpy()))
+    pixels = read_pixels(config, rows, preprocessing)
+    predict_logits(module, pixels, preprocessing.mean, preprocessing.std, device)
+    hook.remove()
+    found, stored, off = np.concatenate(entering), store.read(rows.digests), np.full(len(rows), np.inf)
     if found.shape == stored.shape:
         off = np.linalg.norm(found - stored, axis=1) / np.maximum(np.linalg.norm(stored, axis=1), 1e-12)
     if off.max() > TOLERANCE:
@@ -74,37 +76,11 @@ def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Par
     return network
 
 
-def _entering_last_layer(network: Network, pixels: NDArray[np.uint8], config: Config) -> NDArray[np.float32]:
-    """Return what a network's last linear layer is given for images, uint8 (n, height, width, 3): float32 (n, dim)."""
-    device, prepared = resolve_device(config.extraction.device), network.preprocessing
-    given: list[NDArray[np.float32]] = []
-    layer = network.module.to(device).get_submodule(last_linear(network.module))
-    hook = layer.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].float().cpu().numpy()))
-    try:
-        predict_logits(network.module, pixels, prepared.mean, prepared.std, device)
-    finally:
-        hook.remove()
-    return np.concatenate(given)
-
-
 def put_head(network: nn.Module, layer: Layer) -> None:
-    """Replace the network's last linear layer by weights (width, dim) and biases (width,), float64; it becomes float32.
-
-    Raises
-    ------
-    TrainingError
-        When the layer takes vectors of another length than the network has.
-    """
-    name = last_linear(network)
-    old = network.get_submodule(name)
-    assert isinstance(old, nn.Linear)
-    weights, bias = layer
-    if weights.shape[1] != old.in_features:
-        raise TrainingError(
-            f"the head takes vectors of {weights.shape[1]} numbers, the network's last layer {name!r} gets {old.in_features}; "
-            "use a head trained on the penultimate layer"
-        )
-    new = nn.Linear(weights.shape[1], len(weights), device=old.weight.device)
+    """Replace the network's last linear layer by weights (width, dim) and biases (width,), float64; it becomes float32."""
+    name, (weights, bias) = last_linear(network), layer
+    device = next(network.parameters()).device
+    new = nn.Linear(weights.shape[1], len(weights), device=device)
     with torch.no_grad():
         new.weight.copy_(torch.from_numpy(weights))
         new.bias.copy_(torch.from_numpy(bias))
@@ -114,9 +90,7 @@ def put_head(network: nn.Module, layer: Layer) -> None:
 # ---- the layer to start from
 
 
-def starting_layer(
-    config: Config, files: Artifacts, choice: Choice, store: FeatureStore, parts: Parts
-) -> tuple[Layer, str]:
+def starting_layer(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> tuple[Layer, str]:
     """Return the last layer to start from, weights (width, dim) and biases (width,), float64, and what it is in words.
 
     The head is fitted anew, with stage two's parameters, on the images that stage three learns from: stage two's own has
@@ -127,10 +101,11 @@ def starting_layer(
     TrainingError
         When the head was fitted for another target than the data have.
     """
-    linear, width = choice.linear, parts.target.width
-    if linear is None:
-        return _random_layer(width, choice.record.spec.dim, config.seed), "a random last layer"
-    bundle = bundles.load(files.root / str(linear.bundle))
+    linear, bundle, width = choice.linear, choice.head, parts.target.width
+    if linear is None or bundle is None:
+        bound, rng = store.dim**-0.5, np.random.default_rng(config.seed)  # as torch would start
+        random = rng.uniform(-bound, bound, (width, store.dim)), rng.uniform(-bound, bound, width)
+        return random, "a random last layer"
     if bundle.target != parts.target:
         raise TrainingError(
             f"{linear.bundle}: tells {bundle.target.width} classes apart, the data have {width} others; run `manyheads heads` again"
@@ -143,16 +118,10 @@ def starting_layer(
     layer = as_layer(pipeline)
     if not hasattr(pipeline, "predict_proba"):
         layer = _tempered(layer, bundle.estimator, linear.head, X, y, config.seed)
-    gap = choice.winner.cv_mean - linear.cv_mean
-    behind = f"; {choice.winner.key}, which is no layer, is {gap:.2%} better in cross-validation" if gap > 0 else ""
-    words = f"{linear.head} of stage two ({linear.cv_mean:.2%} in cross-validation{behind})"
-    return _for_all_classes(layer, pipeline.classes_, width), words
-
-
-def _random_layer(width: int, dim: int, seed: int) -> Layer:
-    """Return the layer torch would start with, (width, dim) and (width,), float64: the control that starts from no head."""
-    bound, rng = dim**-0.5, np.random.default_rng(seed)
-    return rng.uniform(-bound, bound, (width, dim)), rng.uniform(-bound, bound, width)
+    # A class that the head never saw has a row too, far below the others.
+    weights, bias = np.zeros((width, store.dim)), np.full(width, layer[1].min() - UNSEEN_MARGIN)
+    weights[pipeline.classes_], bias[pipeline.classes_] = layer
+    return (weights, bias), f"{linear.head} of stage two ({linear.cv_mean:.2%} in cross-validation)"
 
 
 def _fitted(estimator: Any, name: str, X: FeatureMatrix, y: NDArray[np.int64], seed: int) -> Pipeline:
@@ -162,7 +131,7 @@ def _fitted(estimator: Any, name: str, X: FeatureMatrix, y: NDArray[np.int64], s
         head = Head(name, lambda seed: clone(estimator), {}, {}, evaluator=HEADS[name].evaluator)
         return refit(head, {}, X, y, seed)
     head = Head(name, lambda seed: clone(estimator[2:]), {}, {})  # behind the scaler and the PCA
-    return refit(head, {}, X, y, seed, pca.n_components, pca.whiten)
+    return refit(head, {}, X, y, seed, pca.n_components)
 
 
 def _tempered(layer: Layer, estimator: Any, name: str, X: FeatureMatrix, y: NDArray[np.int64], seed: int) -> Layer:
@@ -179,11 +148,3 @@ def _tempered(layer: Layer, estimator: Any, name: str, X: FeatureMatrix, y: NDAr
             columns[held_out[place]] = scores / 2 if len(classes) == 2 else scores
     slope = fit_calibrator(columns, codes).slopes[0]
     return layer[0] * slope, layer[1] * slope
-
-
-def _for_all_classes(layer: Layer, seen: NDArray[np.int64], width: int) -> Layer:
-    """Give a class that the head never saw a row too, far below the others; `seen`, int64, are the classes of the layer's rows."""
-    weights = np.zeros((width, layer[0].shape[1]))
-    bias = np.full(width, layer[1].min() - UNSEEN_MARGIN)
-    weights[seen], bias[seen] = layer
-    return weights, bias

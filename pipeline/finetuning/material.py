@@ -20,6 +20,8 @@ from pipeline.embed.records import EmbeddingRecord, departures, read_asked_recor
 from pipeline.errors import ConfigError, PipelineError, TrainingError, first
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_leaderboard
 from pipeline.experiment import Artifacts
+from pipeline.export import bundle as bundles
+from pipeline.export.bundle import ModelBundle
 from pipeline.heads import HEADS
 from pipeline.heads.tuning import make_folds
 from pipeline.io import process
@@ -45,12 +47,19 @@ class Choice:
     record: EmbeddingRecord
     linear: LeaderboardRow | None
     """The row whose head is handed over; none for a random start."""
+    head: ModelBundle | None
+    """That head, as it was saved."""
     winner: LeaderboardRow
     """The best row of all."""
     frozen: LeaderboardRow | None
     """The same network frozen: the row that is handed over, after a random start the best linear one."""
     floor: LeaderboardRow | None = None
     """The best row that has learned from no other images: a baseline's, or an untrained network's."""
+
+    @property
+    def balanced(self) -> bool:
+        """Whether each class counts as much as another, as in the head that is handed over."""
+        return self.head is not None and self.head.estimator[-1].get_params().get("class_weight") == "balanced"
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ def choose(config: Config, files: Artifacts) -> Choice:
     floor = next((row for row in board.rows if row.baseline or row.untrained), None)
     linear = [row for row in able if row.embedding == embedding and row.head in LINEAR]
     if head == "random":
-        return Choice(records[embedding], None, board.best, next(iter(linear), None), floor)
+        return Choice(records[embedding], None, None, board.best, next(iter(linear), None), floor)
     if head != "best":
         linear = [row for row in linear if row.head == head]
     if not linear:
@@ -108,7 +117,8 @@ def choose(config: Config, files: Artifacts) -> Choice:
             f"finetune.start: {embedding} has no linear head {head!r}; add one of {', '.join(LINEAR)} to heads: and run "
             "`manyheads heads`, or set it to random"
         )
-    return Choice(records[embedding], linear[0], board.best, linear[0], floor)
+    saved = bundles.load(files.root / str(linear[0].bundle))
+    return Choice(records[embedding], linear[0], saved, board.best, linear[0], floor)
 
 
 def refusal(kind: str) -> str:
@@ -134,11 +144,6 @@ def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:
         raise PipelineError(
             f"{files.leaderboard}: is of another config; run `manyheads heads` with this config first", problems
         )
-
-
-def lineage_of(record: EmbeddingRecord) -> Lineage:
-    """Return the lineage of an embedding's network, which is no longer empty when it was fine-tuned before."""
-    return lineage.of(record.section, record.spec.trained_on)
 
 
 def divide(config: Config, files: Artifacts, store: FeatureStore, parent: Lineage = lineage.NONE) -> Parts:

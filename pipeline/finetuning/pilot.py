@@ -7,20 +7,18 @@ help, and what a step takes. A pilot costs at most `SHARE` of the whole run, cou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config import Config
 from pipeline.embed.engines import resolve_device, resolve_precision
 from pipeline.embed.weights import Network
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.finetuning.batches import Data, LabelledImages, to_float
-from pipeline.finetuning.checkpoint import copy_weights
 from pipeline.finetuning.handover import Layer, put_head
 from pipeline.finetuning.material import Parts, read_pixels
 from pipeline.finetuning.plan import check_plan, stages_of
@@ -28,10 +26,11 @@ from pipeline.finetuning.result import RETURN_EVALUATIONS
 from pipeline.finetuning.trainer import (
     EVALUATIONS,
     TrainingTask,
+    copy_weights,
     evaluate,
     make_optimizer,
     prepare,
-    steps_asked,
+    steps_of,
     train_step,
 )
 
@@ -75,7 +74,7 @@ class Pilot:
 
     def minutes(self, config: Config, parts: Parts) -> tuple[float, float]:
         """Return what a whole run should take that trains the last stage, and one that trains everything."""
-        steps = steps_asked(config.finetune, len(parts.train))
+        steps = steps_of(config.finetune, len(parts.train))
         judged = _judged(parts) * self.image_seconds
         last, everything = ((steps * each + judged) / 60 for each in self.step_seconds)
         return last, everything
@@ -84,7 +83,7 @@ class Pilot:
 def full_passes(config: Config, parts: Parts) -> int:
     """Return how many passes of an image through the network a whole run takes that trains everything."""
     settings = config.finetune
-    trained = steps_asked(settings, len(parts.train)) * settings.batch_size
+    trained = steps_of(settings, len(parts.train)) * settings.batch_size
     return trained * PASSES + _judged(parts) + len(parts.test)
 
 
@@ -93,10 +92,10 @@ def _judged(parts: Parts) -> int:
     return (EVALUATIONS + RETURN_EVALUATIONS) * len(parts.validation)
 
 
-def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot:
+def pilot(config: Config, network: Network, layer: Layer, parts: Parts, balanced: bool) -> Pilot:
     """Train for a few steps on two parts of the training images, each time from the handed-over head.
 
-    `network` is left trained.
+    `network` is left trained; `balanced` is that of `Choice`.
 
     Raises
     ------
@@ -107,11 +106,11 @@ def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot
     target, settings, prepared = parts.target, config.finetune, network.preprocessing
     device = resolve_device(config.extraction.device)
     precision = resolve_precision(config.extraction.precision, device)[1]
-    held_out = parts.validation.rows(_first(target.encode(parts.validation), MOST_HELD_OUT, config.seed))
+    held_out = parts.validation.rows(stratified_order(target.encode(parts.validation), config.seed)[:MOST_HELD_OUT])
     each = settings.batch_size
     budget = SHARE * full_passes(config, parts) - 3 * len(held_out) - STATISTICS
     steps = max(2, int(budget / (PASSES * each * 2)) - 1)  # one more is spent on timing the last stage
-    learned = parts.train.rows(_first(target.encode(parts.train), steps * each, config.seed))
+    learned = parts.train.rows(stratified_order(target.encode(parts.train), config.seed)[: steps * each])
     pixels = read_pixels(config, learned, prepared), read_pixels(config, held_out, prepared)
     y = target.encode(learned)
     put_head(network.module, layer)
@@ -124,6 +123,7 @@ def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot
         target.width,
         prepared.mean,
         prepared.std,
+        balanced=balanced,
     )
     task = TrainingTask(
         network.module,
@@ -169,11 +169,6 @@ def pilot(config: Config, network: Network, layer: Layer, parts: Parts) -> Pilot
     )
 
 
-def _first(y: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
-    """Return n rows in a stratified order, int64 of shape (n,); y : int64 of shape (m,)."""
-    return stratified_order(y, seed)[:n].astype(np.int64)
-
-
 def _steps(task: TrainingTask, data: Data, count: int) -> list[float]:
     """Do some steps at the full rates and return what each took in seconds."""
     optimizer, scaler = make_optimizer(task), torch.amp.GradScaler(task.device.type, enabled=task.precision == "fp16")
@@ -195,24 +190,19 @@ def statistics_shift(network: nn.Module, images: torch.Tensor) -> float | None:
     """
     found = list[float]()
 
-    def look(module: nn.modules.batchnorm._BatchNorm) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            if module.running_mean is None or module.running_var is None:
-                return
+    def look(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(norm, _BatchNorm)
+        if norm.running_mean is not None and norm.running_var is not None:
             mean = inputs[0].float().transpose(0, 1).flatten(1).mean(dim=1)
-            apart = (mean - module.running_mean) ** 2 / (module.running_var + module.eps)
+            apart = (mean - norm.running_mean) ** 2 / (norm.running_var + norm.eps)
             found.append(float(apart.mean().sqrt()))
 
-        return hook
-
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    hooks = [module.register_forward_pre_hook(look(module)) for module in norms]
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
     device = next(network.parameters()).device
     network.eval()
-    try:
-        with torch.inference_mode():
-            network(images.to(device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.inference_mode():
+        network(images.to(device))
+    for hook in hooks:
+        hook.remove()
     return float(np.mean(found)) if found else None

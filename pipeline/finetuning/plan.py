@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.embed.graph import Stage, find_stages
 from pipeline.errors import TrainingError
@@ -17,7 +18,6 @@ from pipeline.errors import TrainingError
 SAME = 1e-5
 """How far a network's outputs may move, as a share of the largest, when its norms are folded: what rounding does."""
 
-BatchNorm = Literal["frozen", "affine", "train"]
 Plan = tuple[tuple[float, int], ...]
 """From which share of the steps on, which stage is the lowest that is trained."""
 
@@ -98,12 +98,8 @@ def describe_plan(plan: Plan, stages: Sequence[Stage], network: nn.Module, steps
     return lines
 
 
-def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int, batch_norm: BatchNorm) -> None:
-    """Put the network into training with everything below stage `lowest` as still as in evaluation.
-
-    Frozen stages get no gradient, keep their BatchNorm statistics and drop nothing out. In trained stages BatchNorm's
-    statistics move only with `batch_norm="train"`, and its scale and shift stay with `"frozen"`.
-    """
+def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int) -> None:
+    """Put the network into training, but for BatchNorm and all stages below `lowest`, which get no gradient and drop nothing out."""
     owners = stage_of_parameters(network, stages)
     trained = {stage.name for stage in stages[lowest:]}
     for name, parameter in network.named_parameters():
@@ -112,11 +108,8 @@ def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int, batc
     for stage in stages[:lowest]:
         for module in stage.modules:
             network.get_submodule(module).eval()
-    for norm in (module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
-        if batch_norm != "train":
-            norm.eval()
-        if batch_norm == "frozen":
-            norm.requires_grad_(False)
+    for norm in (module for module in network.modules() if isinstance(module, _BatchNorm)):
+        norm.eval().requires_grad_(False)
 
 
 # ---- frozen norms, which need no pass of their own

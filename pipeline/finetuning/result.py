@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
-from torch.optim.swa_utils import update_bn
 
 from pipeline.data.lineage import Lineage
 from pipeline.embed.weights import DIGEST_KEY, METADATA_KEY, weights_digest
@@ -22,10 +20,9 @@ from pipeline.evaluation import ACCURACY, HeadPredictions, Paired, Predictions, 
 from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import MADE_BY, Artifacts, made_by
-from pipeline.finetuning.batches import Data, Score, augmented, rows_at
-from pipeline.finetuning.checkpoint import Weights, copy_weights
+from pipeline.finetuning.batches import Data, Score
 from pipeline.finetuning.material import Choice, Parts
-from pipeline.finetuning.trainer import TrainingTask, evaluate
+from pipeline.finetuning.trainer import TrainingTask, Weights, copy_weights, evaluate
 from pipeline.io.files import make_folder, write_atomic
 
 FORMAT = "manyheads weights"
@@ -35,7 +32,6 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the return path; then half as far on either side of the best."""
 RETURN_EVALUATIONS = len(ALPHAS) + 1
 """At most: two more, and the end has been judged in training."""
-STATISTICS_BATCHES = 20
 
 
 # ---- the way back: the line from hand-over to result, of which the validation images choose a point
@@ -66,49 +62,31 @@ def return_path(
     def best_of(alphas: Iterable[float]) -> float:
         for alpha in alphas:
             if 0 <= alpha <= 1 and alpha not in scores:
-                _go_to(task, data, start, end, alpha)
+                task.network.load_state_dict(interpolate(start, end, alpha))
                 scores[alpha] = evaluate(task.network, data.validation, data, task.device, task.precision)
         return max(scores, key=lambda alpha: (scores[alpha], -alpha))
 
     near, half = best_of(ALPHAS), ALPHAS[1] / 2
     best = best_of((near - half, near + half))
-    _go_to(task, data, start, end, best)
+    task.network.load_state_dict(interpolate(start, end, best))
     alphas = tuple(sorted(scores))
     return ReturnPath(alphas, tuple(scores[alpha] for alpha in alphas), best, copy_weights(task.network))
 
 
 def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> Weights:
-    """Return `(1 - alpha) * start + alpha * end` of each tensor, in its shape and dtype; counters are the end's unless alpha is 0."""
+    """Return `(1 - alpha) * start + alpha * end` of each tensor, in its shape and dtype; counters, which do not move, as they are."""
     return {
-        name: torch.lerp(tensor, end[name], alpha)
-        if tensor.is_floating_point()
-        else (end[name] if alpha > 0 else tensor).clone()
+        name: torch.lerp(tensor, end[name], alpha) if tensor.is_floating_point() else tensor.clone()
         for name, tensor in start.items()
     }
-
-
-def _go_to(task: TrainingTask, data: Data, start: Weights, end: Weights, alpha: float) -> None:
-    task.network.load_state_dict(interpolate(start, end, alpha))
-    if task.settings.batch_norm == "train" and 0 < alpha < 1:
-        recompute_statistics(task, data)
-
-
-def recompute_statistics(task: TrainingTask, data: Data) -> None:
-    """Measure BatchNorm's statistics anew: those of weights between two others are not between their statistics."""
-    size = task.settings.batch_size
-    torch.manual_seed(task.seed)
-    rows = (
-        rows_at(batch * size, size, len(data.train), task.seed)
-        for batch in range(min(STATISTICS_BATCHES, math.ceil(len(data.train) / size)))
-    )
-    update_bn((augmented(data.train.pixels[part], task.settings, task.device, data) for part in rows), task.network)
-    task.network.eval()
 
 
 # ---- the weights file, which `embed` loads by itself
 
 
-def describe(
+def write_weights(
+    path: Path,
+    weights: Mapping[str, Tensor],
     *,
     name: str,
     architecture: str,
@@ -118,12 +96,12 @@ def describe(
     lineage: Lineage | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Return what a weights file says of itself: how to build its network, and where the weights come from.
+    """Write a weights file in one move, with how to build its network and where the weights come from, which is returned.
 
-    `preprocessing` has the keys of that section of a config; `lineage` is told where features of the same images may be
-    cross-validated.
+    `preprocessing` has the keys of that section of a config; `lineage` names the images that the weights have learned from, on
+    which their features must not be cross-validated. Shapes and dtypes of tensors stay as they are.
     """
-    return {
+    description = {
         "format": FORMAT,
         "version": VERSION,
         "name": name,
@@ -134,20 +112,12 @@ def describe(
         "trained_on": None if lineage is None else lineage.digest,
         **more,
     }
-
-
-def write_weights(
-    path: Path,
-    weights: Mapping[str, Tensor],
-    description: Mapping[str, Any],
-    lineage: Lineage | None = None,
-) -> None:
-    """Write a weights file in one move; shapes and dtypes stay as they are."""
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    described = json.dumps({**description, MADE_BY: made_by()}, ensure_ascii=False)
-    header = {METADATA_KEY: described, **({} if lineage is None else lineage.header())}
+    tensors = {key: tensor.contiguous() for key, tensor in weights.items()}
+    header = {METADATA_KEY: json.dumps({**description, MADE_BY: made_by()}, ensure_ascii=False)}
+    header |= {} if lineage is None else lineage.header()
     make_folder(path.parent)
     write_atomic(path, save(tensors, {**header, DIGEST_KEY: weights_digest(tensors, header)}))
+    return description
 
 
 # ---- the verdict: one comparison with stage two on the untouched test images
@@ -234,7 +204,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     ]
     found = [
         f"start      {result['start']}",
-        f"chosen     {result['source']}, alpha {result['alpha']:g}: {validation['chosen']:.2%} on validation, {validation['start']:.2%} at the start",
+        f"chosen     alpha {result['alpha']:g}: {validation['chosen']:.2%} on validation, {validation['start']:.2%} at the start",
         f"test       {result['test']:.2%} fine-tuned",
         *(f"{'' if place else 'verdict':<10} against {line}" for place, line in enumerate(against)),
     ]

@@ -1,4 +1,4 @@
-"""The trainer: images and what is to be said of them in, the weights that did best on the validation images out.
+"""The trainer: labelled images in, the weights that did best on the validation images out.
 
 Everything random in a step comes from (seed, step), so that a step is the same whatever was done before in this process: a run
 continued from its checkpoint gives on the CPU, bit for bit, the weights of a run that was never stopped.
@@ -6,11 +6,12 @@ continued from its checkpoint gives on the CPU, bit for bit, the weights of a ru
 
 from __future__ import annotations
 
+import io
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import FinetuneConfig
 from pipeline.embed.graph import Stage
 from pipeline.errors import TrainingError
 from pipeline.evaluation import ACCURACY
+from pipeline.experiment import to_lines, with_digest, without_digest
 from pipeline.finetuning.batches import Data, LabelledImages, Score, augmented, loss_of, rows_at, score_of, to_float
-from pipeline.finetuning.checkpoint import State, TrainingRun, copy_weights, load, save
 from pipeline.finetuning.plan import Plan, fold_norms, modules_below, passing, set_trainable, stage_of_parameters
 from pipeline.io import process
-from pipeline.io.files import make_folder, write_text_atomic
+from pipeline.io.files import make_folder, read_file, write_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
+
+FORMAT, VERSION = "manyheads checkpoint", 4
 
 EVALUATIONS = 10
 """How often a run is evaluated."""
@@ -41,9 +43,16 @@ BLOCK = 32
 """Images that are scored at a time."""
 SAVE_SECONDS = 30.0
 """A checkpoint is written after this time at the latest, because an evaluation may be minutes away."""
+RATE_DECAY, RATE_SPREAD = 0.5, 100
+"""What each stage has of the rate of the one above it, and how much larger than any the head's may be."""
+WARMUP = 0.1
+"""Share of the steps in which the rate rises; then it falls along a cosine."""
 WEIGHT_DECAY = 0.01
 """Of AdamW; norms and biases have none."""
-PROFILE_ROWS = 40
+PROFILED_STEPS, PROFILE_ROWS = 5, 40
+
+Weights = dict[str, Tensor]
+"""A network's state by name, detached copies on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -67,25 +76,43 @@ class TrainingTask:
         return max(1, self.steps // self.evaluations)
 
 
-def steps_for(images: int) -> int:
-    """Return the number of steps by the size of the data, after BiT's rule: 500 below 20,000 images, then 10,000, 20,000.
+@dataclass
+class State:
+    """How far a run is, and at its end what it gave: all of a checkpoint but the states of network, optimizer and the like."""
 
-    Kolesnikov et al. 2020, "Big Transfer", section 3.3; their batches are 512.
+    step: int = 0
+    """Steps done."""
+    seconds: float = 0.0
+    """Spent in training, over all pieces of a run that was stopped."""
+    losses: list[float] = field(default_factory=list)
+    """Of every step since the last evaluation."""
+    score: Score | None = None
+    """The best so far on the validation images."""
+    weights: Weights = field(default_factory=dict)
+    """Those that had it."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """A record for each evaluation."""
+
+
+def steps_of(settings: FinetuneConfig, images: int) -> int:
+    """Return the number of steps of a run: what is asked for, or by the number of images after BiT's rule.
+
+    500 below 20,000 images, then 10,000, from 500,000 on 20,000: Kolesnikov et al. 2020, "Big Transfer", section 3.3.
     """
+    if settings.steps != "auto":
+        return settings.steps
     return 500 if images < 20_000 else 10_000 if images < 500_000 else 20_000
 
 
-def steps_asked(settings: FinetuneConfig, images: int) -> int:
-    """Return the number of steps of a run: what the settings say, or for `auto` by the number of images that it learns from."""
-    return steps_for(images) if settings.steps == "auto" else settings.steps
+def copy_weights(network: nn.Module) -> Weights:
+    """Return a copy of a network's whole state, buffers included; shapes and dtypes are the network's."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}
 
 
-def train(
-    task: TrainingTask, data: Data, run: TrainingRun, on_evaluation: Callable[[int], None] | None = None
-) -> State:
+def train(task: TrainingTask, data: Data, folder: Path, identity: str) -> State:
     """Train a network in place, put the weights into it that did best on the validation images, and return how it went.
 
-    A checkpoint of the same identity is continued; `on_evaluation` gets the step of each evaluation, once it is saved.
+    `folder` gets the checkpoint and the log; a checkpoint in it of the same `identity` is continued.
 
     Raises
     ------
@@ -94,30 +121,36 @@ def train(
     """
     _check(task, data)
     prepare(task, data)
-    settings, parts = task.settings, _parts(task)
-    state = load(run, parts)
+    optimizer = make_optimizer(task)
+    schedule = make_schedule(task, optimizer)
+    scaler = torch.amp.GradScaler(task.device.type, enabled=task.precision == "fp16")
+    parts = {"network": task.network, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    state = _load(folder, identity, parts)
     saved, clock = state.seconds, time.perf_counter()
-    with (
-        process.bar(task.steps, "step", "training", initial=state.step) as bar,
-        _profiler(settings.profile_steps, run.folder / "profile.txt") as tick,
-        _tensorboard(run.folder / "tensorboard" if settings.tensorboard else None) as show,
-    ):
+    with ExitStack() as stack:
+        bar = stack.enter_context(process.bar(task.steps, "step", "training", initial=state.step))
+        watch = task.settings.watch
+        profiler = stack.enter_context(_profiler(folder / "profile.txt")) if "profiler" in watch else None
+        board = stack.enter_context(_board(folder / "tensorboard")) if "tensorboard" in watch else None
         while state.step < task.steps:
-            rate = _step(task, data, state, parts)
+            rate = float(schedule.get_last_lr()[-1])
+            state.losses.append(train_step(task, data, optimizer, scaler, state.step))
+            schedule.step()
+            state.step += 1
             state.seconds, clock = state.seconds + time.perf_counter() - clock, time.perf_counter()
-            tick()
             bar.update()
+            if profiler is not None:
+                profiler.step()
             due = state.step % task.evaluate_every == 0 or state.step == task.steps
             if due:
-                _evaluate(task, data, state, parts, rate)
+                record = _evaluate(task, data, state, rate)
+                bar.note(f"validation {record[f'validation_{ACCURACY.name}']:.1%}")
+                if board is not None:
+                    for name in record.keys() - {"step"}:
+                        board.add_scalar(name, record[name], state.step)
             if due or state.seconds - saved >= SAVE_SECONDS:
-                save(run, state, parts)
+                _save(folder, identity, state, parts)
                 saved = state.seconds
-            if due:
-                show(state.history[-1])
-                bar.note(f"validation {state.history[-1][f'validation_{ACCURACY.name}']:.1%}")
-                if on_evaluation is not None:
-                    on_evaluation(state.step)
     task.network.load_state_dict(state.weights)  # there are some: the last step is followed by an evaluation
     task.network.eval()
     return state
@@ -127,10 +160,6 @@ def _check(task: TrainingTask, data: Data) -> None:
     problems = []
     if task.precision == "fp16" and task.device.type == "cpu":
         problems.append("precision: 'fp16' needs a GPU; use 'bf16' or 'fp32' on the CPU")
-    if len(data.train) < 2:
-        problems.append(f"{len(data.train)} images to train on; expected at least 2")
-    if not len(data.validation):
-        problems.append("no validation images; expected at least one to choose weights on")
     side = min(data.train.pixels.shape[1:3])
     if task.settings.size is not None and task.settings.size > side:
         problems.append(
@@ -141,12 +170,11 @@ def _check(task: TrainingTask, data: Data) -> None:
 
 
 def prepare(task: TrainingTask, data: Data) -> None:
-    """Put the network on its device, as the fastest steps need it: channels last, norms that stay frozen folded, memory kept."""
+    """Put the network on its device, as the fastest steps need it: channels last, norms folded, freed memory kept."""
     process.keep_freed_memory()
     task.network.to(device=task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if task.settings.batch_norm == "frozen":
-        some = torch.from_numpy(data.validation.pixels[:2]).to(task.device)
-        logger.debug("%d norms are folded", fold_norms(task.network, to_float(some, data.mean, data.std)))
+    some = torch.from_numpy(data.validation.pixels[:2]).to(task.device)
+    logger.debug("%d norms are folded", fold_norms(task.network, to_float(some, data.mean, data.std)))
 
 
 def keep_below(task: TrainingTask, data: Data) -> Data:
@@ -179,32 +207,12 @@ def keep_below(task: TrainingTask, data: Data) -> Data:
 # ---- what changes from step to step
 
 
-def _parts(task: TrainingTask) -> dict[str, Any]:
-    """All that is in the checkpoint: network, optimizer, schedule, scaler, moving average."""
-    optimizer = make_optimizer(task)
-    parts = {
-        "network": task.network,
-        "optimizer": optimizer,
-        "schedule": make_schedule(task, optimizer),
-        "scaler": torch.amp.GradScaler(task.device.type, enabled=task.precision == "fp16"),
-    }
-    if task.settings.ema > 0:
-        follow = get_ema_multi_avg_fn(task.settings.ema)  # type: ignore[no-untyped-call]
-        parts["average"] = AveragedModel(task.network, multi_avg_fn=follow, use_buffers=True)
-    return parts
-
-
-def stage_rates(rate: float, decay: float, stages: int) -> list[float]:
-    """Return the full rate of each of `stages` stages from the stem to the head, geometric with a floor of 1/100."""
-    return [max(rate * decay**depth, rate / 100) for depth in range(stages - 1, -1, -1)]
-
-
 def make_optimizer(task: TrainingTask) -> torch.optim.Optimizer:
     """Return the optimizer with one group per stage and decay, at their full rates."""
-    settings, groups = task.settings, list[dict[str, Any]]()
+    rate, groups = task.settings.rate, list[dict[str, Any]]()
     owners = stage_of_parameters(task.network, task.stages)
-    rates = stage_rates(settings.rate, settings.rate_decay, len(task.stages))
-    for stage, own in zip(task.stages, rates, strict=True):
+    for depth, stage in zip(reversed(range(len(task.stages))), task.stages, strict=True):
+        own = max(rate * RATE_DECAY**depth, rate / RATE_SPREAD)
         inside = [parameter for name, parameter in task.network.named_parameters() if owners[name] == stage.name]
         for decays in (True, False):  # norms and biases, which are vectors, do not
             members = [parameter for parameter in inside if (parameter.ndim > 1) == decays]
@@ -216,7 +224,7 @@ def make_optimizer(task: TrainingTask) -> torch.optim.Optimizer:
 
 def make_schedule(task: TrainingTask, optimizer: torch.optim.Optimizer) -> LRScheduler:
     """Return the schedule of a run: linear warm-up to the full rate, then a cosine down to zero."""
-    warmup = round(task.settings.warmup * task.steps)
+    warmup = round(WARMUP * task.steps)
     fall = CosineAnnealingLR(optimizer, T_max=max(1, task.steps - warmup))
     if not warmup:
         return fall
@@ -225,17 +233,6 @@ def make_schedule(task: TrainingTask, optimizer: torch.optim.Optimizer) -> LRSch
 
 
 # ---- one step, one evaluation
-
-
-def _step(task: TrainingTask, data: Data, state: State, parts: dict[str, Any]) -> float:
-    """Do one step and return the head's rate in it."""
-    rate = float(parts["schedule"].get_last_lr()[-1])
-    state.losses.append(train_step(task, data, parts["optimizer"], parts["scaler"], state.step))
-    parts["schedule"].step()
-    if "average" in parts:
-        parts["average"].update_parameters(task.network)
-    state.step += 1
-    return rate
 
 
 def train_step(
@@ -252,19 +249,17 @@ def train_step(
     torch.manual_seed(int(np.random.SeedSequence([task.seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
     # Also after an evaluation, which left the network in evaluation mode.
     lowest = next(low for start, low in reversed(task.plan) if step >= round(start * task.steps))
-    set_trainable(task.network, task.stages, lowest, settings.batch_norm)
+    set_trainable(task.network, task.stages, lowest)
     optimizer.zero_grad(set_to_none=True)
-    rows, kept = (
-        rows_at(step * settings.batch_size, settings.batch_size, len(data.train), task.seed),
-        data.train.entering,
-    )
+    rows = rows_at(step * settings.batch_size, settings.batch_size, len(data.train), task.seed)
+    kept = data.train.entering
     if kept is None:
         images = augmented(data.train.pixels[rows], settings, task.device, data)
     else:
         images = kept[rows].to(task.device)
     with _autocast(task.device, task.precision), passing(() if kept is None else data.below):
         outputs = task.network(images).float()
-    loss = loss_of(outputs, torch.from_numpy(data.train.y[rows]).to(task.device), settings, data)
+    loss = loss_of(outputs, torch.from_numpy(data.train.y[rows]).to(task.device), data)
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     if not np.isfinite(found := loss.item()):
         raise TrainingError(
@@ -275,22 +270,22 @@ def train_step(
     return found
 
 
-def _evaluate(task: TrainingTask, data: Data, state: State, parts: dict[str, Any], rate: float) -> None:
-    """Score the weights, and their moving average, on the validation images, keep the best of them, and write a record."""
-    candidates = {"weights": task.network, **({"ema": parts["average"].module} if "average" in parts else {})}
-    record: dict[str, Any] = {"step": state.step}
-    for source, network in candidates.items():
-        # What is left out is of the network itself, and not of a copy.
-        images = data.validation if network is task.network else replace(data.validation, entering=None)
-        score = evaluate(network, images, data, task.device, task.precision)
-        name = "validation" if source == "weights" else source
-        record |= {f"{name}_{ACCURACY.name}": score[0], f"{name}_loss": -score[1]}
-        if state.score is None or score > state.score:
-            state.score, state.weights, state.source = score, copy_weights(network), source
-    record |= {"loss": float(np.mean(state.losses)), "rate": rate, "seconds": round(state.seconds, 1)}
+def _evaluate(task: TrainingTask, data: Data, state: State, rate: float) -> dict[str, Any]:
+    """Score the weights on the validation images, keep them where they are the best so far, and return the record of it."""
+    accuracy, minus_loss = score = evaluate(task.network, data.validation, data, task.device, task.precision)
+    if state.score is None or score > state.score:
+        state.score, state.weights = score, copy_weights(task.network)
+    record = {
+        "step": state.step,
+        f"validation_{ACCURACY.name}": accuracy,
+        "validation_loss": -minus_loss,
+        "loss": float(np.mean(state.losses)),
+        "rate": rate,
+        "seconds": round(state.seconds, 1),
+    }
     state.history.append(record)
     state.losses = []
-    logger.debug("%s", record)
+    return record
 
 
 def evaluate(
@@ -336,42 +331,62 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, kind, enabled=precision != "fp32")
 
 
-# ---- what watches a run while it lasts
+# ---- the checkpoint, and what watches a run
 
 
-@contextmanager
-def _profiler(steps: int, path: Path) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each step; torch's profiler watches `steps` of them after the first and writes its table."""
-    if steps == 0:
-        yield lambda: None
-        return
+def _save(folder: Path, identity: str, state: State, parts: Mapping[str, Any]) -> None:
+    """Write the checkpoint and the log, each whole and in one move: a killed run finds the last ones intact."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    content = {"format": FORMAT, "version": VERSION, "identity": identity, "state": vars(state), "parts": states}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    make_folder(folder)
+    write_atomic(folder / "checkpoint.pt", with_digest(buffer.getvalue()))
+    write_atomic(folder / "log.jsonl", to_lines(state.history, "")[0])
+
+
+def _load(folder: Path, identity: str, parts: Mapping[str, Any]) -> State:
+    """Return how far a run is, having put its parts into their states; the beginning where there is no checkpoint.
+
+    Raises
+    ------
+    TrainingError
+        When it cannot be read or belongs to another run.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return State()
+    data = read_file(path)
+    try:
+        content = torch.load(io.BytesIO(without_digest(data)), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for damaged files
+        raise TrainingError(f"{path}: cannot be read ({error}); delete it to train from the start") from None
+    if [content.get(key) for key in ("format", "version", "identity")] != [FORMAT, VERSION, identity]:
+        raise TrainingError(f"{path}: belongs to another run or version; delete it to train from the start")
+    for name, part in parts.items():
+        part.load_state_dict(content["parts"][name])
+    state = State(**content["state"])
+    logger.info("continuing after step %d", state.step)
+    return state
+
+
+def _profiler(path: Path) -> torch.profiler.profile:
+    """Return torch's profiler, which writes a table on some steps after the first."""
 
     def write(profile: torch.profiler.profile) -> None:
         make_folder(path.parent)
         write_text_atomic(path, profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=PROFILE_ROWS))
 
-    plan = torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1)
-    with torch.profiler.profile(schedule=plan, on_trace_ready=write) as profile:
-        yield profile.step
+    steps = torch.profiler.schedule(wait=0, warmup=1, active=PROFILED_STEPS, repeat=1)
+    return torch.profiler.profile(schedule=steps, on_trace_ready=write)
 
 
-@contextmanager
-def _tensorboard(folder: Path | None) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """Yield a function that sends an evaluation's numbers, with its step, to TensorBoard; without a folder to nowhere."""
-    if folder is None:
-        yield lambda record: None
-        return
+def _board(folder: Path) -> Any:
+    """Return a writer of TensorBoard's files."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise TrainingError(
-            "finetune.tensorboard: the package is not installed; run `pip install tensorboard` or set it to false"
+            "finetune.watch: tensorboard is not installed; run `pip install tensorboard` or leave it out"
         ) from None
-    with SummaryWriter(str(folder)) as board:
-
-        def show(record: Mapping[str, float]) -> None:
-            for name in record.keys() - {"step"}:
-                board.add_scalar(name, record[name], record["step"])
-            board.flush()
-
-        yield show
+    return SummaryWriter(str(folder))

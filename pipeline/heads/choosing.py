@@ -9,15 +9,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 from sklearn.pipeline import Pipeline
 
 from pipeline.config import HeadConfig, Scalar, guess, unknown
 from pipeline.errors import HeadError, number_of
 from pipeline.experiment import plain
-from pipeline.heads.head import Categorical, Dimension, Head, Integer, Params, configure
+from pipeline.heads.head import Categorical, Dimension, Head, Integer, Params, Real, configure
 from pipeline.heads.table import TABLES
-from pipeline.heads.tuning.evaluation import Evaluator
 from pipeline.io.process import users_module
 
 
@@ -62,21 +60,18 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
                 f"class_weight: {config.class_weight!r} is not possible with this head; heads that take it: {able}"
             )
     if problems:
-        plural = "problem" if len(problems) == 1 else "problems"
-        raise HeadError(f"head {config.name}: {len(problems)} {plural}", problems)
+        raise HeadError(f"head {config.name}: {number_of(len(problems), 'problem')}", problems)
     return replace(head, build=build, space=space, defaults=defaults, fixed=fixed)
 
 
 def serving(configs: Sequence[HeadConfig] | None, kind: str) -> tuple[HeadConfig, ...] | None:
-    """Return those of a config's heads that serve a kind of target, None where none does, and those that nobody knows, which
-    `resolve` tells."""
-
-    def serves(config: HeadConfig) -> bool:
-        if ":" in config.name:
-            return kind in load_own(config.name).targets
-        return config.name in TABLES[kind].known or not any(config.name in table.known for table in TABLES.values())
-
-    return tuple(filter(serves, configs or ())) or None
+    """Return those of a config's heads that serve a kind of target, and those that nobody knows, which `resolve` tells; None for none."""
+    kept = []
+    for config in configs or ():
+        kinds = [name for name, table in TABLES.items() if config.name in table.known] or [kind]
+        if kind in (load_own(config.name).targets if ":" in config.name else kinds):
+            kept.append(config)
+    return tuple(kept) or None
 
 
 def resolve_all(configs: Sequence[HeadConfig] | None, kind: str = "classification") -> tuple[Head, ...]:
@@ -94,8 +89,7 @@ def resolve_all(configs: Sequence[HeadConfig] | None, kind: str = "classificatio
     twice = sorted({name for name in names if names.count(name) > 1})
     problems += [f"{name}: two heads have this name; give yours another" for name in twice]
     if problems:
-        plural = "problem" if len(problems) == 1 else "problems"
-        raise HeadError(f"heads: {len(problems)} {plural}", problems)
+        raise HeadError(f"heads: {number_of(len(problems), 'problem')}", problems)
     return tuple(heads)
 
 
@@ -107,43 +101,27 @@ def _weighted(build: Callable[[int], Pipeline], class_weight: str, seed: int) ->
 
 def _mismatch(dimension: Dimension, values: Sequence[Scalar]) -> str | None:
     """Say why the config's values cannot replace a dimension, or None."""
+    given = list(values)
     if isinstance(dimension, Categorical):
-        return _choice_mismatch(dimension, values)
-    kind = "whole numbers" if isinstance(dimension, Integer) else "numbers"
-    wanted = (int,) if isinstance(dimension, Integer) else (int, float)
-    if len(values) not in {1, 2} or any(isinstance(value, bool) or not isinstance(value, wanted) for value in values):
-        return f"expected [low, high] in {kind}, such as [{dimension.low}, {dimension.high}], got {list(values)}"
-    numbers = [float(value) for value in values if isinstance(value, (int, float))]
-    if not all(math.isfinite(value) for value in numbers):
-        return f"expected finite {kind}, got {list(values)}"
+        choices = list(dimension.categories)
+        kinds, words = {type(choice) for choice in choices}, [choice for choice in choices if isinstance(choice, str)]
+        for value in values:
+            if isinstance(value, str) and words and value not in words:
+                return f"{value!r} is not a choice{guess(value, words)}; allowed: {', '.join(words)}"
+            if type(value) not in kinds and not (type(value) is int and float in kinds):
+                return f"{value!r} is not a choice; expected a list such as {choices}"
+        return (
+            None if values and len({*map(repr, values)}) == len(values) else f"expected different choices, got {given}"
+        )
+    whole = isinstance(dimension, Integer)
+    numbers = [value for value in values if type(value) is int or (type(value) is float and not whole)]
+    ordered = len(numbers) == len(values) and (len(values) == 1 or (len(values) == 2 and numbers[0] < numbers[1]))
+    if not ordered or not all(map(math.isfinite, numbers)):
+        kind = "whole numbers" if whole else "numbers"
+        return f"expected [low, high] in {kind}, such as [{dimension.low}, {dimension.high}], got {given}"
     if dimension.prior == "log-uniform" and numbers[0] <= 0:
-        return f"is searched on a logarithmic scale, so low must be above 0, got {list(values)}"
-    if len(numbers) == 2 and numbers[0] >= numbers[1]:
-        return f"expected low below high, got {list(values)}"
+        return f"is searched on a logarithmic scale, so low must be above 0, got {given}"
     return None
-
-
-def _choice_mismatch(dimension: Categorical, values: Sequence[Scalar]) -> str | None:
-    if not values:
-        return f"expected at least one choice of {list(dimension.categories)}, got none"
-    if len({repr(value) for value in values}) < len(values):
-        return f"a choice is given twice in {list(values)}"
-    kinds = {_kind(choice) for choice in dimension.categories}
-    words = [choice for choice in dimension.categories if isinstance(choice, str)]
-    for value in values:
-        if _kind(value) not in kinds:
-            return f"{value!r} is not a choice; expected a list of {', '.join(sorted(kinds))}, such as {list(dimension.categories)}"
-        if isinstance(value, str) and value not in words:
-            return f"{value!r} is not a choice{guess(value, words)}; allowed: {', '.join(words)}"
-    return None
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, (bool, np.bool_)):
-        return "true or false"
-    return "text" if isinstance(value, str) else "numbers"
 
 
 def _changed(dimension: Dimension, values: Sequence[Any], default: Any) -> tuple[Dimension, Any]:
@@ -182,29 +160,22 @@ def load_own(path: str) -> Head:
     head = getattr(module, attribute)
     if not isinstance(head, Head):
         raise HeadError(f"head {path!r}: is of type {type(head).__name__}, expected a pipeline.heads.Head")
-    problems = _flaws(head)
-    if problems:
-        raise HeadError(f"head {path!r}: {number_of(len(problems), 'problem')}", problems)
-    return head
-
-
-def _flaws(head: Head) -> list[str]:
-    """Say what is wrong with a user's own head, before anything is spent on it."""
     problems = []
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", head.name):
         problems.append(f"name: {head.name!r} names files; use letters, digits, '.', '_' and '-'")
-    for key in sorted(set(head.space) ^ set(head.defaults)):
-        where = "space" if key in head.space else "defaults"
-        problems.append(f"{where}.{key}: the space and the defaults must name the same parameters")
-    for key in sorted(set(head.space) & set(head.defaults)):
-        if head.defaults[key] not in head.space[key]:
-            problems.append(f"defaults.{key}: {head.defaults[key]!r} is not in {head.space[key]!r}")
-    if head.evaluator is not None and not isinstance(head.evaluator, Evaluator):
-        problems.append(
-            f"evaluator: {head.evaluator!r} is none; expected that of a built-in head, such as pipeline.heads.RIDGE.evaluator, or None"
-        )
+    if set(head.space) != set(head.defaults):
+        problems.append("defaults: expected a value for each parameter of the space, and for no other")
+    for key, dimension in head.space.items():
+        if not isinstance(dimension, Real | Integer | Categorical):
+            problems.append(
+                f"space.{key}: expected a Real, Integer or Categorical of pipeline.heads, got {dimension!r}"
+            )
+        elif key in head.defaults and head.defaults[key] not in dimension:
+            problems.append(f"defaults.{key}: {head.defaults[key]!r} is not in {dimension!r}")
     try:
         configure(head, head.defaults, 0)
     except Exception as error:  # a user's build may fail in any way
         problems.append(f"build: a pipeline with the defaults cannot be built ({type(error).__name__}: {error})")
-    return problems
+    if problems:
+        raise HeadError(f"head {path!r}: {number_of(len(problems), 'problem')}", problems)
+    return head

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,7 @@ Layer = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Weights of shape (n_classes, dim) and biases of shape (n_classes,), float64: scores = x @ weights.T + bias."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Real:
     """A number from `low` to `high`, both included, evenly likely on its own scale or on a logarithmic one."""
 
@@ -35,12 +35,8 @@ class Real:
     def __contains__(self, value: Any) -> bool:
         return bool(self.low <= value <= self.high)
 
-    def __repr__(self) -> str:
-        # scikit-optimize's text, which the journals of searches hold.
-        return f"Real(low={self.low}, high={self.high}, prior='{self.prior}', transform='identity')"
 
-
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Integer:
     """A whole number from `low` to `high`, both included."""
 
@@ -51,42 +47,18 @@ class Integer:
     def __contains__(self, value: Any) -> bool:
         return bool(self.low <= value <= self.high)
 
-    def __repr__(self) -> str:
-        return f"Integer(low={self.low}, high={self.high}, prior='{self.prior}', transform='identity')"
 
-
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Categorical:
     """One of some choices, which may be of any type."""
 
-    categories: tuple[Any, ...]
-    prior: None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "categories", tuple(self.categories))
+    categories: Sequence[Any]
 
     def __contains__(self, value: Any) -> bool:
         return value in self.categories
 
-    def __repr__(self) -> str:
-        return f"Categorical(categories={self.categories}, prior=None)"
-
 
 Dimension = Real | Integer | Categorical
-
-
-def dimension(given: Any) -> Dimension:
-    """Return a dimension as one of these types; HeadError for what is neither one nor scikit-optimize's."""
-    if isinstance(given, Real | Integer | Categorical):
-        return given
-    if hasattr(given, "categories"):
-        return Categorical(given.categories)
-    if all(hasattr(given, name) for name in ("low", "high", "prior", "dtype")):
-        kind = Integer if np.issubdtype(np.dtype(given.dtype), np.integer) else Real
-        return kind(given.low, given.high, given.prior)
-    raise HeadError(
-        f"{given!r} is no dimension of a search space; expected a Real, Integer or Categorical of pipeline.heads"
-    )
 
 
 @dataclass(frozen=True)
@@ -97,8 +69,7 @@ class Head:
     build: Callable[[int], Pipeline]
     """Seed -> an unfitted scikit-learn Pipeline, the classifier as its last step."""
     space: Mapping[str, Dimension]
-    """Parameter of the last step (or `step__parameter` of any) -> the dimension it is searched in; scikit-optimize's are
-    taken as well."""
+    """Parameter of the last step (or `step__parameter` of any) -> the dimension it is searched in."""
     defaults: Params
     """A value for each parameter of the space: the first trial."""
     simplicity: float = 100
@@ -117,9 +88,6 @@ class Head:
     fit: Callable[[Pipeline, Any, Any], Pipeline] = Pipeline.fit
     """(its pipeline, X, y) -> the pipeline, fitted."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "space", {key: dimension(given) for key, given in self.space.items()})
-
 
 def configure(head: Head, params: Params, seed: int) -> Pipeline:
     """Build a head's unfitted pipeline with its parameters set; `C` means the last step's `C`."""
@@ -130,23 +98,17 @@ def configure(head: Head, params: Params, seed: int) -> Pipeline:
 
 
 def identity(head: Head, seed: int) -> dict[str, Any]:
-    """Return what determines a head's results, as plain data: its pipeline, its space, its defaults."""
-    pipeline = head.build(seed)
-    params = pipeline.get_params(deep=True)
-    return {
-        "name": head.name,
-        "pipeline": {key: _stable(params[key]) for key in sorted(params) if key != "steps"},
-        "space": {key: [_stable(row), str(row.prior)] for key, row in head.space.items()},
-        "defaults": {key: _stable(value) for key, value in head.defaults.items()},
-        "fixed": {key: _stable(value) for key, value in head.fixed.items()},
-        "evaluator": "generic" if head.evaluator is None else head.evaluator.name,
-        "fit": _stable(head.fit),
+    """Return what determines a head's results, as texts without the memory addresses that change from run to run."""
+    params = head.build(seed).get_params(deep=True)
+    told = {
+        "pipeline": {key: params[key] for key in sorted(params) if key != "steps"},
+        "space": dict(head.space),
+        "defaults": dict(head.defaults),
+        "fixed": dict(head.fixed),
+        "evaluator": head.evaluator and head.evaluator.name,
+        "fit": head.fit,
     }
-
-
-def _stable(value: Any) -> str:
-    """A value's text without the memory addresses that change from run to run."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return {"name": head.name, **{key: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for key, value in told.items()}}
 
 
 def as_layer(pipeline: Pipeline) -> Layer:

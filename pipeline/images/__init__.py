@@ -2,8 +2,7 @@
 
 reading.py     one file of a data set, safely; images as Python code gives them: paths, PIL images, arrays
 archives.py    files inside zip, tar and Parquet
-formats.py     what a file is, by its first bytes, and what names its content
-decoding.py    bytes -> RGB pixels, by one documented policy
+decoding.py    bytes -> RGB pixels, by one documented policy: what a file is, and what names its content
 preparing.py   what is made of pixels: the input of a network, and a perceptual hash
 """
 
@@ -18,8 +17,16 @@ from pipeline.images.archives import (
     opened,
     read_elsewhere,
 )
-from pipeline.images.decoding import DECODE_POLICY, NO_IMAGE, decode, policy_key
-from pipeline.images.formats import START_BYTES, ImageProblem, content_key, kind_of
+from pipeline.images.decoding import (
+    DECODE_POLICY,
+    NO_IMAGE,
+    START_BYTES,
+    ImageProblem,
+    content_key,
+    decode,
+    kind_of,
+    policy_key,
+)
 from pipeline.images.preparing import (
     DECODE_MODES,
     HASH_BYTES,

@@ -12,7 +12,6 @@ import logging
 import lzma
 import os
 import re
-import shutil
 import tarfile
 import tempfile
 import threading
@@ -38,9 +37,6 @@ MOST_BYTES = 1 << 30
 
 SMALL = 4096
 """Members of a remote tar up to so many bytes, which may be labels, are kept when it is indexed: each would be a request."""
-
-ROOM = 1 << 30
-"""Bytes of the disk that a compressed tar, laid out once, leaves free; less where it is small itself."""
 
 GROUPS = 4
 """Row groups of a Parquet file that are kept in memory: images are asked for in order, by several threads."""
@@ -232,24 +228,22 @@ def _zip(path: str, file: BinaryIO, stat: Stat) -> Archive:
             raise zipfile.BadZipFile("its end is missing")
         return data
 
-    def entry(name: str, info: zipfile.ZipInfo) -> Stat | Refused:
-        if info.flag_bits & 1:
-            return Refused("unreadable", "it is encrypted; unpack the archive")
+    members: dict[str, Stat | Refused] = {}
+    for name, info in infos.items():
         is_link = (info.external_attr >> 16) & 0o170000 == 0o120000
         when = int("".join(f"{part:02d}" for part in info.date_time))
-        return _checked(name, info.file_size, is_link) or (info.file_size, when, info.CRC)
+        members[name] = _refused(name, info.file_size, is_link) or (info.file_size, when, info.CRC)
+        if info.flag_bits & 1:
+            members[name] = Refused("unreadable", "it is encrypted; unpack the archive")
+    return Archive(stat, members, read)
 
-    return Archive(stat, {name: entry(name, info) for name, info in infos.items()}, read)
 
-
-def _checked(name: str, size: int, is_link: bool) -> Refused | None:
+def _refused(name: str, size: int, is_link: bool) -> Refused | None:
     """Say why a member is not read; nothing is ever written by its name, but it would lead elsewhere as a path."""
     if ".." in name.split("/"):
         return Refused("bad_name", "its path leaves the archive by '..'")
     if is_link:
-        return Refused(
-            "unreadable", "it is a symbolic link in an archive, which is not followed; put the file itself there"
-        )
+        return Refused("unreadable", "it is a symbolic link in an archive, which is not followed")
     if size > MOST_BYTES:
         return Refused("unreadable", f"it has {size:,} bytes; more than {MOST_BYTES:,} are not read")
     return None
@@ -270,11 +264,7 @@ def _tar(
                 if member.islnk() and (target := _name(member.linkname)) in places:
                     members[name], places[name] = members[target], places[target]
                 elif member.isreg() or member.issym():
-                    refused = _checked(name, member.size, member.issym())
-                    if member.sparse is not None:
-                        refused = Refused(
-                            "unreadable", "it is stored with holes in it; make the archive anew without --sparse"
-                        )
+                    refused = _refused(name, member.size, member.issym())
                     members[name] = refused or (member.size, stat[1], stat[2])
                     places[name] = (member.offset_data, member.size)
                     if keep and member.size <= SMALL and refused is None:
@@ -304,25 +294,21 @@ def _tar(
 def _compressed_tar(path: str, file: BinaryIO, stat: Stat, opener: Callable[[Any], Any]) -> Archive:
     """Lay a tar out that is compressed as a whole, in a temporary file without a name, and index that."""
     laid_out = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the archive is known
-    folder = tempfile.gettempdir()
     logger.info(
-        "%s is compressed as a whole and cannot be read at random places: it is laid out once for this run, in %s; a zip or "
-        "plain tar needs no such step",
+        "%s is compressed as a whole and cannot be read at random places: it is laid out once for this run, in %s; a zip or plain "
+        "tar needs no such step",
         path,
-        folder,
+        tempfile.gettempdir(),
     )
-    cut, has_room = "", True
+    cut = ""
     try:
         with opener(file) as stream:
-            while has_room and (chunk := stream.read1(1 << 24)):
+            while chunk := stream.read1(1 << 24):
                 laid_out.write(chunk)
-                has_room = shutil.disk_usage(folder).free >= min(ROOM, laid_out.tell())
     except (*_DAMAGED, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise
         cut = f"it is damaged or cut off ({error})"
-    if not has_room:
-        raise OSError(None, f"there is no room in {folder} to lay it out; set TMPDIR to another folder, or unpack it")
     laid_out.seek(0)
     return _tar(laid_out, stat, lambda start, size: os.pread(laid_out.fileno(), size, start), cut=cut)
 
@@ -351,13 +337,6 @@ def _parquet(path: str, stat: Stat) -> Archive:
     if not columns:
         raise OSError(None, "it has no column of images, of type binary or struct<bytes, path>")
     groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
-    largest = max((group.total_byte_size for group in groups), default=0)
-    if largest > 2 * MOST_BYTES:
-        raise OSError(
-            None,
-            f"it has row groups of {largest / 1e9:.1f} GB, which are read as a whole; write it anew with smaller ones, such as "
-            "pyarrow.parquet.write_table(table, file, row_group_size=1000)",
-        )
     starts = np.cumsum([0, *(group.num_rows for group in groups)])
     members: dict[str, Stat | Refused] = {}
     for column in columns:

@@ -1,4 +1,4 @@
-"""Bytes to pixels: one documented policy for every format.
+"""Bytes to pixels: what a file is, by its first bytes, and one documented policy for every format.
 
 The policy, which is part of a store's identity (`DECODE_POLICY`):
 
@@ -17,33 +17,25 @@ The policy, which is part of a store's identity (`DECODE_POLICY`):
 
 from __future__ import annotations
 
+import ctypes
 import io
 import re
+import struct
 import warnings
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin, _imaging, features
 
 from pipeline.errors import DatasetError
-from pipeline.images.formats import (
-    READ,
-    START_BYTES,
-    ImageFormat,
-    ImageProblem,
-    TiffPixels,
-    is_transparent,
-    kind_of,
-    odd_transparency,
-    pixels_only,
-    reads_heic,
-    silence_libtiff,
-)
-from pipeline.io.digests import fingerprint
+from pipeline.io.digests import content_digest, fingerprint
 
 DECODE_POLICY: Final[Mapping[str, str | int]] = {
     "version": 2,
@@ -62,6 +54,180 @@ some kinds of files are concerned, `content_key` sets those apart instead, so th
 
 REFUSALS: Final = 1
 """Goes up by hand when other files are refused, or for other reasons: then those that failed are tried again."""
+
+# ---- what a file is
+
+
+class ImageProblem(Exception):
+    """One image cannot be used, for a reason the user can act on; never the end of a run.
+
+    `status` is 'unreadable', 'truncated', 'too_many_pixels' or 'unsupported_format', which stay true while the bytes and
+    the policy do, or 'unavailable': the file could not be read this time.
+    """
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+START_BYTES: Final = 512
+"""How much of a file's start tells what it is."""
+
+HEIC_EXTRA: Final = "pip install 'manyheads[heic]'"
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """A kind of image: what people call it, what its first bytes look like, and Pillow's name of its decoder, '' where none reads it."""
+
+    name: str
+    start: re.Pattern[bytes]
+    format: str
+
+    @property
+    def refusal(self) -> str:
+        """Why files of this kind are not read, and what to do; '' for those that are."""
+        if self.format == "HEIF" and not reads_heic():
+            return f"it is {self.name}; {HEIC_EXTRA} has it read, or save it as JPEG or PNG"
+        is_read = features.check("avif") if self.format == "AVIF" else self.format
+        return "" if is_read else f"it is {self.name}; save it as JPEG or PNG"
+
+
+_RAW = rb"II\x2a\0....CR\x02|II(RO|RS|U\0)|MMOR|FUJIFILMCCD-RAW|....ftypcrx |\0MRM"
+KINDS: Final = tuple(
+    ImageFormat(name, re.compile(start, re.DOTALL), format)
+    for name, start, format in (
+        ("a JPEG image", rb"\xff\xd8\xff", "JPEG"),
+        ("a PNG image", rb"\x89PNG\r\n\x1a\n", "PNG"),
+        ("a GIF image", rb"GIF8[79]a", "GIF"),
+        ("a WebP image", rb"RIFF....WEBP", "WEBP"),
+        ("a BMP image", rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", "BMP"),
+        ("a camera's raw file", _RAW, ""),
+        ("a TIFF image", rb"(II|MM)(\0[*+]|[*+]\0)", "TIFF"),
+        ("an AVIF image", rb"....ftyp(avi[fs]|m[is]f1.{4}(.{4}){0,7}avi[fs])", "AVIF"),
+        ("a HEIC photo", rb"....ftyp(hei[cxms]|hev[cxms]|m[is]f1)", "HEIF"),
+    )
+)
+"""In the order they are looked for."""
+
+READ: Final = tuple(kind.format for kind in KINDS if kind.format)
+"""Pillow's decoders that may touch a user's file; it has dozens more, some with a record of holes."""
+
+
+def kind_of(start: bytes) -> ImageFormat | None:
+    """Return what a file is that begins with these bytes (`START_BYTES` of them are enough); None where it is no image of these kinds."""
+    return next((kind for kind in KINDS if kind.start.match(start)), None)
+
+
+@cache
+def reads_heic() -> bool:
+    """Whether HEIC is read here; the first call makes it known to Pillow."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener(thumbnails=False)
+    return True
+
+
+SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+
+
+def pixels_only(data: bytes) -> bytes:
+    """Return a PNG without what says nothing of its first picture, such as texts and profiles; whole EXIF data stay."""
+    kept = [SIGNATURE]
+    for name, begin, end in _chunks(data):
+        chunk = data[begin:end]
+        whole_exif = name == b"eXIf" and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if name in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or whole_exif:
+            kept.append(chunk)
+    return b"".join(kept)
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, begin and end of each chunk; the last may be cut off."""
+    begin = len(SIGNATURE)
+    while begin + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, begin)
+        end = min(begin + 12 + length, len(data))
+        yield name, begin, end
+        begin = end
+
+
+def odd_transparency(data: bytes) -> tuple[int, ...] | None:
+    """Return a PNG's transparent colour where Pillow compares it wrongly: in grey of 2 or 4 bits, and RGB of 16; else None."""
+    bits, kind = (data[24], data[25]) if len(data) > 25 else (0, 0)
+    if (bits, kind) not in {(2, 0), (4, 0), (16, 2)}:
+        return None
+    samples = 3 if kind else 1
+    for name, begin, end in _chunks(data):
+        if name == b"tRNS" and end - begin - 12 >= 2 * samples:
+            return struct.unpack_from(f">{samples}H", data, begin + 8)
+        if name == b"IDAT":
+            break
+    return None
+
+
+def is_transparent(data: bytes, image: Image.Image, colour: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return where a PNG, decoded as `image`, has its odd transparent colour: bool of shape (height, width)."""
+    values, bits = np.asarray(image), data[24]
+    if bits < 16:
+        return np.asarray(values == colour[0] * 255 // (2**bits - 1))
+    with PngImagePlugin.PngImageFile(io.BytesIO(data)) as other:
+        # Of values in the other byte order Pillow keeps the low bytes.
+        other.tile = [tile._replace(args="RGB;16L") for tile in other.tile]
+        whole = np.asarray(values, np.uint16) << 8 | np.asarray(other)
+    return np.asarray((whole == colour).all(axis=2))
+
+
+_SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT, _DNG = 254, 258, 259, 262, 284, 339, 50706
+
+
+@dataclass(frozen=True)
+class TiffPixels:
+    """How a TIFF stores its first picture, by its tags: `bits` of each sample of a pixel, `separate` planes for the samples.
+
+    `is_raw` is a camera's raw file, or one whose first picture is a small preview of another.
+    """
+
+    bits: tuple[int, ...]
+    photometric: int
+    compression: int
+    separate: bool
+    is_signed: bool
+    is_raw: bool
+
+    @staticmethod
+    def read(data: bytes) -> TiffPixels:
+        """Read the tags; raises what Pillow does where they are damaged."""
+        tags = TiffImagePlugin.ImageFileDirectory_v2(data[:16] if 43 in data[2:4] else data[:8])
+        stream = io.BytesIO(data)
+        stream.seek(tags.next)
+        tags.load(stream)
+        return TiffPixels(
+            bits=tags.get(_BITS, (1,)),
+            photometric=tags.get(_PHOTOMETRIC, 0),
+            compression=tags.get(_COMPRESSION, 1),
+            separate=tags.get(_PLANAR, 1) == 2,
+            is_signed=max(tags.get(_SAMPLE_FORMAT, (1,))) == 2,
+            is_raw=_DNG in tags or bool(tags.get(_SUBFILE, 0) & 1),
+        )
+
+    @property
+    def is_read_wrongly(self) -> bool:
+        """Whether Pillow gives pixels that the file does not have, so that it must not be asked."""
+        planes = self.separate and len(self.bits) > 1 and max(self.bits) > 8 and self.compression == 1
+        return planes or (self.is_signed and max(self.bits) <= 8)
+
+    def not_read(self) -> ImageProblem:
+        """Return the problem of a file whose pixels are of a kind that is not read."""
+        layout = ", signed" * self.is_signed + ", in separate planes" * self.separate
+        found = f"a TIFF of {len(self.bits)} x {max(self.bits)} bits (photometric {self.photometric}, compression {self.compression}{layout})"
+        return ImageProblem("unsupported_format", f"{found} is not read; save it as PNG, or in RGB with 8 bits")
+
+
+# ---- the policy
 
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
@@ -89,7 +255,12 @@ NO_IMAGE: Final = f"it is not an image of a known format ({', '.join(READ)})"
 # limit on pixels, which only odd GIFs meet as `_open` does not ask for it, ends in an exception that `decode` makes such a problem.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-silence_libtiff()
+with suppress(
+    OSError, AttributeError
+):  # a Pillow that is built otherwise: then libtiff, which it brings, writes to the terminal
+    _library = ctypes.CDLL(_imaging.__file__)
+    for _name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):
+        getattr(_library, _name)(None)
 
 
 def policy_key(max_pixels: int) -> str:
@@ -134,7 +305,13 @@ def decode(data: bytes, *, max_pixels: int, at_least: int | None = None) -> NDAr
 
 
 def _decode(data: bytes, kind: ImageFormat, max_pixels: int, at_least: int | None) -> NDArray[np.uint8]:
-    tiff = _tiff(data) if kind.format == "TIFF" else None
+    tiff = TiffPixels.read(data) if kind.format == "TIFF" else None
+    if tiff is not None and tiff.is_raw:
+        raise ImageProblem(
+            "unsupported_format", "it is a camera's raw file, or begins with a preview; save the photo as JPEG or PNG"
+        )
+    if tiff is not None and tiff.is_read_wrongly:
+        raise tiff.not_read()
     if kind.format not in Image.OPEN:
         Image.init()
     # By its own decoder and no other, which says what is wrong with it.
@@ -175,22 +352,6 @@ def _upright(pixels: NDArray[np.uint8], image: Image.Image) -> NDArray[np.uint8]
     return pixels if method is None else np.asarray(Image.fromarray(pixels).transpose(method))
 
 
-def _tiff(data: bytes) -> TiffPixels:
-    """Read the tags of a TIFF that Pillow reads rightly, if at all."""
-    tiff = TiffPixels.read(data)
-    if tiff.is_raw:
-        raise ImageProblem(
-            "unsupported_format", "it is a camera's raw file, or begins with a preview; save the photo as JPEG or PNG"
-        )
-    if tiff.is_read_wrongly:
-        raise _not_read(tiff)
-    return tiff
-
-
-def _not_read(tiff: TiffPixels) -> ImageProblem:
-    return ImageProblem("unsupported_format", f"a TIFF of {tiff} is not read; save it as PNG, or in RGB with 8 bits")
-
-
 def _jpeg(data: bytes, image: Image.Image, at_least: int | None) -> NDArray[np.uint8] | None:
     """Decode a JPEG straight to RGB; None for what that decoder does not take, which is left to Pillow.
 
@@ -215,10 +376,9 @@ def _to_rgb(data: bytes, image: Image.Image, tiff: TiffPixels | None) -> Image.I
     if mode.startswith("I;16"):
         return _grey16(image, tiff)
     if mode in {"I", "F"}:
-        bits = "32" if tiff is None else f"{'signed ' * tiff.is_signed}{max(tiff.bits)}"
         raise ImageProblem(
             "unsupported_format",
-            f"it has {bits}-bit pixels, whose brightness range is not known; save it with 8 or 16 bits",
+            "it has 32-bit, floating or signed pixels, whose brightness range is not known; save it with 8 or 16 bits",
         )
     if mode in {"La", "RGBa"}:
         image = image.convert(mode[:-1] + "A")
@@ -240,7 +400,7 @@ def _grey16(image: Image.Image, tiff: TiffPixels | None) -> Image.Image:
     values = np.asarray(image).astype(np.uint32)
     most = 65535 if tiff is None else 2 ** tiff.bits[0] - 1
     grey = ((values * 255 + most // 2) // most).astype(np.uint8)
-    if tiff is not None and tiff.white_is_zero:
+    if tiff is not None and tiff.photometric == 0:
         grey = 255 - grey
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -255,7 +415,36 @@ def _problem(data: bytes, kind: ImageFormat, error: Exception) -> ImageProblem:
         with suppress(Exception):  # its tags may be what is damaged
             tiff = TiffPixels.read(data)
             if _UNKNOWN_PIXELS.search(text) or tiff.compression not in TiffImagePlugin.COMPRESSION_INFO:
-                return _not_read(tiff)
+                return tiff.not_read()
     if isinstance(error, EOFError) or _CUT_OFF.search(text):
         return ImageProblem("truncated", f"its end is missing ({text})")
     return ImageProblem("unreadable", f"it is {kind.name}, and damaged ({text})")
+
+
+# ---- what names a content
+
+_REVISION: Final = b"decode 3"
+"""Sets apart the contents that version 2 of the decode policy took for other pixels."""
+
+
+def content_key(data: bytes) -> bytes:
+    """Return the 16 bytes that name an image's content in the index, the stores and the failures.
+
+    It is the digest of its bytes, except for the few kinds of files that earlier versions took for other pixels: those have
+    a name of their own, so that vectors made of the wrong pixels are never taken for theirs.
+    """
+    return content_digest(data, _REVISION if _is_read_otherwise(data) else b"")
+
+
+def _is_read_otherwise(data: bytes) -> bool:
+    """Whether a file gives other pixels than by version 2 of the policy, or is refused now though it gave some."""
+    kind = kind_of(data[:START_BYTES])
+    if kind is not None and kind.format == "PNG":
+        return odd_transparency(data) is not None
+    if kind is None or kind.format != "TIFF":
+        return False
+    try:
+        tiff = TiffPixels.read(data)
+    except Exception:  # Pillow raises almost anything on damaged tags, then as now
+        return False
+    return tiff.is_raw or tiff.is_read_wrongly or tiff.bits == (12,) or (tiff.bits == (16,) and tiff.photometric == 0)

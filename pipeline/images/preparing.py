@@ -7,7 +7,7 @@ Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 from zlib import crc32
@@ -60,7 +60,7 @@ class Preprocessing:
     fit: str = "crop"
     """A word of `FITS`; the last two are timm's crop modes of these names."""
     view: str = ""
-    """How the decoded image is changed first, by a word of `VIEWS`, and the seed of what is drawn: `crop 0`."""
+    """How the decoded image is changed first, see `viewed`, with the seed of what is drawn: `crop 0`."""
 
     def __post_init__(self) -> None:
         for key, words in {"fit": FITS, "interpolation": _INTERPOLATIONS, "decode": DECODE_MODES}.items():
@@ -89,37 +89,25 @@ class Preprocessing:
         return values
 
 
-def _flipped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+def viewed(pixels: NDArray[np.uint8], view: str) -> NDArray[np.uint8]:
+    """Return a view of an image, uint8 of shape (height, width, 3); what is drawn depends on the pixels and the seed alone.
 
-
-def _cropped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Cut out half of the area or more, in proportions that differ by up to a third, as `finetune.augment: crop` does."""
+    `flip` turns left and right round; `crop` cuts out half of the area or more, in proportions that differ by up to a third, as
+    `finetune.augment: crop` does; `colour` changes brightness, contrast and saturation by up to three tenths each.
+    """
+    name, _, seed = view.partition(" ")
+    rng = np.random.default_rng([crc32(pixels.tobytes()), int(seed or 0)])
+    image = Image.fromarray(pixels)
+    if name == "flip":
+        return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    if name == "colour":
+        for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = change(image).enhance(rng.uniform(0.7, 1.3))
+        return np.asarray(image)
     share, stretch = rng.uniform(0.5, 1), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)) / 2)
     sides = np.minimum(np.round(np.sqrt(share) * np.array(image.size) * [stretch, 1 / stretch]), image.size).clip(1)
     left, top = (rng.integers(0, whole - side + 1) for whole, side in zip(image.size, sides.astype(int), strict=True))
-    return image.crop((left, top, left + int(sides[0]), top + int(sides[1])))
-
-
-def _coloured(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Change brightness, contrast and saturation by up to three tenths each."""
-    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = change(image).enhance(rng.uniform(0.7, 1.3))
-    return image
-
-
-VIEWS: Final[Mapping[str, Callable[[Image.Image, np.random.Generator], Image.Image]]] = {
-    "flip": _flipped,
-    "crop": _cropped,
-    "colour": _coloured,
-}
-
-
-def viewed(pixels: NDArray[np.uint8], view: str) -> NDArray[np.uint8]:
-    """Return a view of an image, uint8 of shape (height, width, 3); what is drawn depends on the pixels and the seed alone."""
-    name, _, seed = view.partition(" ")
-    rng = np.random.default_rng([crc32(pixels.tobytes()), int(seed or 0)])
-    return np.asarray(VIEWS[name](Image.fromarray(pixels), rng))
+    return np.asarray(image.crop((left, top, left + int(sides[0]), top + int(sides[1]))))
 
 
 def prepare(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:

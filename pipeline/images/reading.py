@@ -16,8 +16,7 @@ from PIL import Image
 
 from pipeline.errors import DatasetError
 from pipeline.images.archives import inside, read_elsewhere
-from pipeline.images.decoding import decode_opened
-from pipeline.images.formats import ImageProblem, content_key
+from pipeline.images.decoding import ImageProblem, content_key, decode_opened
 from pipeline.io.digests import content_digest
 from pipeline.io.remote import Stat, absolute, address_of
 

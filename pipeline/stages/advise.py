@@ -21,6 +21,7 @@ from sklearn.svm import SVC
 from threadpoolctl import threadpool_limits
 
 from pipeline.config import Config
+from pipeline.data import lineage
 from pipeline.errors import PipelineError
 from pipeline.evaluation import advice
 from pipeline.evaluation.advice import LABEL, OTHER, STOP, TRAIN, Advice, Way, read_advice, recommend
@@ -29,7 +30,7 @@ from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.evaluation.learning_curve import LearningCurve, stratified_order
 from pipeline.experiment import ADVICE, Artifacts, write_document
 from pipeline.finetuning.handover import open_network, starting_layer
-from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_of
+from pipeline.finetuning.material import Choice, Parts, choose, divide
 from pipeline.finetuning.pilot import Pilot, full_passes, pilot
 from pipeline.finetuning.result import transfer
 from pipeline.heads.layer_profile import PENALTIES, read_profiles
@@ -65,7 +66,7 @@ def run(config: Config) -> Advice:
             "embedding": choice.record.fingerprint,
             "row": None if choice.linear is None else choice.linear.key,
             "task": choice.winner.task,
-            "finetune": config.finetune.model_dump(mode="json", exclude={"unfreeze"}),
+            "finetune": config.finetune.model_dump(mode="json", exclude={"unfreeze", "watch"}),
             "seed": config.seed,
         }
     )
@@ -104,7 +105,7 @@ def signs(config: Config, choice: Choice) -> tuple[dict[str, Any], Pilot, Parts]
     """Return what the rule looks at, `signs` and `pilot`, with the pilot and the division of the images."""
     files = Artifacts(config.output, config.store)
     store = FeatureStore.open(files.find_store(choice.record.store), choice.record.fingerprint)
-    parts = divide(config, files, store, lineage_of(choice.record))
+    parts = divide(config, files, store, lineage.of(choice.record.section, choice.record.spec.trained_on))
     y = parts.target.encode(parts.train)
     kept = np.sort(stratified_order(y, config.seed)[:MOST_IMAGES])
     units = parts.train.fold_groups()
@@ -112,8 +113,8 @@ def signs(config: Config, choice: Choice) -> tuple[dict[str, Any], Pilot, Parts]
         probes(store.read(parts.train.digests[kept]), y[kept], None if units is None else units[kept], config.seed)
     )
     network = open_network(config, choice, store, parts)
-    layer, _ = starting_layer(config, files, choice, store, parts)
-    tried = pilot(config, network, layer, parts)
+    layer, _ = starting_layer(config, choice, store, parts)
+    tried = pilot(config, network, layer, parts, choice.balanced)
     try:
         copies = len({pair.other for pair in read_findings(files.audit).near_duplicates})
     except PipelineError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,19 +41,19 @@ def run(config: Config, place: Path | None = None) -> list[str]:
 
 def _heads(config: Config) -> list[str]:
     tuning.require(config.tuning.strategy)
-    each = targets.experiments(config).items()
-    return [f"{name}{': ' * bool(name)}{line}" for name, alone in each for line in _heads_of(alone)]
-
-
-def _heads_of(config: Config) -> list[str]:
-    kind = kind_of(config.dataset.kinds[0])
-    heads = head_table.resolve_all(config.heads, kind)
-    problems = {head.name: tuning.check(head, config.tuning, kind) for head in heads}
-    able = [name for name, found in problems.items() if not found]
-    reasons = [reason for found in problems.values() for reason in found]
-    if not able:
-        raise PipelineError("heads", reasons)
-    return [f"{number_of(len(able), 'head')}: {', '.join(able)}", *(f"left out: {reason}" for reason in reasons)]
+    lines = list[str]()
+    for name, alone in targets.experiments(config).items():
+        kind = kind_of(alone.dataset.kinds[0])
+        problems = {
+            head.name: tuning.check(head, alone.tuning, kind) for head in head_table.resolve_all(alone.heads, kind)
+        }
+        able = [head for head, found in problems.items() if not found]
+        reasons = [reason for found in problems.values() for reason in found]
+        if not able:
+            raise PipelineError("heads", reasons)
+        told = [f"{number_of(len(able), 'head')}: {', '.join(able)}", *(f"left out: {reason}" for reason in reasons)]
+        lines += [f"{name}: {line}" if name else line for line in told]
+    return lines
 
 
 def _backbones(config: Config) -> list[str]:
@@ -72,19 +71,16 @@ def _backbones(config: Config) -> list[str]:
         except PipelineError as error:
             problems += error.problems or [error.message]
     if not problems:  # else a name may be missing for what is wrong with its backbone
-        find_parts(_plain(config.concat, names), dict.fromkeys(names))
+        # What the run will add to a name that several embeddings have, the start of the fingerprint, is left out.
+        several = {name for name in names if names.count(name) > 1}
+        plain = [[name[:-7] if name[:-7] in several else name for name in group] for group in config.concat]
+        find_parts(plain, dict.fromkeys(names))
     if problems:
         raise PipelineError("backbones", problems)
     return [
         f"{number_of(len(config.backbones), 'backbone')}: {', '.join(section.title for section in config.backbones)}",
         *dict.fromkeys(line for section in config.backbones for line in _not_here(section)),
     ]
-
-
-def _plain(concat: Sequence[Sequence[str]], names: Sequence[str]) -> list[list[str]]:
-    """Leave out what the run will add to a name that several embeddings have: the start of the fingerprint."""
-    several = {name for name in names if names.count(name) > 1}
-    return [[name[:-7] if name[:-7] in several else name for name in group] for group in concat]
 
 
 def _not_here(section: BackboneConfig) -> list[str]:

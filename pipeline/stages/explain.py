@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from scipy.special import logit
 
 from pipeline.embed.loader import Item, Lane, embed
-from pipeline.errors import ConfigError, HeadError, PipelineError, number_of
+from pipeline.errors import ConfigError, PipelineError, number_of
 from pipeline.experiment import Artifacts
 from pipeline.export.bundle import SMALLEST_PROBABILITY, ModelBundle
-from pipeline.heads import HEADS, Layer, as_layer
+from pipeline.heads import HEADS, as_layer
 from pipeline.images import Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place
 from pipeline.io.process import bar
@@ -86,25 +86,21 @@ def run(
             if not made:
                 continue
             X, rows = model.vectors(made), made[0].rows
-            codes, probabilities = model.bundle.said(*X)
+            labels, probabilities = model.bundle.said(*X)
             maps = _activation(model, lanes, batch.pixels, rows)
             for number, row in enumerate(rows.tolist()):
                 path, sure = paths[batch.items[row].content], None if probabilities is None else probabilities[number]
-                said = _places(codes[number], sure)
-                cells: list[NDArray[np.float64]] = []
-                if maps is None:
-                    pixels = _shrunk(path, limit)
-                    if sure is not None:
-                        cells = list(_occlusion(model, lanes, pixels, said))
-                else:
+                codes, cells = _codes(labels[number], sure), list[NDArray[np.float64]]()
+                if maps is not None:
                     pixels = batch.pixels[model.places[0][0][0]][row].copy()
-                    cells = [_lead(maps[number], code, target.exclusive) for code in said]
-                for order, code in enumerate(said):
-                    own = None if sure is None else float(sure[code])
-                    part = cells[order] if cells else None
-                    found.append(
-                        Explained(path, target.classes[code], own, pixels, part, maps is not None, target.exclusive)
-                    )
+                    cells = [_lead(maps[number], code) if target.exclusive else maps[number][code] for code in codes]
+                else:
+                    pixels = _shrunk(path, limit)
+                    cells = [] if sure is None else list(_occlusion(model, lanes, pixels, codes))
+                for order, code in enumerate(codes):
+                    own, part = (None if sure is None else float(sure[code])), cells[order] if cells else None
+                    label, exact = target.classes[code], maps is not None
+                    found.append(Explained(path, label, own, pixels, part, exact, target.exclusive))
                     vectors.append(X[0][number])
                 progress.update(1)
     near = _neighbours(place, model.bundle, found, vectors)
@@ -137,17 +133,7 @@ def mistakes(output: Path) -> list[str]:
 # ---- maps
 
 
-def layer_of(bundle: ModelBundle) -> Layer | None:
-    """Return a head of ours as one layer on the vectors; None where it is not linear."""
-    if bundle.head not in HEADS or not HEADS[bundle.head].linear:
-        return None
-    try:
-        return as_layer(bundle.estimator)
-    except HeadError:
-        return None
-
-
-def _places(said: Any, sure: NDArray[np.float64] | None) -> list[int]:
+def _codes(said: Any, sure: NDArray[np.float64] | None) -> list[int]:
     """Return the places in the classes of the labels that are said of an image; where none is, of the likeliest.
 
     said : of one label a place, of several bool of shape (n_classes,); sure : float64 of shape (n_classes,)
@@ -157,15 +143,12 @@ def _places(said: Any, sure: NDArray[np.float64] | None) -> list[int]:
     return np.flatnonzero(said).tolist() or ([] if sure is None else [int(sure.argmax())])
 
 
-def _lead(cells: NDArray[np.float64], place: int, exclusive: bool) -> NDArray[np.float64]:
-    """Return by how much the score of a label leads the best other one's at each place, of labels that do not exclude others its score.
+def _lead(cells: NDArray[np.float64], code: int) -> NDArray[np.float64]:
+    """Return by how much the score of a class leads the best other one's at each place, float64 of shape (rows, columns).
 
-    cells : of all classes, float64 of shape (n_classes, rows, columns); returns float64 of shape (rows, columns)
+    cells : of all classes, float64 of shape (n_classes, rows, columns)
     """
-    lead: NDArray[np.float64] = cells[place]
-    if exclusive and len(cells) > 1:
-        lead = lead - np.delete(cells, place, axis=0).max(axis=0)
-    return lead
+    return cells[code] - np.delete(cells, code, axis=0).max(axis=0)  # type: ignore[no-any-return]
 
 
 def _activation(
@@ -176,12 +159,12 @@ def _activation(
     None where the head is not linear on one map. A class that the head has not seen is nowhere.
     """
     bundle, (blocks, *others) = model.bundle, model.places
-    layer = layer_of(bundle)
     lane, output = blocks[0]
     embedder: Any = lanes[lane].embedder
-    if layer is None or others or len(blocks) > 1 or not hasattr(embedder, "contributions"):
+    linear = bundle.head in HEADS and HEADS[bundle.head].linear
+    if not linear or others or len(blocks) > 1 or not hasattr(embedder, "contributions"):
         return None
-    weights, bias = layer
+    weights, bias = as_layer(bundle.estimator)
     cells: NDArray[np.float32] | None = embedder.contributions(pixels[lane][rows], output, weights)
     if cells is None:
         return None

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, PreprocessingConfig
+from pipeline.data import lineage
 from pipeline.embed.engines import resolve_device, resolve_precision
 from pipeline.embed.weights import Network
-from pipeline.errors import PipelineError, TrainingError
+from pipeline.errors import PipelineError
 from pipeline.experiment import FINETUNING, Artifacts, read_document, write_document
 from pipeline.finetuning.batches import Data, LabelledImages
-from pipeline.finetuning.checkpoint import TrainingRun, copy_weights
 from pipeline.finetuning.handover import Layer, open_network, put_head, starting_layer
-from pipeline.finetuning.material import Choice, Parts, choose, divide, lineage_of, read_pixels
+from pipeline.finetuning.material import Choice, Parts, choose, divide, read_pixels
 from pipeline.finetuning.plan import check_plan, describe_plan, stages_of
-from pipeline.finetuning.result import describe, judge, lines, return_path, write_weights
-from pipeline.finetuning.trainer import TrainingTask, keep_below, predict_logits, steps_asked, train
+from pipeline.finetuning.result import judge, lines, return_path, write_weights
+from pipeline.finetuning.trainer import TrainingTask, copy_weights, keep_below, predict_logits, steps_of, train
 from pipeline.io.digests import digests_to_hex, file_digest, fingerprint
 from pipeline.io.files import make_folder, remove
 from pipeline.stages import advise
@@ -53,22 +53,26 @@ class FinetuneRun:
         return ["finished before and kept", *said] if self.reused else said
 
 
-def run(config: Config) -> FinetuneRun:
-    """Fine-tune a backbone of the leaderboard and say whether it was worth it.
+def run(config: Config) -> FinetuneRun | None:
+    """Fine-tune a backbone of the leaderboard and say whether it was worth it; None where the advice is followed, and is not to.
 
     A finished run is kept; a stopped one goes on from its last checkpoint.
 
     Raises
     ------
     PipelineError
-        When stages one and two have not been run, the target, embedding or head cannot be fine-tuned, the plan is wrong, or
-        `finetune.unfreeze` is `auto` and the advice is to train nothing.
+        When stages one and two have not been run, the target, embedding or head cannot be fine-tuned, or the plan is wrong.
     """
-    config = as_advised(config)
+    if config.finetune.unfreeze == "auto":
+        advice = advise.run(config)
+        if advice.scope is None:
+            return None
+        plan = config.finetune.model_copy(update={"unfreeze": ((0.0, advice.scope),)})
+        config = config.model_copy(update={"finetune": plan})
     files = Artifacts(config.output)
     choice = choose(config, files)
     store = FeatureStore.open(files.find_store(choice.record.store), choice.record.fingerprint)
-    parent = lineage_of(choice.record)
+    parent = lineage.of(choice.record.section, choice.record.spec.trained_on)
     parts = divide(config, files, store, parent)
     key = _key(config, choice, store, parts)
     folder = files.finetuned / f"{choice.record.name}-{key[:8]}"
@@ -78,27 +82,27 @@ def run(config: Config) -> FinetuneRun:
     if finished is not None:
         return FinetuneRun(finished, weights, name, reused=True)
     network = open_network(config, choice, store, parts)
-    layer, start = starting_layer(config, files, choice, store, parts)
+    layer, start = starting_layer(config, choice, store, parts)
     log.info("%s, starting from %s", choice.record.name, start)
     make_folder(folder)
-    task, data = _make_task(config, network, layer, parts, folder)
+    task, data = _make_task(config, choice, network, layer, parts, folder)
     handed_over, data = copy_weights(task.network), keep_below(task, data)
-    trained = train(task, data, TrainingRun(folder, key))
+    trained = train(task, data, folder, key)
     path = return_path(task, data, handed_over, trained.weights, trained.score)
-    lineage = parent.joined(parts.train.digests, parts.validation.digests)
-    description = describe(
+    write_weights(
+        weights,
+        path.weights,
         name=network.name,
         architecture=network.architecture,
         arguments=network.arguments,
         preprocessing={key: getattr(network.preprocessing, key) for key in PreprocessingConfig.model_fields},
         classes=parts.target.classes,
-        lineage=lineage,
+        lineage=parent.joined(parts.train.digests, parts.validation.digests),
         parent={"embedding": choice.record.name, "weights_digest": network.weights_digest},
         training=config.finetune.model_dump(mode="json"),
         seed=config.seed,
         license=network.license,
     )
-    write_weights(weights, path.weights, description, lineage)
     pixels = read_pixels(config, parts.test, network.preprocessing, folder / "test.npy")
     said = predict_logits(task.network, pixels, data.mean, data.std, task.device).argmax(1).numpy()
     minutes = trained.seconds / 60
@@ -111,7 +115,6 @@ def run(config: Config) -> FinetuneRun:
         "minutes": minutes,
         "rate": config.finetune.rate,
         "precision": task.precision,
-        "source": trained.source if path.alpha > 0 else "hand-over",
         "alpha": path.alpha,
         "curve": [[alpha, *score] for alpha, score in zip(path.alphas, path.scores, strict=True)],
         "validation": {"start": path.scores[0][0], "end": path.scores[-1][0], "chosen": max(path.scores)[0]},
@@ -121,25 +124,6 @@ def run(config: Config) -> FinetuneRun:
     for scratch in ("train.npy", "validation.npy", "test.npy"):
         remove(folder / scratch)
     return FinetuneRun(result, weights, name, reused=False)
-
-
-def as_advised(config: Config) -> Config:
-    """Return a config whose plan is what the advice says, where it leaves that open.
-
-    Raises
-    ------
-    TrainingError
-        When the advice is to train nothing.
-    """
-    if config.finetune.unfreeze != "auto":
-        return config
-    advice = advise.run(config)
-    if advice.scope is None:
-        raise TrainingError(
-            f"finetune: auto follows the advice, which is to {advice.recommended}; set finetune.unfreeze to [[0, all]] to train nevertheless"
-        )
-    plan = config.finetune.model_copy(update={"unfreeze": ((0.0, advice.scope),)})
-    return config.model_copy(update={"finetune": plan})
 
 
 def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> str:
@@ -153,9 +137,9 @@ def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> s
             "embedding": choice.record.fingerprint,
             "store": store.digest,
             "images": [[digests_to_hex(part.digests), part.labels.tolist()] for part in divided],
-            "head": None if linear is None else [linear.head, parameters],
+            "head": None if linear is None else [linear.head, parameters, choice.balanced],
             "compared": [choice.winner.key, choice.frozen.key if choice.frozen else None],
-            "finetune": config.finetune.model_dump(mode="json"),
+            "finetune": config.finetune.model_dump(mode="json", exclude={"watch"}),
             "device": config.extraction.device,
             "precision": config.extraction.precision,
             "seed": config.seed,
@@ -167,14 +151,14 @@ def _finished(folder: Path, key: str, weights: Path) -> dict[str, Any] | None:
     """The result of an earlier run that answered the same question and whose weights are there and whole."""
     try:
         found = read_document(folder / "result.json", FINETUNING)
-    except PipelineError:
+        return found if found["key"] == key and found["weights_digest"] == file_digest(weights) else None
+    except (PipelineError, OSError, KeyError):
         return None
-    if found.get("key") != key or not weights.is_file():
-        return None
-    return found if found.get("weights_digest", digest := file_digest(weights)) == digest else None
 
 
-def _make_task(config: Config, network: Network, layer: Layer, parts: Parts, folder: Path) -> tuple[TrainingTask, Data]:
+def _make_task(
+    config: Config, choice: Choice, network: Network, layer: Layer, parts: Parts, folder: Path
+) -> tuple[TrainingTask, Data]:
     """Bring network, plan and pixels together, and say what will be trained, while a mistake still costs nothing.
 
     Raises
@@ -184,7 +168,7 @@ def _make_task(config: Config, network: Network, layer: Layer, parts: Parts, fol
     """
     device, settings, prepared = resolve_device(config.extraction.device), config.finetune, network.preprocessing
     _, precision, reason = resolve_precision(config.extraction.precision, device)
-    steps = steps_asked(settings, len(parts.train))
+    steps = steps_of(settings, len(parts.train))
     put_head(network.module, layer)
     stages = stages_of(network.module, prepared.size)
     assert settings.unfreeze != "auto"  # as advised by now
@@ -198,5 +182,5 @@ def _make_task(config: Config, network: Network, layer: Layer, parts: Parts, fol
         LabelledImages(read_pixels(config, part, prepared, folder / f"{name}.npy"), parts.target.encode(part))
         for name, part in (("train", parts.train), ("validation", parts.validation))
     )
-    data = Data(learned, chosen_on, parts.target.width, prepared.mean, prepared.std)
+    data = Data(learned, chosen_on, parts.target.width, prepared.mean, prepared.std, balanced=choice.balanced)
     return TrainingTask(network.module, stages, plan, settings, steps, precision, config.seed, device), data

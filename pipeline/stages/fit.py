@@ -10,6 +10,7 @@ import tempfile
 import webbrowser
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -99,17 +100,10 @@ class Run:
         return page
 
     def __repr__(self) -> str:
-        told = []
-        for name, board in self.boards.items():
-            best = board.best
-            test, span = (None, None) if best.test is None else best.test.of(board.told_by)
-            text, title = board.told_by.user_text, board.told_by.title
-            tested = (
-                ""
-                if test is None or span is None
-                else f", test {title} {text(test)} [{text(span[0])}, {text(span[1])}]"
-            )
-            told.append(f"{f'{name}: ' if name else ''}{len(board.rows)} rows, best {best.key}{tested}")
+        told = [
+            f"{name}: " * bool(name) + f"{len(board.rows)} rows, best {board.best.key}"
+            for name, board in self.boards.items()
+        ]
         return f"Run({str(self.output)!r}: {'; '.join(told)})"
 
 
@@ -118,11 +112,7 @@ def heads(config: Config, engine: Engine | None = None) -> Generator[str, None, 
 
     The name of a single target is ''.
     """
-    found = {}
-    for name, alone in targets.experiments(config).items():
-        found[name] = result = train_heads.run(alone, engine)
-        yield from [*targets.heading(name), *result.summary_lines()]
-        yield f"report       {report.refresh(result.files.root)}"
+    found = yield from targets.each(targets.experiments(config), partial(train_heads.run, engine=engine))
     if "" not in found:
         files = Artifacts(config.output, config.store)
         boards = {name: result.leaderboard for name, result in found.items()}
@@ -147,7 +137,7 @@ def settings_of(
             f"folders' names, as dataset.source is {config.dataset.source}"
         )
     more: dict[str, Any] = {"dataset.label_columns": list(target)} if target else {}
-    more |= {"tuning.budget": budget, "tuning.seconds": None} if budget else {}
+    more |= {"tuning.budget": budget} if budget else {}
     more |= {"output": str(output)} if output else {}
     return settings.load(config, more)
 

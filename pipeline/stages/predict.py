@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, tee
@@ -55,11 +55,12 @@ log = logging.getLogger(__name__)
 
 BATCH_SIZE = 32
 MANY = 4096
-"""Vectors that a head is given at a time, where they come of a file."""
+"""Vectors that a head is given at a time, where they come from a file."""
 EXAMPLES = 5
 """Reasons told when no image can be read."""
-MOST_CLASSES = 20
-"""Classes of which it is told how often their folders agree, the worst first."""
+
+Made = tuple[Batch, list[Part | None]]
+"""A batch of images, and what each network made of them."""
 
 
 @dataclass(frozen=True)
@@ -68,33 +69,30 @@ class PredictRun:
 
     output: Path
     bundles: Mapping[str, Path]
-    """The folder of each target's head; '' is the name of a target alone."""
+    """The folder of each target's head; '' is the name of a single target."""
     labels: Mapping[str, Mapping[str, int]]
     """Target -> label -> images."""
     unreadable: int
     passed_over: Sequence[str]
     """Lines on the files in the folders that are no images, and on what else is not looked at."""
     untrained: bool
-    strangers: Mapping[str, Strangers] = field(default_factory=dict)
-    """By target, what was found of images unlike those of training."""
-    agreement: Agreement | None = None
+    agreement: Agreement
     """With the names of the folders, where they are called like classes."""
-    explained: ExplainRun | None = None
+    models: Mapping[str, LoadedHead]
+    """By target, with what was found of images unlike those of training, and how they were aligned."""
+    explained: ExplainRun | None
     """Why the first images got their labels, where that was asked."""
-    aligned: Mapping[str, Aligned] = field(default_factory=dict)
-    """By target, how the images were aligned, where that was asked."""
 
     def summary_lines(self) -> list[str]:
         """How many images got which label, and where the file is."""
         lines = []
         for target, labels in self.labels.items():
-            name = f"{target}: " if target else ""
+            name, model = f"{target}: " if target else "", self.models[target]
             lines.append(f"{name}{number_of(sum(labels.values()), 'image')} labelled by {self.bundles[target]}")
             counts = sorted(labels.items(), key=lambda item: (-item[1], item[0]))
             lines += [f"  {label}: {count:,}" for label, count in counts if label]
-            lines += [name + line for line in (self.agreement.lines(target) if self.agreement else ())]
-            lines += [name + line for line in self.strangers[target].lines()]
-            lines += [name + self.aligned[target].line()] if target in self.aligned else []
+            lines += [name + line for line in (*self.agreement.lines(target), *model.strangers.lines())]
+            lines += [name + model.aligned.line()] if model.aligned else []
         if self.unreadable:
             lines.append(f"{number_of(self.unreadable, 'image')} could not be read; their `status` says why")
         lines += self.passed_over
@@ -104,20 +102,15 @@ class PredictRun:
         return [*lines, f"written to {self.output}"]
 
 
-Said = tuple[Any, NDArray[np.float64] | None]
-"""A label, a number or several, and the probabilities of all labels, of shape (width,); None where the image could not be read, or
-the head has none."""
-
-
 @dataclass(frozen=True)
 class PredictionRow:
-    """One image's outcome: what was said of each target, nothing where `status` says why the image could not be read."""
+    """One image's outcome: what each target's head says of it, nothing where `status` says why the image could not be read."""
 
     path: str
     status: str
-    said: tuple[Said, ...] = ()
-    strange: tuple[str, ...] = ()
-    """Cells on how strange it is."""
+    labels: Sequence[Any] = ()
+    cells: Sequence[str] = ()
+    """Labels, probabilities and how strange it is, as they are written."""
 
 
 @dataclass(frozen=True)
@@ -147,25 +140,23 @@ class Aligned:
     apart: Apart
 
     @staticmethod
-    def of(X: NDArray[np.float32], model: LoadedHead, folder: Path) -> Aligned:
-        """Align vectors, float32 of shape (n, dim), with what a head keeps of its training images.
-
-        Raises
-        ------
-        ConfigError
-            When they are too few, or it keeps none.
-        """
+    def of(batches: Iterable[Made], model: LoadedHead, folder: Path) -> Aligned:
+        """Align images with what a head keeps of its training images; ConfigError where it keeps none, or they are too few."""
         known = None if model.strangers.known is None else model.strangers.known.vectors()
         if known is None or not len(known) or model.bundle.members:
             raise ConfigError(
                 f"--align: {folder} keeps no training images to align with; those of the best and the recommended row do, where they "
-                "label one class per image and are no soft vote. One of an earlier version does after `manyheads heads`"
+                "label one class per image and are no soft vote"
             )
-        few = min(len(X), len(known))
+        made = [[part for part in parts if part is not None] for _, parts in batches]
+        read = [model.vectors(parts)[0] for parts in made if parts]
+        few = min(sum(map(len, read)), len(known))
         if few < LEAST:
-            whose = "images that can be read" if few == len(X) else f"training images are kept in {folder}"
-            raise ConfigError(f"--align: {few} {whose}, expected {LEAST} at least to tell a mean and covariance")
-        some = np.linspace(0, len(X) - 1, min(len(X), len(known))).astype(int)
+            raise ConfigError(
+                f"--align: {few} images, expected {LEAST} at least, as many of training, to tell a covariance"
+            )
+        X = np.concatenate(read)
+        some = np.linspace(0, len(X) - 1, few).astype(int)
         return Aligned(fit_alignment(known, X), apart(known, X[some], 0))
 
     def line(self) -> str:
@@ -192,89 +183,63 @@ def run(
     explain: Path | None = None,
     align: bool = False,
 ) -> PredictRun:
-    """Label image files and folders of them with a saved head; or files of vectors, where the head was fitted on such.
+    """Label image files and folders of them with a saved head, as `manyheads predict` does, whose options these are.
 
-    `bundle` is a bundle's folder, or an experiment's output folder: then its best head is used, and of several targets the best
-    of each, on images that are read once. `max_pixels` is the experiment's where it is not given. `unknown` marks images of no known
-    class, with so many false alarms; `sets` gives for each image the labels of which one is right in so many cases.
-    `align` moves the images' features to the mean and covariance of the training images first; their vectors are held in memory for it.
-    `explain` is a folder for pages on why the first images got their labels. A run that is stopped leaves its rows beside `output`, as `NAME.*.partial`.
-    Where no image can be read the rows are written too, before the error. That `output` cannot be written is found before the work.
+    Files of vectors are labelled where the head was fitted on such. With `align` all vectors are held in memory. A run that is stopped
+    leaves its rows beside `output`, as `NAME.*.partial`; where no image can be read, the rows are written before the error.
     """
     try:
         checked_device(device)
     except ValueError as error:
         raise ConfigError(f"--device: {error}") from None
     folders = find_bundles(bundle)
-    heads = {target: bundles.load(folder, trust_code=trust_code) for target, folder in folders.items()}
+    heads = {name: bundles.load(folder, trust_code=trust_code) for name, folder in folders.items()}
     require_place(output)
-    if align and explain is not None:
-        raise ConfigError("--explain shows the head on images as they are; leave out --align")
     taken = records_of(heads, folders)
+    records = [record for own in taken.values() for record in own]
+    only_vectors = all(record.section is not None and names_vectors(record.section.name) for record in records)
     if explain is not None:
-        from pipeline.stages import explain as explaining  # finds neighbours by `similar`, which imports this module
+        # It finds neighbours by `similar`, which imports this module.
+        from pipeline.stages import explain as explaining
 
+        if align or only_vectors:
+            raise ConfigError(
+                "--explain shows images as they are: not with --align, and not for a head on vectors alone"
+            )
         explaining.require(heads, explain)
     strangers = {name: open_strangers(folders[name], head, unknown, sets) for name, head in heads.items()}
-    records = [record for own in taken.values() for record in own]
-    given: Iterator[str]
-    unread, passed_over = list[PredictionRow](), list[str]()
-    if all(record.section is not None and names_vectors(record.section.name) for record in records):
-        models = [LoadedHead(head, [[(0, 0)]] * len(head.parts), strangers[name]) for name, head in heads.items()]
+    limit = max_pixels or max(record.max_pixels for record in records)
+    if only_vectors:
         if not all(names_vectors(path.name) for path in images):
             raise no_network(records[0].name)
-        if explain is not None:
-            raise ConfigError("--explain shows images, and this head was given vectors alone")
-        files, images = [(path, *read_vectors(path)) for path in images], []
-        total, given, batches = sum(len(X) for *_, X in files), _names_in(files), _vectors_in(files)
+        given, images = _of_vectors(images, heads), []
     else:
         images = expanded(images)
-        walks = [Walk(path) for path in images if is_folder(path)]
-        total = sum(1 for _ in images_in(images, walks))
-        unread, passed_over = _passed_over(walks)
-        if not total and not unread:
-            raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
-        embedders, places = open_networks(taken, device, trust_code=trust_code)
-        lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
-        models = [LoadedHead(head, places[name], strangers[name]) for name, head in heads.items()]
-        listed = images_in(images, [Walk(walk.root) for walk in walks])
-        to_explain = list(islice(listed, explaining.MOST if explain is not None else 0))
-        given, ahead = tee(chain(to_explain, listed))
-        limit = max_pixels or max(record.max_pixels for record in records)
-        every = tuple(range(len(lanes)))
-        items = (Item(number, absolute(path), None, every) for number, path in enumerate(ahead))
-        batches = embed(lanes, items, Path("/"), limit)
-
-    def outcomes() -> Iterator[list[PredictionRow]]:
-        made: Iterable[tuple[Batch, list[Part | None]]] = batches
-        asked = models
-        if align:
-            made = held = list(batches)
-            asked = [_aligned(model, held, folders[name]) for name, model in zip(heads, models, strict=True)]
-            moved.update(zip(heads, asked, strict=True))
-        for batch, parts in made:
-            yield list(_rows(batch, parts, given, asked))
-        if unread:
-            yield unread
-
-    labels = {target: Counter[str]() for target in heads}
-    total += len(unread)
-    targets, more = {target: head.target for target, head in heads.items()}, names(strangers)
-    done, unreadable, reasons, moved = 0, 0, list[str](), dict[str, LoadedHead]()
-    agreement = Agreement.of(images, bundle, targets)
+        given = _of_images(images, taken, limit, device, trust_code)
+    models = {name: LoadedHead(head, given.places[name], strangers[name]) for name, head in heads.items()}
+    targets = {name: head.target for name, head in heads.items()}
+    labels, agreement = {name: Counter[str]() for name in heads}, Agreement.of(images, bundle, targets)
+    total, done, unreadable, reasons = given.total + len(given.unread), 0, 0, list[str]()
+    header = csv_header(models, top)
     with growing(output) as file, bar(total, "images", "predicting") as progress:
         try:
-            for rows in outcomes():
-                header = "" if done else csv_header(targets, top, more)
-                file.add((header + to_csv(rows, targets, top, more)).encode())
+            batches = given.batches
+            if align:
+                batches = [(replace(batch, pixels=[]), parts) for batch, parts in batches]
+                for name, model in models.items():
+                    models[name] = replace(model, aligned=Aligned.of(batches, model, folders[name]))
+            labelled = (list(_rows(*made, given.paths, list(models.values()), top)) for made in batches)
+            for rows in chain(labelled, [given.unread] if given.unread else []):
+                lines = [[row.path, row.status, *(row.cells or [""] * (len(header) - 2))] for row in rows]
+                file.add(to_lines(lines if done else [header, *lines]).encode())
                 for row in rows:
-                    for (name, kind), (label, _) in zip(targets.items(), row.said, strict=False):
-                        labels[name][kind.counted_as(label)] += 1
+                    for (name, target), label in zip(targets.items(), row.labels, strict=False):
+                        labels[name][target.counted_as(label)] += 1
                         agreement.add(row.path, name, str(label))
                 done += len(rows)
-                unread_rows = [f"{row.path}: {row.status}" for row in rows if not row.said]
-                unreadable += len(unread_rows)
-                reasons += unread_rows[: EXAMPLES + 1 - len(reasons)]
+                failed = [f"{row.path}: {row.status}" for row in rows if not row.labels]
+                unreadable += len(failed)
+                reasons += failed[: EXAMPLES + 1 - len(reasons)]
                 progress.update(len(rows))
         except BaseException:
             if done:
@@ -287,13 +252,66 @@ def run(
         )
     explained = None
     if explain is not None:
-        (model,), (place,) = models, folders.values()
-        explained = explaining.run(explain, place, model, lanes, to_explain, total, limit)
+        (model,), (place,) = models.values(), folders.values()
+        some = list(islice(images_in(images, list(map(Walk, filter(is_folder, images)))), explaining.MOST))
+        explained = explaining.run(explain, place, model, given.lanes, some, given.total, limit)
     untrained = any(record.untrained for record in records)
-    aligned = {name: model.aligned for name, model in moved.items() if model.aligned}
-    return PredictRun(
-        output, folders, labels, unreadable, passed_over, untrained, strangers, agreement, explained, aligned
-    )
+    return PredictRun(output, folders, labels, unreadable, given.passed_over, untrained, agreement, models, explained)
+
+
+# ---- what there is to label
+
+
+@dataclass(frozen=True)
+class ToLabel:
+    """What there is to label, on its way to the heads."""
+
+    batches: Iterable[Made]
+    paths: Iterator[str]
+    """Of the images in the batches, in their order, as the user wrote them."""
+    total: int
+    """Images in the batches."""
+    places: Mapping[str, Sequence[Places]]
+    """By target, those of `LoadedHead`."""
+    lanes: Sequence[Lane] = ()
+    unread: Sequence[PredictionRow] = ()
+    """Rows of images that were passed over."""
+    passed_over: Sequence[str] = ()
+
+
+def _of_vectors(files: Sequence[Path], heads: Mapping[str, ModelBundle]) -> ToLabel:
+    """Return the vectors in files, which were made elsewhere, as if a network made them batch by batch."""
+    read = [(path, *read_vectors(path)) for path in files]
+
+    def batches() -> Iterator[Made]:
+        for *_, X in read:
+            for part in np.array_split(X, -(-len(X) // MANY)):
+                rows = np.arange(len(part))
+                yield Batch([Item(row, "", None, ()) for row in rows.tolist()], []), [Part(rows, (part,), 0.0)]
+
+    def paths() -> Iterator[str]:
+        for path, named, X in read:
+            yield from (f"{path} row {row + 1}" for row in range(len(X))) if named is None else map(str, named)
+
+    places = {name: [[(0, 0)]] * len(head.parts) for name, head in heads.items()}
+    return ToLabel(batches(), paths(), sum(len(X) for *_, X in read), places)
+
+
+def _of_images(
+    images: Sequence[Path], taken: Mapping[str, Sequence[EmbeddingRecord]], limit: int, device: str, trust_code: bool
+) -> ToLabel:
+    """Return image files, and those in folders, as they come out of the networks of some embeddings."""
+    walks = [Walk(path) for path in images if is_folder(path)]
+    total = sum(1 for _ in images_in(images, walks))
+    unread, passed_over = _passed_over(walks)
+    if not total and not unread:
+        raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
+    embedders, places = open_networks(taken, device, trust_code=trust_code)
+    lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
+    paths, ahead = tee(images_in(images, [Walk(walk.root) for walk in walks]))
+    every = tuple(range(len(lanes)))
+    items = (Item(number, absolute(path), None, every) for number, path in enumerate(ahead))
+    return ToLabel(embed(lanes, items, Path("/"), limit), paths, total, places, lanes, unread, passed_over)
 
 
 def find_bundles(path: Path) -> dict[str, Path]:
@@ -311,23 +329,6 @@ def records_of(heads: Mapping[str, ModelBundle], folders: Mapping[str, Path]) ->
             raise BundleError(f"{folders[target]}: {problem}")
         found[target] = [from_plain(EmbeddingRecord, part.embedding) for part in head.parts]
     return found
-
-
-VectorFile = tuple[Path, NDArray[np.object_] | None, NDArray[np.float32]]
-"""A file of vectors, the paths in it, and the vectors, as `read_vectors` returns them."""
-
-
-def _names_in(files: Sequence[VectorFile]) -> Iterator[str]:
-    for path, named, X in files:
-        yield from (f"{path} row {row + 1}" for row in range(len(X))) if named is None else map(str, named)
-
-
-def _vectors_in(files: Sequence[VectorFile]) -> Iterator[tuple[Batch, list[Part | None]]]:
-    """Yield vectors that were made elsewhere as if a network had just made them."""
-    for _, _, X in files:
-        for part in np.array_split(X, -(-len(X) // MANY)):
-            rows = np.arange(len(part))
-            yield Batch([Item(row, "", None, ()) for row in rows.tolist()], []), [Part(rows, (part,), 0.0)]
 
 
 def find_bundle(path: Path) -> Path:
@@ -350,10 +351,7 @@ def find_bundle(path: Path) -> Path:
 
 def _first_refitted(path: Path) -> str:
     """Return the folder of the head that a `refit.json` says to use, which must lie beside it."""
-    try:
-        bundle = str(read_document(path, REFIT)["heads"][0]["bundle"])
-    except (KeyError, IndexError, TypeError):
-        raise REFIT.damaged(path, "it names no head") from None
+    bundle = str(read_document(path, REFIT)["heads"][0]["bundle"])
     if not {"..", ""}.isdisjoint(bundle.split("/")):
         raise REFIT.damaged(path, f"the bundle {bundle!r} lies outside of its folder")
     return bundle
@@ -404,9 +402,7 @@ def _full(walk: Walk, path: str) -> str:
 
 def _passed_over(walks: Sequence[Walk]) -> tuple[list[PredictionRow], list[str]]:
     """Return a row for each image that finished walks passed over, and lines on the rest."""
-    unread: set[tuple[str, str]] = set()
-    others: set[Failure] = set()
-    ignored: Counter[str] = Counter()
+    unread, others, ignored = set[tuple[str, str]](), set[Failure](), Counter[str]()
     for walk in walks:
         ignored += walk.ignored
         for entry in walk.entries:
@@ -419,30 +415,43 @@ def _passed_over(walks: Sequence[Walk]) -> tuple[list[PredictionRow], list[str]]
     return rows, passed_over_lines(sorted(others), ignored, "")
 
 
+# ---- labels, and the file that they are written to
+
+
+def _rows(
+    batch: Batch, parts: Sequence[Part | None], paths: Iterator[str], models: Sequence[LoadedHead], top: int
+) -> Iterator[PredictionRow]:
+    """Label a batch; `paths` are those of its images, and of all after it, as the user wrote them."""
+    labels, cells, strange = defaultdict[int, Any](list), defaultdict[int, Any](list), defaultdict[int, Any](list)
+    made = [part for part in parts if part is not None]  # an image that can be read is read for every lane
+    for model in models if made else ():
+        vectors = model.vectors(made)
+        moved = vectors if model.aligned is None else [model.aligned.alignment(vectors[0])]
+        said, probabilities = model.bundle.predict(*moved)
+        marks = model.strangers.cells(vectors[0], probabilities)
+        for place, row in enumerate(made[0].rows.tolist()):
+            sure = None if probabilities is None else probabilities[place]
+            labels[row].append(said[place])
+            cells[row] += model.bundle.target.csv_cells(said[place], sure, top)
+            strange[row] += marks[place]
+    for row in range(len(batch.items)):
+        problem = batch.problems.get(row)
+        status = f"{problem.status}: {problem.reason}" if problem else "ok"
+        yield PredictionRow(shown(next(paths)), status, labels[row], cells[row] + strange[row])
+
+
 def shown(path: str) -> str:
     """Return a path as text that can be written: bytes of it that are not UTF-8 as `\\xff`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def csv_header(targets: Mapping[str, Target], top: int, more: Sequence[str] = ()) -> str:
-    """Return the first line: path, status, and what predictions look like, where there are several targets after their names; and more."""
+def csv_header(models: Mapping[str, LoadedHead], top: int) -> list[str]:
+    """Return the names of the cells: path, status, and of each target what its predictions look like, and how strange images are."""
     cells = ["path", "status"]
-    for name, target in targets.items():
-        first, *others = target.csv_columns(top)
+    for name, model in models.items():
+        first, *others = model.bundle.target.csv_columns(top)
         cells += [name or first, *(f"{name}_{other.removeprefix(f'{first}_')}" if name else other for other in others)]
-    return to_lines([[*cells, *more]])
-
-
-def to_csv(rows: Sequence[PredictionRow], targets: Mapping[str, Target], top: int, more: Sequence[str] = ()) -> str:
-    """Return the lines of some rows, without the first."""
-
-    def cells(row: PredictionRow) -> Iterator[str]:
-        yield from (row.path, row.status)
-        for target, said in zip(targets.values(), row.said or [(None, None)] * len(targets), strict=True):
-            yield from target.csv_cells(*said, top)
-        yield from row.strange or [""] * len(more)
-
-    return to_lines(map(cells, rows))
+    return [*cells, *names({name: model.strangers for name, model in models.items()})]
 
 
 def to_lines(rows: Iterable[Iterable[str]]) -> str:
@@ -452,110 +461,55 @@ def to_lines(rows: Iterable[Iterable[str]]) -> str:
     return text.getvalue()
 
 
-def _aligned(model: LoadedHead, made: Sequence[tuple[Batch, list[Part | None]]], folder: Path) -> LoadedHead:
-    """Return the model with the alignment of all images that could be read."""
-    found = [[part for part in parts if part is not None] for _, parts in made]
-    X = [model.vectors(parts)[0] for parts in found if parts]
-    if not X:
-        return model
-    return replace(model, aligned=Aligned.of(np.concatenate(X), model, folder))
-
-
-def _rows(
-    batch: Batch, parts: Sequence[Part | None], given: Iterator[str], models: Sequence[LoadedHead]
-) -> Iterator[PredictionRow]:
-    """Label a batch; `given` are the paths of its images, and of all after it, as the user wrote them."""
-    said: dict[int, list[Said]] = {}
-    strange: dict[int, list[str]] = {}
-    made = [part for part in parts if part is not None]  # an image that can be read is read for every lane
-    for model in models if made else ():
-        vectors = model.vectors(made)
-        moved = vectors if model.aligned is None else [model.aligned.alignment(vectors[0])]
-        labels, probabilities = model.bundle.predict(*moved)
-        cells = model.strangers.cells(vectors[0], probabilities)
-        for place, row in enumerate(made[0].rows.tolist()):
-            strange.setdefault(row, []).extend(cells[place])
-            of_all = None if probabilities is None else probabilities[place]
-            said.setdefault(row, []).append((labels[place], of_all))
-    for row in range(len(batch.items)):
-        problem = batch.problems.get(row)
-        status = f"{problem.status}: {problem.reason}" if problem else "ok"
-        yield PredictionRow(shown(next(given)), status, tuple(said.get(row, ())), tuple(strange.get(row, ())))
-
-
 # ---- how often a head says what the folder of an image is called, where folders are called like its classes
 
 
 @dataclass
 class Agreement:
-    """Images counted by the folder they lie in, right below one of `roots`, and by the label that each target's head gives them.
+    """How many images each target's head labels as the folder is called in which they lie, right below one of `roots`.
 
     Images that the head has learned from are counted apart: of those it says more than it can know.
     """
 
     roots: Sequence[str]
     targets: Mapping[str, Target]
-    learned: frozenset[str] = frozenset()
+    learned: frozenset[str]
     """Where the training images of the experiment lie."""
-    said: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
-    """Target -> (folder, label) -> images."""
-    of_training: Counter[str] = field(default_factory=Counter)
-    """Folder -> images that were learned from."""
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(target, `right`, `wrong`, `taught` or `other`) -> images."""
 
     @staticmethod
     def of(images: Sequence[Path], bundle: Path, targets: Mapping[str, Target]) -> Agreement:
         """Prepare for the images of some folders, and the bundle of an experiment or that experiment."""
-        roots, learned = [absolute(path) for path in images if is_folder(path)], list[str]()
+        roots, learned = [absolute(path) for path in images if is_folder(path)], frozenset[str]()
         if roots and (files := experiment_around(bundle)):
             index = DatasetIndex.read(files.dataset)
-            root, taught = absolute(index.root), index.select("train", "validation")
-            if any(f"{a}/".startswith(f"{b}/") for each in roots for a, b in ((root, each), (each, root))):
-                learned = [f"{root}/{path}" for path in taught.paths]
-        exclusive = {name: target for name, target in targets.items() if target.exclusive}
-        return Agreement(roots, exclusive, frozenset(learned), {name: Counter() for name in exclusive})
+            root = absolute(index.root)
+            learned = frozenset(f"{root}/{path}" for path in index.select("train", "validation").paths)
+        return Agreement(roots, {name: target for name, target in targets.items() if target.exclusive}, learned)
 
     def add(self, path: str, target: str, label: str) -> None:
         """Count what the head of a target says of an image file."""
-        if target not in self.said:
-            return
         whole = absolute(path)
         root = next((each for each in self.roots if whole.startswith(f"{each}/")), None)
         folder, inside, _ = whole[len(root or "") + 1 :].partition("/")
-        if root is None or not inside:
+        if root is None or not inside or target not in self.targets:
             return
         folder = unicodedata.normalize("NFC", as_named(folder))
-        if whole in self.learned:
-            self.of_training[folder] += target == next(iter(self.said))
-        else:
-            self.said[target][folder, label] += 1
+        known = folder in self.targets[target].classes
+        kind = "other" if not known else "taught" if whole in self.learned else "right" if folder == label else "wrong"
+        self.counts[target, kind] += 1
 
     def lines(self, target: str) -> Iterator[str]:
-        """Say how many are right, overall and by class; nothing where no folder is called like a class."""
-        if target not in self.said:
-            return
-        counts, classes = self.said[target], {*self.targets[target].classes}
-        images, right, wrong = Counter[str](), Counter[str](), dict[str, Counter[str]]()
-        for (folder, label), number in counts.items():
-            images[folder] += number
-            right[folder] += number * (folder == label)
-            wrong.setdefault(folder, Counter())[label] += number * (folder != label)
-        known = [folder for folder in images if folder in classes]
-        if not known and not classes & {*self.of_training}:
-            return
-        total, correct = sum(images[each] for each in known), sum(right[each] for each in known)
-        if total:
-            low, high = wilson(correct, total)
+        """Say how many are right; nothing where no folder is called like a class."""
+        right, wrong, taught, others = (self.counts[target, kind] for kind in ("right", "wrong", "taught", "other"))
+        if total := right + wrong:
+            low, high = wilson(right, total)
             yield (
-                f"accuracy {100 * correct / total:.1f} % [{100 * low:.1f}, {100 * high:.1f}]: {correct:,} of {number_of(total, 'image')} are labelled as "
-                "their folders are called"
+                f"accuracy {100 * right / total:.1f} % [{100 * low:.1f}, {100 * high:.1f}]: {right:,} of {number_of(total, 'image')} are "
+                "labelled as their folders are called"
             )
-        told = []
-        for name in sorted(known, key=lambda name: (right[name] / images[name], -images[name], name)):
-            often = [f"{count:,} as {label}" for label, count in wrong[name].most_common(2) if count]
-            told.append(f"  {name}: {right[name]:,} of {images[name]:,}" + f", {' and '.join(often)}" * bool(often))
-        yield from first(told, MOST_CLASSES)
-        if learned := sum(self.of_training[name] for name in classes):
-            yield f"not counted: {number_of(learned, 'training image')}, which the head has learned from"
-        if others := sorted({*images} - classes):
-            left = number_of(sum(images[each] for each in others), "image")
-            yield f"not counted: {left} in folders that are no known class: {', '.join(first(others, 5))}"
+        if taught:
+            yield f"not counted: {number_of(taught, 'training image')}, which the head has learned from"
+        if others and total + taught:
+            yield f"not counted: {number_of(others, 'image')} in folders that are no known class"

@@ -20,7 +20,7 @@ from pipeline.config import Config, unknown
 from pipeline.data.classes import class_columns, expand_scores
 from pipeline.data.targets import Target
 from pipeline.errors import BundleError, HeadError, PipelineError, number_of
-from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, compare, joined, metrics_for
+from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, compare, joined
 from pipeline.evaluation.comparison import Paired, paired_answers
 from pipeline.evaluation.intervals import Interval
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, read_leaderboard
@@ -43,33 +43,25 @@ log = logging.getLogger(__name__)
 ALL = "all"
 MOST_NEIGHBOURS = 8
 CURVE_HEAD = RIDGE.name
-STORED = "0"
-"""The place of the stored parameters among those that are judged."""
 MOST_CURVE_IMAGES = 5_000
 """Training images of the learning curve's largest fit."""
 
 
 @dataclass(frozen=True)
 class NewClass:
-    """A class that the stored head does not know: its images, those among them that are test images, and how many of these are
-    labelled right."""
+    """A class that the stored head does not know."""
 
     name: str
     images: int
     test: int
+    """How many of them are test images."""
     right: int
+    """How many of these are labelled right."""
 
 
 @dataclass(frozen=True)
 class Refitted:
-    """One head fitted again, and the evidence for and against a new search; scores are higher where they are better.
-
-    `change` is of the test images that were test images before, with the same label: from `before` to `now`; `of_all` is of all there
-    are now. `expected` is what a learning curve lets expect of the images added, None without a curve or of other classes, to be
-    compared with `on_curve`, the change in its score; `ahead` what it lets expect of twice as many. `held_out` is the stored parameters'
-    score in cross-validation now, `gain` by how much the best of their neighbours is better, `best` what that has for another value;
-    the interval allows for having picked it.
-    """
+    """One head fitted again, and the evidence for and against a new search; scores are higher where they are better."""
 
     key: str
     """The row's name: `embedding/head`."""
@@ -80,27 +72,32 @@ class Refitted:
     train: tuple[int, int]
     """Training images before and now."""
     test: int
+    of_all: float
+    """Score on all test images there are now."""
     same: int
+    """How many of them were test images before, with the same label."""
     before: float
+    """The old head's score on these, and the new one's."""
     now: float
     change: Paired
-    of_all: float
+    """From the one to the other."""
     new_classes: tuple[NewClass, ...]
-    curve: str
     expected: float | None
-    on_curve: Paired
-    ahead: float | None
-    ahead_interval: Interval | None
+    """By how much a learning curve lets the score rise with the images added; None without one."""
     held_out: float
+    """Score of the stored parameters in cross-validation on all training images there are now."""
     tried: int
+    """Neighbours of the stored parameters that were judged likewise."""
     best: Mapping[str, Any]
+    """What the best neighbour has for another value; empty where none has a higher score."""
     gain: float
+    """How much more the best neighbour scores; the interval allows for having picked it."""
     gain_interval: Interval
     shown: bool
     """Whether the gain is beyond chance."""
     sound: bool
-    seconds: tuple[float, float]
-    """Of the fit, with its cross-validation and with what is strange to it; and of gathering the evidence."""
+    seconds: float
+    """Of the fit, with its cross-validation."""
 
     @property
     def reasons(self) -> list[str]:
@@ -114,36 +111,38 @@ class Refitted:
             return found
         if self.change.shown < 0:
             found.append("the refitted head is worse than the old one on the same test images, beyond chance")
-        if self.expected is not None and self.expected > self.on_curve.interval[1]:
+        if self.expected is not None and self.expected > self.change.interval[1]:
             found.append("the new images brought less than the learning curve lets expect")
         return found
 
     def lines(self) -> list[str]:
         """Say what was made and found, in plain words."""
-        metric, curve = METRICS[self.scoring], METRICS[self.curve]
+        metric = METRICS[self.scoring]
         words = {-1: "worse, beyond chance", 0: "no difference is shown", 1: "better, beyond chance"}
         lines = [
-            f"{self.key} fitted again with {_params(self.params)} in {self.seconds[0]:.1f} s, and judged in {self.seconds[1]:.1f} s",
+            f"{self.key} fitted again with {_params(self.params)} in {self.seconds:.1f} s",
             f"  training images   {self.train[0]:,} before, {self.train[1]:,} now",
-            *(f"  new class         {each.name}: {_told(each)}" for each in self.new_classes),
+        ]
+        for each in self.new_classes:
+            placed = f"{each.test:,} of its {number_of(each.images, 'image')} are test images, by the rule of the split"
+            lines.append(f"  new class         {each.name}: {placed}; {each.right:,} of these are labelled right")
+        lines += [
             f"  same test images  {self.same:,} that were test images before: {metric.title} "
             f"{metric.text(self.before)}{metric.percent} before, {metric.text(self.now)}{metric.percent} now: "
             f"{_gap(metric, self.change.difference, self.change.interval)}, {words[self.change.shown]}",
             f"  all test images   {self.test:,}: {metric.title} {metric.text(self.of_all)}{metric.percent}",
         ]
-        if self.ahead is not None and self.ahead_interval is not None:
-            of_added = "" if self.expected is None else f"{_gap(curve, self.expected)} by the images added since; "
-            lines.append(
-                f"  learning curve    of {CURVE_HEAD}, lets expect {of_added}{_gap(curve, self.ahead, self.ahead_interval)} of {curve.title} by "
-                "twice as many images"
-            )
+        if self.expected is not None:
+            expected = _gap(metric, self.expected)
+            lines.append(f"  learning curve    of {CURVE_HEAD}, lets expect {expected} by the images added since")
         if self.tried:
-            beyond = "better, beyond chance" if self.shown else "no evidence that it is better"
-            of = "the only neighbour" if self.tried == 1 else f"the best of {self.tried} neighbours"
-            other = f"{of}, {_params(self.best)}, {_gap(metric, self.gain, self.gain_interval)}: {beyond}"
-            lines.append(
-                f"  parameters        held out, the stored ones have {metric.text(self.held_out)}{metric.percent}; {other}"
-            )
+            other = f"none of {number_of(self.tried, 'neighbour')} is better"
+            if self.best:
+                beyond = "better, beyond chance" if self.shown else "no evidence that it is better"
+                gain = _gap(metric, self.gain, self.gain_interval)
+                other = f"the best of {number_of(self.tried, 'neighbour')}, {_params(self.best)}, {gain}: {beyond}"
+            stored = f"held out, the stored ones have {metric.text(self.held_out)}{metric.percent}"
+            lines.append(f"  parameters        {stored}; {other}")
         why = "; ".join(self.reasons)
         verdict = (
             f"is worth it (`manyheads heads`): {why}" if why else "is not worth it yet: nothing above speaks for it"
@@ -154,11 +153,6 @@ class Refitted:
 def _params(params: Mapping[str, Any]) -> str:
     values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in params.items()}
     return ", ".join(f"{name}={value}" for name, value in values.items()) or "no parameters"
-
-
-def _told(each: NewClass) -> str:
-    placed = f"{each.test:,} of its {number_of(each.images, 'image')} are test images, by the rule of the split"
-    return f"{placed}; {each.right:,} of these are labelled right" if each.test else placed
 
 
 def _gap(metric: Metric, difference: float, interval: Interval | None = None) -> str:
@@ -231,21 +225,14 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
     vectors = SharedFeatures(embedding)
     found = finished_row(folder, key) or make_row(fixed, embedding, vectors, config, files, key)
     with_strangers(Leaderboard((found,)), asked.task, asked.stores, files, config.seed)
-    fitted = time.perf_counter()
+    seconds = time.perf_counter() - start
     said, old = HeadPredictions.read(folder / FILE_NAME), HeadPredictions.read(before / FILE_NAME)
-    assert said.out_of_fold is not None
-    if old.out_of_fold is None:
+    if old.out_of_fold is None or old.test.paths is None or said.out_of_fold is None:
         raise BundleError(f"{before}: does not say what it was fitted on; run `manyheads heads` again")
-    metric = METRICS[config.tuning.scoring]
+    metric, added = METRICS[config.tuning.scoring], _added(old.test.target, said)
     was, now = _same(old.test, said.test, row.key)
-    change = paired_answers(metric, now, was, config.seed)
-    # A score whose lack of 1 falls as a power of the number of images: the one that was tuned, where it is of the kind.
-    of_kind = (metric, *metrics_for(said.test.target))
-    curve = next(each for each in of_kind if each.high == 1 and not each.needs_probabilities)
-    added = _added(old.test.target, said)
     train = len(old.out_of_fold), len(said.out_of_fold)
     journal = files.trials(embedding.name, head.name).with_suffix("")
-    expected, ahead, ahead_interval = _learned(embedding, vectors, curve, train, journal, config.seed)
     return Refitted(
         key=row.key,
         bundle=str(found.bundle),
@@ -253,26 +240,22 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
         scoring=metric.name,
         train=train,
         test=len(said.test),
+        of_all=metric.score(said.test),
         same=len(now),
         before=metric.score(was),
         now=metric.score(now),
-        change=change,
-        of_all=metric.score(said.test),
+        change=paired_answers(metric, now, was, config.seed),
         new_classes=added,
-        curve=curve.name,
-        expected=None if added else expected,
-        on_curve=change if curve is metric else paired_answers(curve, now, was, config.seed),
-        ahead=ahead,
-        ahead_interval=ahead_interval,
+        expected=None if added else _expected(embedding, vectors, metric, train, journal, config.seed),
         **_beside(head, fixed, embedding, vectors, metric, journal, config.seed),
         sound=found.sound,
-        seconds=(fitted - start, time.perf_counter() - fitted),
+        seconds=seconds,
     )
 
 
 def _asked_for(row: LeaderboardRow, asked: Asked) -> tuple[Config, Embedding, Head]:
     """Return what a row is fitted on, and its head; no search is repeated."""
-    once = {"trials": 1, "seconds": None, "nested": False, "seeds": 1}
+    once = {"trials": 1, "nested": False, "seeds": 1}
     config = asked.config.model_copy(update={"tuning": asked.config.tuning.model_copy(update=once)})
     for embedding in asked.embeddings:
         for head in embedding.heads:
@@ -283,10 +266,8 @@ def _asked_for(row: LeaderboardRow, asked: Asked) -> tuple[Config, Embedding, He
 
 def _same(before: Predictions, now: Predictions, key: str) -> tuple[Predictions, Predictions]:
     """Return what two heads say of the images that are test images of both with one label, the first in the target of the second."""
-    if before.paths is None or now.paths is None:
-        raise BundleError(f"{key}: its predictions do not name the images; run `manyheads heads` again")
-    place = {str(path): row for row, path in enumerate(before.paths.tolist())}
-    rows = np.array([place.get(str(path), -1) for path in now.paths.tolist()])
+    place = {path: row for row, path in enumerate(np.asarray(before.paths).tolist())}
+    rows = np.array([place.get(path, -1) for path in np.asarray(now.paths).tolist()])
     now, before = now.rows(rows >= 0), before.rows(rows[rows >= 0])
     target: Any = now.target
     probabilities = before.probabilities
@@ -314,30 +295,31 @@ def _added(before: Target, said: HeadPredictions) -> tuple[NewClass, ...]:
     return tuple(map(new, sorted(set(said.classes) - set(before.classes)) if before.exclusive else ()))
 
 
-def _learned(
+def _expected(
     embedding: Embedding, vectors: SharedFeatures, metric: Metric, train: tuple[int, int], journal: Path, seed: int
-) -> tuple[float | None, float | None, Interval | None]:
-    """Return what a learning curve lets expect of the images added, and of twice as many, with its interval.
+) -> float | None:
+    """Return by how much a learning curve lets the score rise with the images added; None for scores whose best is not 1.
 
     It is of ridge, which is quick, as in the report. Each fold is a draw: growing parts of its training images, judged on those it
     holds out; no test image has a part.
     """
-    task, tuning = embedding.task, embedding.tuning.model_copy(update={"scoring": metric.name})
+    if metric.high != 1 or metric.needs_probabilities:
+        return None
+    task = embedding.task
     smallest = min(min(len(rows) for rows, _ in task.folds), MOST_CURVE_IMAGES)
     sizes = curve_sizes(smallest, max(len(task.target.classes), 10))
     folds = growing(task.folds, task.target.strata(task.y_train), sizes, seed)
     head, params = TABLES[task.target.kind].heads[CURVE_HEAD], {"alpha": float(vectors.train.shape[1])}
-    book = journal / "curve.jsonl"
-    with fits_of(head, vectors.train, task.y_train, folds, tuning, seed, book, None, task.target) as (fits, _):
+    X, y, book = vectors.train, task.y_train, journal / "curve.jsonl"
+    with fits_of(head, X, y, folds, embedding.tuning, seed, book, None, task.target) as (fits, _):
         outcomes = fits.on_every_fold(params)
     scores = np.array([outcome.score for outcome in outcomes]).reshape(len(sizes), -1)
     known = np.flatnonzero(np.isfinite(scores).all(axis=1)).tolist()
     curve = curve_from_scores([sizes[place] for place in known], [scores[place] for place in known], seed, train[1])
-    if curve.law is None or not curve.forecast:
-        return None, None, None
+    if curve.law is None:
+        return None
     before, now = curve.law.accuracy([float(size) for size in train]).tolist()
-    twice = curve.forecast[0]
-    return now - before, twice.predicted - now, (twice.interval[0] - now, twice.interval[1] - now)
+    return float(now - before)
 
 
 def _beside(
@@ -345,37 +327,30 @@ def _beside(
 ) -> dict[str, Any]:
     """Judge the stored parameters beside their neighbours by cross-validation on all training images there are now.
 
-    Neighbours that cannot be fitted on every fold are left out.
+    Returns the fields `held_out` to `shown` of a `Refitted`; neighbours that cannot be fitted on every fold are left out.
     """
     stored, others = fixed.defaults, neighbours(head, fixed.defaults)
     # Of many parameters some of each, not the first alone.
     some = np.unique(np.linspace(0, max(0, len(others) - 1), min(len(others), MOST_NEIGHBOURS)).astype(int))
-    points = [stored, *(others[place] for place in some)]
-    task = embedding.task
-    X, y, book = vectors.train, task.y_train, journal / "neighbours.jsonl"
+    points = {"stored": stored, **{str(place): others[place] for place in some}}
+    task, X, y, book = embedding.task, vectors.train, embedding.task.y_train, journal / "neighbours.jsonl"
     with fits_of(head, X, y, task.folds, embedding.tuning, seed, book, vectors.projections, task.target) as (fits, _):
-        outcomes = [fits.on_every_fold(params) for params in points]
-    fitted = {
-        str(place): folds for place, folds in enumerate(outcomes) if all(fold.predictions is not None for fold in folds)
-    }
+        outcomes = {name: fits.on_every_fold(params) for name, params in points.items()}
+    fitted = {name: folds for name, folds in outcomes.items() if all(fold.predictions is not None for fold in folds)}
     answers = {name: _out_of_fold(folds, task, metric) for name, folds in fitted.items()}
     scores = {name: metric.score(said) for name, said in answers.items()}
-    own = scores.pop(STORED)
-    if not scores:
-        return {"held_out": own, "tried": 0, "best": {}, "gain": 0.0, "gain_interval": (0.0, 0.0), "shown": False}
     best = max(scores, key=lambda name: scores[name])
-    better = scores[best] > own
-    first, other, sign = (best, STORED, 1) if better else (STORED, best, -1)
+    found = {"held_out": scores["stored"], "tried": len(scores) - 1}
+    if best == "stored":
+        return {**found, "best": {}, "gain": 0.0, "gain_interval": (0.0, 0.0), "shown": False}
     by_fold = {name: [fold.score for fold in folds] for name, folds in fitted.items()}
-    away = {each.key: each for each in compare(answers, first, folds=by_fold, seed=seed, metric=metric)}[other]
-    low, high = sorted(sign * end for end in away.interval)
+    behind = {each.key: each for each in compare(answers, best, folds=by_fold, seed=seed, metric=metric)}["stored"]
     return {
-        "held_out": own,
-        "tried": len(scores),
-        "best": {name: value for name, value in points[int(best)].items() if value != stored[name]},
-        "gain": sign * away.difference,
-        "gain_interval": (low, high),
-        "shown": better and not away.no_evidence,
+        **found,
+        "best": {name: value for name, value in points[best].items() if value != stored[name]},
+        "gain": behind.difference,
+        "gain_interval": behind.interval,
+        "shown": not behind.no_evidence,
     }
 
 

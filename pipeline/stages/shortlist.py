@@ -8,7 +8,6 @@ Talwalkar, AISTATS 2016), though none that is not shown to be worse than the bes
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,7 +57,6 @@ JUDGES: Mapping[str, Sequence[Mapping[str, Any]]] = {
 """Heads that are fitted in no time, and the parameters that are tried; the best of them judges a candidate."""
 TIMED, REPEATS = 4, 3
 """Images of the batch whose time is taken, and how often."""
-
 
 ShortlistCandidate = BackboneConfig | str
 """A network, or the name of a baseline."""
@@ -115,29 +113,30 @@ class Shortlist:
     config: Path
 
     @property
-    def last(self) -> list[Entry]:
-        """The entries that were judged on the whole sample."""
-        return [entry for entry in self.entries if not entry.dropped]
-
-    @property
     def chosen(self) -> Entry:
-        """What is recommended."""
-        return chosen(self.last)
+        """The quickest of those that are shown to be worse than the best by little at most, else the best."""
+        best = self.entries[0]
+        allowed = margin(ACCURACY, best.accuracy, len(best.out_of_fold))
+        near = [entry for entry in self.entries if entry is best or (entry.tied and entry.behind <= allowed)]
+        return min(near, key=lambda entry: entry.seconds)
 
     def summary_lines(self) -> Iterator[str]:
         """The table, and what follows from it."""
         yield f"{len(self.entries)} embeddings on {self.images:,} of {self.of:,} training images; test images are not looked at"
         yield from ("", self._table(), "")
-        best, tied = self.entries[0], [entry for entry in self.last if entry.tied]
+        best, tied = self.entries[0], [entry for entry in self.entries if entry.tied]
         if len(tied) > 1:
             yield f"~ these cannot be told apart from {best.spec.name} on {self.images:,} images."
         for entry in self.entries:
             if entry.dropped:
                 yield f"dropped after {len(entry.out_of_fold):,} images, shown to be worse than the best: {entry.spec.name}"
         yield from self.left_out
-        yield from _by_size(self.entries)
-        found = self.chosen
-        yield f"use {found.spec.name}: {_why(found, self.last)}"
+        networks = [entry for entry in self.entries if entry.section is not None and not entry.spec.untrained]
+        if len(networks) > 1 and max(networks, key=lambda entry: entry.parameters) is best:
+            yield f"size alone would have told you this: {best.spec.name} is the largest."
+        if len(networks) > 1 and max(networks, key=lambda entry: (not entry.dropped, entry.evidence)) is best:
+            yield f"LogME alone would have told you this: {best.spec.name} is the likeliest."
+        yield f"use {self.chosen.spec.name}: {self._why()}"
         yield f"config    {self.config}: `manyheads features` and `manyheads heads` run it as it is"
 
     def _table(self) -> str:
@@ -157,6 +156,17 @@ class Shortlist:
             for entry in self.entries
         ]
         return tabulate(cells, head, "simple", disable_numparse=True, colalign=("left", "left", *["right"] * 7))
+
+    def _why(self) -> str:
+        best, chosen, tied = self.entries[0], self.chosen, [entry for entry in self.entries if entry.tied]
+        if chosen is not best:
+            why = f"the quickest that is shown to be at most {100 * chosen.behind:.1f} points worse than the best, {best.spec.name}"
+        elif len(tied) == 1:
+            why = "all others are shown to be worse"
+        else:
+            why = "the best; that a quicker one is nearly as good is not shown on these images"
+        floors = [entry.spec.name for entry in tied if entry.section is None]
+        return f"{why}. That a network helps is not shown: see {' and '.join(floors)}" if floors else why
 
 
 def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> Shortlist:
@@ -200,7 +210,7 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
         entries |= _compared(found, config.seed, final=size == sizes[-1])
         alive = [one for one in alive if any(each.candidate == one and not each.dropped for each in entries.values())]
     ordered = sorted(entries.values(), key=lambda entry: (entry.dropped, -entry.accuracy, entry.seconds))
-    return _written(config, files, _with_unique_names(ordered), len(order), len(places), left_out)
+    return _written(config, files, ordered, len(order), len(places), left_out)
 
 
 def _candidates(config: Config, words: Sequence[str]) -> tuple[list[ShortlistCandidate], list[str]]:
@@ -259,17 +269,6 @@ def _judged(
         yield Entry(candidate, target.spec, head, said, logme(X, y), *weight, _seconds(embedder))
 
 
-def _with_unique_names(entries: Sequence[Entry]) -> list[Entry]:
-    """Tell apart embeddings whose readable names agree, as those of `features`: by the start of the fingerprint."""
-    names = Counter(entry.spec.name for entry in entries)
-    return [
-        replace(entry, spec=replace(entry.spec, name=f"{entry.spec.name}-{entry.spec.fingerprint()[:6]}"))
-        if names[entry.spec.name] > 1
-        else entry
-        for entry in entries
-    ]
-
-
 def _seconds(embedder: EmbeddingModel) -> float:
     """What an image takes, the best of some times, as whatever else runs here can only add to it."""
     size, spent = embedder.preprocessing.size, []
@@ -283,16 +282,15 @@ def _seconds(embedder: EmbeddingModel) -> float:
 
 def _comparable(judged: Sequence[Entry]) -> tuple[dict[str, Entry], list[str]]:
     """Return the entries that can be compared, by their fingerprints, and lines on the others."""
+    found, lines = dict[str, Entry](), list[str]()
     most = max((len(entry.out_of_fold) for entry in judged), default=0)
-    left_out = {
-        entry.spec.name: "its network has learned from images like these; compare it by the test of a full run"
-        if entry.spec.trained_on is not None
-        else f"it has a vector of {len(entry.out_of_fold):,} images only, others of {most:,}"
-        for entry in judged
-        if entry.spec.trained_on is not None or len(entry.out_of_fold) < most
-    }
-    lines = [f"left out: {name}: {why}" for name, why in left_out.items()]
-    found = {entry.spec.fingerprint(): entry for entry in judged if entry.spec.name not in left_out}
+    for entry in judged:
+        if entry.spec.trained_on is not None:
+            lines.append(f"left out: {entry.spec.name}: its network has learned from images like these")
+        elif len(entry.out_of_fold) < most:
+            lines.append(f"left out: {entry.spec.name}: it has vectors of {len(entry.out_of_fold):,} images only")
+        else:
+            found[entry.spec.fingerprint()] = entry
     if not found:
         raise BackboneError("no candidate can be judged", lines)
     return found, lines
@@ -350,44 +348,3 @@ def _written(
     header = f"# The networks that cannot be told apart from the best on {images:,} of {of:,} training images: manyheads shortlist\n"
     write_text_atomic(made, header + dump_yaml(survivors, files.root))
     return Shortlist(tuple(entries), images, of, tuple(left_out), made)
-
-
-def chosen(entries: Sequence[Entry]) -> Entry:
-    """Return the quickest of those that are shown to be worse than the best by little at most, else the best; best first."""
-    best = entries[0]
-    allowed = margin(ACCURACY, best.accuracy, len(best.out_of_fold))
-    near = [entry for entry in entries if entry is best or (entry.tied and entry.behind <= allowed)]
-    return min(near, key=lambda entry: entry.seconds)
-
-
-def _why(found: Entry, last: Sequence[Entry]) -> str:
-    best, tied = last[0], [entry for entry in last if entry.tied]
-    if found is not best:
-        why = (
-            f"the quickest that is shown to be at most {100 * found.behind:.1f} points worse than the best, {best.spec.name}, "
-            f"with {1000 * found.seconds:.1f} ms an image"
-        )
-    elif len(tied) == 1:
-        why = "all others are shown to be worse"
-    else:
-        why = "the best; that a quicker one is nearly as good is not shown on these images"
-    floors = [entry.spec.name for entry in tied if entry.section is None]
-    return f"{why}. That a network helps is not shown: see {' and '.join(floors)}" if floors else why
-
-
-def _by_size(entries: Sequence[Entry]) -> Iterator[str]:
-    """Say what the size of the networks, and LogME, would have told without any of this."""
-    networks = [entry for entry in entries if entry.section is not None and not entry.spec.untrained]
-    if len(networks) < 2:
-        return
-    best = max(entries, key=lambda entry: (not entry.dropped, entry.accuracy))
-    whole = [entry for entry in networks if not entry.dropped] or networks
-    largest = max(networks, key=lambda entry: entry.parameters)
-    likeliest = max(whole, key=lambda entry: entry.evidence)
-    for means, entry in (("size", largest), ("LogME", likeliest)):
-        if entry is best:
-            yield f"{means} alone would have told you this: {entry.spec.name} is the {'largest' if means == 'size' else 'likeliest'}."
-        elif entry.tied:
-            yield f"{means} alone would have told you as much: it names {entry.spec.name}, which cannot be told apart from the best."
-        else:
-            yield f"{means} alone would have named {entry.spec.name}, which is shown to be worse than the best."

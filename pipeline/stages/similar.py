@@ -189,15 +189,13 @@ class Stored:
         starts = np.searchsorted(self.copies[order], np.arange(len(self.search.order) + 1))
         places, away = self.search.find(vectors, count + 1)
         found = []
-        for path, row_places, distances in zip(paths, places.tolist(), away.tolist(), strict=True):
-            near = [
-                self._neighbour(row, distance)
-                for place, distance in zip(row_places, distances, strict=True)
-                for row in order[starts[place] : starts[place + 1]].tolist()
-            ]
-            found.append([each for each in near if os.path.realpath(each.path) != os.path.realpath(path)][:count])
+        for path, own, distances in zip(paths, places.tolist(), away.tolist(), strict=True):
+            near = []
+            for place, distance in zip(own, distances, strict=True):
+                for row in order[starts[place] : starts[place + 1]].tolist():
+                    where = str(self.index.root / self.index.paths[row])
+                    if os.path.realpath(where) != os.path.realpath(path):
+                        said, part = self.index.said(row), str(self.index.splits[row])
+                        near.append(Neighbour(distance, said, part, address_of(where) or where))
+            found.append(near[:count])
         return found
-
-    def _neighbour(self, row: int, distance: float) -> Neighbour:
-        where = str(self.index.root / self.index.paths[row])
-        return Neighbour(distance, self.index.said(row), str(self.index.splits[row]), address_of(where) or where)

@@ -6,9 +6,10 @@ others and takes such a folder, or the config in it, as any other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
 
+from pipeline import report
 from pipeline.config import Config, dump_yaml
 from pipeline.data.failures import read_failures, write_failures
 from pipeline.data.index import DatasetIndex, WrittenIndex
@@ -19,6 +20,8 @@ from pipeline.evaluation import METRICS
 from pipeline.experiment import TARGETS, Artifacts, write_document
 from pipeline.heads.choosing import serving
 from pipeline.io.files import remove, write_text_atomic
+
+R = TypeVar("R", bound=Any)
 
 
 def experiments(config: Config) -> dict[str, Config]:
@@ -56,6 +59,17 @@ def of_classes(config: Config, what: str) -> dict[str, Config]:
     if not found:
         raise ConfigError(f"{what} of classes, and dataset.target is {config.dataset.target}")
     return found
+
+
+def each(found: Mapping[str, Config], run: Callable[[Config], R]) -> Generator[str, None, dict[str, R]]:
+    """Run a stage for each target; yield its lines below the target's name, and where its page is; return the results by name."""
+    made = {}
+    for name, alone in found.items():
+        made[name] = result = run(alone)
+        yield from [*heading(name), *(result if isinstance(result, list) else result.summary_lines())]
+        if Artifacts(alone.output).leaderboard.exists():
+            yield f"report       {report.refresh(Artifacts(alone.output).root)}"
+    return made
 
 
 def heading(name: str) -> list[str]:

@@ -90,10 +90,6 @@ class Table:
         positions[order] = np.where((first[at] == left) & (second[at] == right), at, -1)
         return positions
 
-    def place(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return segment number and row of k positions; all three int64 of shape (k,)."""
-        return self.lines[2][positions].astype(np.int64), self.lines[3][positions].astype(np.int64)
-
     def in_file_order(self) -> Digests:
         """Return every digest, uint64 of shape (n, 2), in the order of segments and rows."""
         return self.lines[:2].T[np.lexsort((self.lines[3], self.lines[2]))]
@@ -169,10 +165,10 @@ class FeatureStore:
                 store = _open_folder(path)
         except FileNotFoundError:
             raise StoreError(f"{path}: is not there") from None
-        if fingerprint not in (None, store.fingerprint):
+        if fingerprint not in (None, found := store.store_type.fingerprint):
             raise StoreError(
-                f"{path}: its features were made differently than asked for (identity {store.fingerprint[:16]}…, expected "
-                f"{fingerprint[:16]}…); run 'manyheads features' again"
+                f"{path}: its features were made differently than asked for (identity {found[:16]}…, expected {fingerprint[:16]}…); "
+                "run 'manyheads features' again"
             )
         return store
 
@@ -191,11 +187,6 @@ class FeatureStore:
     def store_type(self) -> StoreType:
         """What all its files share."""
         return self.file.store_type
-
-    @property
-    def fingerprint(self) -> str:
-        """The digest of the identity."""
-        return self.store_type.fingerprint
 
     @property
     def digest(self) -> str:
@@ -240,7 +231,8 @@ class FeatureStore:
                 f"{self.path}: has no features for {int((positions < 0).sum())} of {len(positions)} images "
                 f"(the first has content {absent[0]}); run 'manyheads features' first"
             )
-        return self.table.place(positions)
+        segments, rows = (line[positions].astype(np.int64) for line in self.table.lines[2:])
+        return segments, rows
 
     def read(self, digests: Digests) -> NDArray[np.float32]:
         """Return the vectors of n digests, uint64 of shape (n, 2), in the order asked, float32 of shape (n, dim), checked.
@@ -376,21 +368,16 @@ def newest_snapshot(store: Path) -> FeatureStore:
     StoreError when there is no store, or none of its snapshots is valid.
     """
     for _ in range(ATTEMPTS):
-        problems: list[str] = []
-        for generation in require_generations(store):
-            try:
-                snapshot = open_snapshot(snapshot_path(store, generation))
-            except FileNotFoundError:
-                break  # a writer has removed it meanwhile, and published a newer one
-            except StoreError as error:
-                problems.append(str(error))
-                continue
-            for problem in problems:
-                log.warning("%s; using generation %d instead", problem, generation)
-            return snapshot
-        else:
+        try:
+            for generation in require_generations(store):
+                try:
+                    return open_snapshot(snapshot_path(store, generation))
+                except StoreError as error:
+                    log.warning("%s; the one before is used", error)
             break
-    raise no_valid_snapshot(store, problems)
+        except FileNotFoundError:
+            pass  # a writer has removed it meanwhile, and published a newer one
+    raise no_valid_snapshot(store)
 
 
 def no_valid_snapshot(store: Path, problems: Sequence[str] = ()) -> StoreError:

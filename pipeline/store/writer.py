@@ -43,7 +43,6 @@ from pipeline.store.lock import explained
 from pipeline.store.opener import StoreFile
 from pipeline.store.reader import (
     FeatureStore,
-    SegmentEntry,
     Table,
     generations,
     no_valid_snapshot,
@@ -157,38 +156,6 @@ def _whole(store: Path, store_type: StoreType, paths: Iterable[Path]) -> Iterato
             yield file
 
 
-def publish(
-    store: Path,
-    before: FeatureStore | None,
-    identity: dict[str, Any],
-    store_type: StoreType,
-    segments: Sequence[SegmentEntry],
-    probe: NDArray[np.float32] | None,
-    lines: NDArray[np.uint64],
-) -> None:
-    """Write the snapshot that follows another, or the first; it counts from the moment its name appears.
-
-    `probe` are the probe vectors, float32 of shape (k, dim), and `lines` the table, uint64 of shape (4, n).
-    """
-    generation, parent = (1, "0" * 64) if before is None else (before.generation + 1, before.digest)
-    arrays: dict[str, NDArray[Any]] = {
-        "segment_digest": np.frombuffer(bytes.fromhex("".join(s.digest for s in segments)), np.uint8).reshape(-1, 32),
-        "segment_rows": np.array([entry.rows for entry in segments], "<u8"),
-        "segment_bytes": np.array([entry.bytes for entry in segments], "<u8"),
-        **origin(identity, probe, store_type.dim),
-    }
-    rows = lines.shape[1]
-    composed = compose("snapshot", store_type, rows, arrays, lambda: [lines], generation=generation, parent=parent)
-    scratch = files.write_temporary(store / TEMPORARY, composed.parts)
-    try:
-        files.publish(scratch, snapshot_path(store, generation))
-    except FileExistsError:
-        raise StoreError(
-            f"{store}: another writer has published generation {generation} meanwhile, so locks do not work here; "
-            "make sure that there is one writer, and run again: nothing committed is lost"
-        ) from None
-
-
 def _sweep(store: Path, newest: FeatureStore, keep: int) -> None:
     """Remove snapshots but the newest `keep`, and segments that none of these names."""
     numbers = generations(store)
@@ -208,7 +175,7 @@ def _sweep(store: Path, newest: FeatureStore, keep: int) -> None:
 # ---- rows on their way into segments
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FileRows:
     """Rows of one opened file, int64 of shape (n,), that belong to the store's next state, in the order they have there."""
 
@@ -221,10 +188,9 @@ class FileRows:
         return FileRows(file, np.arange(len(file.bulk)))
 
     @property
-    def content(self) -> Digests:
-        """Their digests, uint64 of shape (n, 2)."""
-        content: Digests = self.file.arrays["content"][self.rows]
-        return content
+    def is_whole(self) -> bool:
+        """Whether these are all rows of the file."""
+        return len(self.rows) == len(self.file.bulk)
 
     def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[NDArray[Any]]:
         """Yield the vectors from one of the rows to another, (k, dim) at a time, a few megabytes, each block of the file checked."""
@@ -234,15 +200,16 @@ class FileRows:
             yield self.file.bulk[rows[part]]
 
 
-def _write_segments(store: Path, store_type: StoreType, sources: Sequence[FileRows]) -> Iterator[SegmentEntry]:
+def _write_segments(store: Path, store_type: StoreType, sources: Sequence[FileRows]) -> Iterator[StoreFile]:
     """Write rows in order into as few segments as allowed."""
-    content = np.concatenate([np.zeros((0, 2), np.uint64), *(source.content for source in sources)])
+    contents = [source.file.arrays["content"][source.rows] for source in sources]
+    content = np.concatenate([np.zeros((0, 2), np.uint64), *contents])
     for part in slices(len(content), store_type.row_bytes, SEGMENT_BYTES):
-        rows = part.stop - part.start
-        composed = compose("segment", store_type, rows, {"content": content[part]}, partial(_pieces, sources, part))
-        entry = SegmentEntry(composed.digest, rows, composed.size)
-        _write(store, composed, entry.path(store))
-        yield entry
+        arrays = {"content": content[part]}
+        composed = compose("segment", store_type, part.stop - part.start, arrays, partial(_pieces, sources, part))
+        path = store / SEGMENTS / f"{composed.digest}.h5"
+        _write(store, composed, path)
+        yield open_segment(path, store_type, composed.digest)
 
 
 def _pieces(sources: Sequence[FileRows], part: slice) -> Iterator[NDArray[Any]]:
@@ -265,8 +232,8 @@ class StoreWriter:
         self._lock = held
         self._process = os.getpid()
         self._snapshot: FeatureStore
-        self._entries: dict[SegmentEntry, StoreFile] = {}
-        """The segments of the snapshot in order, opened and checked."""
+        self._segments: list[StoreFile] = []
+        """Those of the snapshot in order, opened and checked."""
         self._sources: list[FileRows] = []
         """Rows of the journal, in the order they were appended."""
         self._new: set[bytes] = set()
@@ -318,7 +285,7 @@ class StoreWriter:
         for leftover in (self.path / TEMPORARY).iterdir():
             files.remove(leftover)
         if not generations(self.path):
-            publish(self.path, None, self.identity, self.store_type, [], probe, np.zeros((4, 0), "<u8"))
+            self._publish(1, "0" * 64, probe)
         self._snapshot, fell_back = _newest_whole_snapshot(self.path)
         self._require_same(self.identity, self.store_type, probe)
         named = {entry.path(self.path) for entry in self._snapshot.segments}
@@ -356,13 +323,13 @@ class StoreWriter:
         """Open the snapshot's segments; of one that is missing or was cut the rows count as missing from now on."""
         for entry in self._snapshot.segments:
             try:
-                self._entries[entry] = entry.open(self.path, self.store_type)
+                self._segments.append(entry.open(self.path, self.store_type))
             except StoreError as error:
                 log.warning("%s; its %d images will be embedded again", error, entry.rows)
                 if entry.path(self.path).exists():
                     _set_aside(self.path, entry.path(self.path))
-        if len(self._entries) < len(self._snapshot.segments):
-            self._publish(list(self._entries))
+        if len(self._segments) < len(self._snapshot.segments):
+            self._replace([FileRows.all(file) for file in self._segments])
 
     def _take(self, file: StoreFile, rows: NDArray[np.int64]) -> None:
         """Let some rows of an opened file, int64 of shape (k,), belong to the next state."""
@@ -453,49 +420,64 @@ class StoreWriter:
 
     def compact(self) -> None:
         """Publish everything appended as the next snapshot and clear the journal."""
-        self._finish(list(self._entries), keep=2)
+        self._finish([FileRows.all(file) for file in self._segments], keep=2)
 
     def rewrite(self, wanted: Callable[[StoreFile], NDArray[np.bool_]], set_aside: bool = False) -> None:
         """Publish a state that has only the rows `wanted` says yes to, and remove every older state.
 
         `wanted` : opened segment -> bool of shape (its rows,); `set_aside` keeps what is replaced in `quarantine`.
         """
-        rows = {entry: np.flatnonzero(wanted(file)) for entry, file in self._entries.items()}
-        changed = [entry for entry in rows if len(rows[entry]) < entry.rows]
-        old = [FileRows(self._entries[entry], rows[entry]) if entry in changed else entry for entry in rows]
-        self._finish(old, keep=1, replaced=changed if set_aside else ())
+        self._finish([FileRows(file, np.flatnonzero(wanted(file))) for file in self._segments], 1, set_aside)
 
-    def _finish(self, old: Sequence[SegmentEntry | FileRows], keep: int, replaced: Sequence[SegmentEntry] = ()) -> None:
+    def _finish(self, kept: Sequence[FileRows], keep: int, set_aside: bool = False) -> None:
         self.commit()
+        changed = [each.file.path for each in kept if not each.is_whole]
         with explained(self.path):
-            if old != list(self._entries) or self._sources:
-                self._publish(old)
-            for entry in replaced:
-                _set_aside(self.path, entry.path(self.path))
+            if changed or self._sources:
+                self._replace(kept)
+            for path in changed if set_aside else ():
+                _set_aside(self.path, path)
             _sweep(self.path, self._snapshot, keep)
 
-    def _publish(self, old: Sequence[SegmentEntry | FileRows]) -> None:
-        """Write the segments of the next state and publish it.
+    def _replace(self, kept: Sequence[FileRows]) -> None:
+        """Publish the next state, of the rows that are kept and of the journal.
 
-        `old` : segments that stay as they are, and rows of segments that are written anew. Small ones are merged when too many
-        have piled up.
+        Segments that are kept as a whole stay as they are, but for small ones when too many have piled up.
         """
-        kept = [item for item in old if isinstance(item, SegmentEntry)]
-        small = [entry for entry in kept if entry.bytes < SMALL_BYTES]
-        if not self._sources or len(small) < MAX_SMALL:
-            small = []
-        merged = [FileRows.all(self._entries[entry]) for entry in small]
-        merged += [item for item in old if isinstance(item, FileRows) and len(item.rows)]
-        stays = [entry for entry in kept if entry not in small]
-        segments = [*stays, *_write_segments(self.path, self.store_type, [*merged, *self._sources])]
-        opened = {entry: self._entries.get(entry) or entry.open(self.path, self.store_type) for entry in segments}
-        lines = Table.of([file.arrays["content"] for file in opened.values()]).lines
-        publish(self.path, self._snapshot, self.identity, self.store_type, segments, self._snapshot.probe, lines)
+        small = [each for each in kept if each.is_whole and each.file.size < SMALL_BYTES]
+        merged = small if self._sources and len(small) >= MAX_SMALL else []
+        stays = [each.file for each in kept if each.is_whole and each not in merged]
+        merged = [*merged, *(each for each in kept if not each.is_whole), *self._sources]
+        segments = [*stays, *_write_segments(self.path, self.store_type, merged)]
+        generation = self._snapshot.generation + 1
+        self._publish(generation, self._snapshot.digest, self._snapshot.probe, segments)
         if self._sources:
             self._clear_journal()
             self._sources, self._new, self._next_group = [], set(), 1
-        self._snapshot = open_snapshot(snapshot_path(self.path, self._snapshot.generation + 1))
-        self._entries = opened
+        self._snapshot, self._segments = open_snapshot(snapshot_path(self.path, generation)), segments
+
+    def _publish(
+        self, generation: int, parent: str, probe: NDArray[np.float32] | None, segments: Sequence[StoreFile] = ()
+    ) -> None:
+        """Write a snapshot; it counts from the moment its name appears. `probe` : float32 of shape (k, dim)."""
+        names = bytes.fromhex("".join(file.digest for file in segments))
+        arrays: dict[str, NDArray[Any]] = {
+            "segment_digest": np.frombuffer(names, np.uint8).reshape(-1, 32),
+            "segment_rows": np.array([len(file.bulk) for file in segments], "<u8"),
+            "segment_bytes": np.array([file.size for file in segments], "<u8"),
+            **origin(self.identity, probe, self.store_type.dim),
+        }
+        lines = Table.of([file.arrays["content"] for file in segments]).lines
+        others: dict[str, Any] = {"generation": generation, "parent": parent}
+        composed = compose("snapshot", self.store_type, lines.shape[1], arrays, lambda: [lines], **others)
+        scratch = files.write_temporary(self.path / TEMPORARY, composed.parts)
+        try:
+            files.publish(scratch, snapshot_path(self.path, generation))
+        except FileExistsError:
+            raise StoreError(
+                f"{self.path}: another writer has published generation {generation} meanwhile, so locks do not work here; "
+                "make sure that there is one writer, and run again: nothing committed is lost"
+            ) from None
 
     def _clear_journal(self) -> None:
         for path in groups(self.path):

@@ -133,7 +133,7 @@ def measured(photos: Path, images: int, output: Path) -> dict[str, object]:
     choices = {
         "best": found.entries[0],
         "cheap": found.chosen,
-        "size": max(networks, key=lambda entry: (entry.cost.parameters, entry.cost.operations)),
+        "size": max(networks, key=lambda entry: entry.parameters),
         "LogME": max((entry for entry in networks if not entry.dropped), key=lambda entry: entry.evidence),
     }
     regret = {way: 100 * (top - best[entry.spec.name]) for way, entry in choices.items()}

@@ -23,7 +23,6 @@ import torch
 from pipeline.config import FinetuneConfig, read_yaml
 from pipeline.embed.weights import build
 from pipeline.finetuning.batches import Data, LabelledImages
-from pipeline.finetuning.checkpoint import TrainingRun
 from pipeline.finetuning.plan import check_plan, stages_of
 from pipeline.finetuning.trainer import TrainingTask, predict_logits, train
 
@@ -43,7 +42,7 @@ def make_task(size: int, precision: str, steps: int) -> TrainingTask:
     recipe = read_yaml(RECIPE)
     network = build(recipe["architecture"], {**recipe["arguments"], "num_classes": 200})
     stages = stages_of(network, (size, size))
-    settings = FinetuneConfig(rate=0.01, batch_norm="train", batch_size=BATCH)
+    settings = FinetuneConfig(rate=0.01, batch_size=BATCH)
     return TrainingTask(
         network, stages, check_plan([(0.0, "all")], stages), settings, steps, precision, 0, CPU, evaluations=1
     )
@@ -65,7 +64,7 @@ def training(data: Data, precision: str, seconds: float) -> float:
     while time.perf_counter() - start < seconds:
         with tempfile.TemporaryDirectory() as folder:
             task = make_task(data.train.pixels.shape[1], precision, STEPS)
-            trained = train(task, data, TrainingRun(Path(folder), "bench"))
+            trained = train(task, data, Path(folder), "bench")
         rate = max(rate, STEPS * BATCH / trained.seconds)
     return rate
 

@@ -13,7 +13,7 @@ from photos import make_photos, small_config
 from pipeline import report
 from pipeline.config import Config
 from pipeline.experiment import FINETUNING, Artifacts, to_lines, with_digest, write_document
-from pipeline.finetuning.result import describe, write_weights
+from pipeline.finetuning.result import write_weights
 from pipeline.io.digests import file_digest
 from pipeline.io.files import write_atomic
 from pipeline.stages import extract as extract_features
@@ -32,8 +32,9 @@ def finished(root: Path) -> Config:
     weights = folder / "finetuned.safetensors"
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(8, 4, generator=generator) for name in ("fc.weight", "conv.weight")}
-    described = describe(name="x", architecture="resnet18", arguments={}, preprocessing={}, classes=("a", "b"))
-    write_weights(weights, tensors, described)
+    write_weights(
+        weights, tensors, name="x", architecture="resnet18", arguments={}, preprocessing={}, classes=("a", "b")
+    )
     write_document(folder / "result.json", FINETUNING, {"key": "k", "weights_digest": file_digest(weights)})
     write_atomic(folder / "checkpoint.pt", with_digest(np.arange(99).tobytes()))
     write_atomic(folder / "log.jsonl", to_lines([{"step": step, "accuracy": 0.5} for step in range(9)], "")[0])

@@ -25,15 +25,13 @@ if TYPE_CHECKING:
 APART = {
     "domains": (
         "Adapted to new domains, without their labels",
-        "the head of a row above, as it does on the same test images after it is adapted. Each half of the new domains' test images "
-        "is adapted by the features of the other half: no image's own, and no label of theirs. Cross-validation on the training "
-        "images cannot judge that, so these rows are no candidates; what each brought is said in the notes.",
+        "the head of a row above, each half of the new domains' test images adapted by the features of the other half, never by a label. "
+        "Cross-validation cannot judge that, so these rows are no candidates; the notes say what each brought.",
     ),
     "views": (
         "With views of the images",
-        "the best head of a network, at the same parameters, averaged over views of an image, learned from the views of the training "
-        "images, or both. Folds are of images, so that no view of an image that is judged was learned from. These rows are no "
-        "candidates; what each brought and costs is said in the notes.",
+        "the best head of a network, averaged over views of an image, learned from views of the training images, or both, in folds of "
+        "whole images. These rows are no candidates; the notes say what each brought and costs.",
     ),
 }
 """Headings and words on rows that are made of others, by `LeaderboardRow.apart`."""
@@ -333,11 +331,10 @@ class Leaderboard:
         if best.unseen_rows is not None:
             lines.append(f"All of them: {apart_words(self.ranked)[1]}")
         if reduced:
-            whitened = ", whitened" if self.provenance.get("config", {}).get("tuning", {}).get("whiten") else ""
             told = ", ".join(f"up to {count} of {name}" for name, count in reduced.items())
             lines.append(
-                f"Heads work on principal components{whitened}, found within each fold's training images: {told}; fewer where a fold has "
-                "fewer training images."
+                f"Heads work on principal components, found within each fold's training images: {told}; fewer where a fold has fewer "
+                "training images."
             )
         if "baseline" in kinds:
             lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")

@@ -38,7 +38,7 @@ from pipeline.heads.fast.solvers import (
 )
 from pipeline.heads.head import Params, configure
 from pipeline.heads.tuning.evaluation import Evaluate, Evaluator, FoldOutcome, Problem, scaled, standardised
-from pipeline.heads.tuning.room import problem_bytes
+from pipeline.heads.tuning.room import SPARE_BYTES, problem_bytes
 
 LOGISTIC_TOLERANCE = 1e-4
 HINGE_TOLERANCE = 2e-4
@@ -182,7 +182,8 @@ def _scores(problem: Problem, prepared: Prepared, candidates: Sequence[Params]) 
     """Solve candidates in batches that fit in memory; return the scores of the rows judged and the share of the seconds."""
     axes, n = prepared.axes, len(prepared.axes.train)
     if problem.on_disk:
-        size = 1 + problem.spare_bytes // problem_bytes(len(problem.X), problem.X.shape[1], prepared.columns)
+        spare = SPARE_BYTES if problem.work_bytes is None else problem.work_bytes
+        size = 1 + spare // problem_bytes(len(problem.X), problem.X.shape[1], prepared.columns)
     else:
         size = max(1, int(max(BATCH_BYTES, axes.train.nbytes) // (6 * 4 * n * prepared.columns)))
     solved = []

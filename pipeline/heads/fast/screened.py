@@ -31,6 +31,9 @@ FEWEST, MOST = 8, 32
 BUDGET = 7.0
 """What goes on to the whole forest may cost so many forests of the head's defaults, which may go on besides."""
 
+KEPT_BYTES = 64 << 20
+"""Votes of first looks that are kept on one fold; a forest without is grown from its first tree again, with the same result."""
+
 FIRST_EPOCHS = 12
 """What a perceptron is first judged after; most take five times as many."""
 
@@ -47,26 +50,41 @@ def usable(problem: Problem) -> bool:
     )
 
 
+Votes = dict[str, tuple[int, NDArray[np.float64], NDArray[np.float64]]]
+"""Of forests in their first look: parameters -> the trees, the sum of their probabilities for each row, and that of the squares."""
+
+
+def _no_votes(problem: Problem, fold: int) -> Votes:
+    return {}
+
+
 @one_by_one
-def forest(problem: Problem, fold: int, prepared: None, params: Params) -> FoldOutcome:
-    """Fit a forest; what one of fewer trees than the head's says of the held-out rows is judged as `extrapolated`."""
+def forest(problem: Problem, fold: int, grown: Votes, params: Params) -> FoldOutcome:
+    """Grow a forest on from its first look; what one of fewer trees than the head's says of the held-out rows is `extrapolated`."""
     whole = int(configure(problem.head, {}, problem.seed)[-1].n_estimators)
     X_train, X = problem.matrices(fold)
     start = time.perf_counter()
-    pipeline = configure(problem.head, params, problem.fold_seed(fold)).fit(X_train, problem.learned(fold))
+    pipeline = configure(problem.head, params, problem.fold_seed(fold))
+    model, name = pipeline[-1], repr(sorted({**params, "n_estimators": None}.items()))
+    trees, (done, total, squares) = model.n_estimators, grown.pop(name, (0, np.zeros(()), np.zeros(())))
+    # A forest draws one number for each tree: a state that has drawn as many as there are gives those that come next.
+    state = np.random.RandomState(model.random_state)
+    state.randint(np.iinfo(np.int32).max, size=done)
+    model.set_params(n_estimators=trees - done, random_state=state)
+    pipeline.fit(X_train, problem.learned(fold))
     fitted = time.perf_counter()
     for _, step in pipeline.steps[:-1]:
         X = step.transform(X)
-    present, trees = pipeline.classes_, pipeline[-1].estimators_
-    total, squares = np.zeros((len(X), len(present))), np.zeros(len(X))
-    for tree in trees:  # tree by tree, as scikit-learn sums them: the last digit decides a tie
+    for tree in model.estimators_:  # tree by tree, as scikit-learn sums them: the last digit decides a tie
         vote = tree.predict_proba(X)
-        total += vote
-        squares += np.einsum("ij,ij->i", vote, vote)
-    shares, held_out = total / len(trees), problem.folds[fold][1]
-    if len(trees) < whole:
+        total = total + vote
+        squares = squares + np.einsum("ij,ij->i", vote, vote)
+    present, shares, held_out = model.classes_, total / trees, problem.folds[fold][1]
+    if trees < whole:
         n = len(held_out)
-        shares[:n] = extrapolated(total[:n], squares[:n], problem.y[held_out], len(trees), whole)
+        shares[:n] = extrapolated(total[:n], squares[:n], problem.y[held_out], trees, whole)
+        if sum(kept.nbytes for _, kept, _ in list(grown.values())) + total.nbytes <= KEPT_BYTES:
+            grown[name] = trees, total, squares
     predictions = present[shares.argmax(axis=1)]
     full = expand_scores(shares, present, problem.target.width, "probability")
     return FoldOutcome(predictions, full, "probability", fitted - start, time.perf_counter() - fitted)
@@ -168,7 +186,7 @@ def _few_epochs(problem: Problem, params: Params) -> Params:
     return {"max_iter": FIRST_EPOCHS}
 
 
-FOREST = Evaluator("forest", forest, usable=usable, screening=Screening(few, BUDGET, cost))
+FOREST = Evaluator("forest", forest, _no_votes, usable=usable, screening=Screening(few, BUDGET, cost))
 FOREST_OF_NUMBERS = Evaluator("forest_of_numbers", generic, screening=Screening(few, BUDGET, cost))
 """Few trees of it are judged as they are."""
 FEW_EPOCHS = Screening(_few_epochs, 4.0, _width)

@@ -6,6 +6,7 @@ optimum with work shared.
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -32,6 +33,8 @@ from pipeline.evaluation import Metric, Predictions
 from pipeline.heads.head import Head, Params, configure
 from pipeline.heads.tuning.features import FeatureMatrix, Projections, on_disk, standardise
 
+log = logging.getLogger(__name__)
+
 
 def derived_seed(seed: int, *place: int) -> int:
     """Return a seed of its own for one fit: (0, fold) for those of folds, (1, attempt) for those on all rows."""
@@ -52,10 +55,8 @@ class Problem:
     target: Target
     folds: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
     seed: int
-    spare_bytes: int = 0
-    """What each fold's work may take beyond the least, when the features are on disk."""
     work_bytes: int | None = None
-    """What each fold's fits may take for kernels and distances, beyond copies of the features; None without a limit."""
+    """What each fold's fits may take beyond copies of the features, or on disk beyond the least; None without a limit."""
     projections: Projections | None = None
     """The principal components that the head works on instead of X."""
     judge_training: bool = False
@@ -310,21 +311,74 @@ def _count(message: Warning | str, category: type[Warning], *place: Any, **more:
         counts[f"{category.__name__}: {text}" if vague else category.__name__] += 1
 
 
-class Shared:
-    """What the fits of a search share: what its evaluator prepared per fold, made once by the first thread that needs it."""
+class FoldWork:
+    """Fits sets of parameters on folds; what its evaluator prepares of a fold is made by the first thread that needs it, and kept."""
 
-    def __init__(self, evaluator: Evaluator, problem: Problem, limit_bytes: int) -> None:
-        self.evaluator, self._problem, self._limit = evaluator, problem, limit_bytes
-        self.threads = ThreadpoolController()
+    def __init__(self, problem: Problem, evaluator: Evaluator, metric: Metric, limit_bytes: int) -> None:
+        self._problem, self._evaluator, self._metric, self._limit = problem, evaluator, metric, limit_bytes
+        self._threads = ThreadpoolController()
         self._kept: dict[int, Any] = {}
-        self._locks = {fold: threading.Lock() for fold in range(len(problem.folds))}
+        self._locks = [threading.Lock() for _ in problem.folds]
 
-    def get(self, fold: int) -> Any:
+    def fit(self, fold: int, points: Sequence[Params], judge_training: bool) -> list[FoldOutcome]:
+        """Fit points on a fold and score the rows it holds out, and if asked those they are fitted on."""
+        problem, metric = changed(self._problem, judge_training=judge_training), self._metric
+        train, held_out = problem.folds[fold]
+        n, made = len(held_out), []
+        for outcome in self._outcomes(problem, fold, [{**problem.head.fixed, **point} for point in points]):
+            if outcome.predictions is not None:
+                if judge_training:
+                    own = answers(problem, metric, [train], [_rows(outcome, slice(n, None))])
+                    outcome = changed(_rows(outcome, slice(n)), training=Measured.of(metric, own))
+                outcome = changed(outcome, score=metric.score(answers(problem, metric, [held_out], [outcome])))
+            made.append(outcome)
+        return made
+
+    def _outcomes(self, problem: Problem, fold: int, points: Sequence[Params]) -> list[FoldOutcome]:
+        # OpenMP counts its threads per calling thread, so the limit is set here and not once outside.
+        with self._threads.limit(limits=1, user_api="openmp"), working_memory(problem.work_bytes):
+            if problem.target.only(problem.y[problem.folds[fold][0]], 0) is not None:
+                return generic(problem, fold, None, points)
+            try:
+                return self._evaluator.evaluate(problem, fold, self._prepared(fold), points)
+            except (MemoryError, np.linalg.LinAlgError) as error:
+                if problem.on_disk:
+                    return [failed(error, {}) for _ in points]
+                name = problem.head.name
+                log.warning(
+                    "head %s: no shared work on fold %d (%r); each trial is fitted by itself", name, fold, error
+                )
+                return generic(problem, fold, None, points)
+
+    def _prepared(self, fold: int) -> Any:
         """Return what the candidates share on a fold; it is kept while it fits into the limit."""
+        if self._evaluator.prepare is None:
+            return None
         with self._locks[fold]:
             if fold in self._kept:
                 return self._kept[fold]
-            made = self.evaluator.prepare and self.evaluator.prepare(self._problem, fold)
+            made = self._evaluator.prepare(self._problem, fold)
             if sum(getattr(kept, "nbytes", 0) for kept in [*self._kept.values(), made]) <= self._limit:
                 self._kept[fold] = made
             return made
+
+
+def answers(
+    problem: Problem, metric: Metric, rows: Sequence[NDArray[np.int64]], outcomes: Sequence[FoldOutcome]
+) -> Predictions:
+    """Return what was said of rows, given by fold; thresholds are chosen on the other folds, of one fold on the rows themselves."""
+    target, y = problem.target, problem.y[np.concatenate(rows)]
+    said = np.concatenate([outcome.predictions for outcome in outcomes if outcome.predictions is not None])
+    assert len(said) == len(y), "a fit that failed is not judged"
+    parts = [outcome.scores for outcome in outcomes if outcome.scores is not None]
+    scores = np.concatenate(parts) if len(parts) == len(rows) else None
+    if metric.threshold:
+        folds = None if len(rows) == 1 else np.repeat(np.arange(len(rows)), [len(part) for part in rows])
+        said = target.decided(y, said, scores, metric.threshold, folds)
+    return Predictions(y, said, scores if metric.needs_probabilities else None, target=target)
+
+
+def _rows(outcome: FoldOutcome, rows: slice) -> FoldOutcome:
+    assert outcome.predictions is not None, "a fit that failed is not judged"
+    scores = None if outcome.scores is None else outcome.scores[rows]
+    return changed(outcome, predictions=outcome.predictions[rows], scores=scores)

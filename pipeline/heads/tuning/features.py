@@ -31,9 +31,6 @@ FeatureMatrix = NDArray[np.float32] | StoredRows
 BLOCK_BYTES = 4 << 20
 """Features read at once. A fixed size, so that results do not depend on how much memory there is."""
 
-NOISE = 1e-6
-"""Of the largest component's variance: what float32 leaves of none at all."""
-
 
 def on_disk(X: FeatureMatrix) -> bool:
     """Whether features, float32 of shape (n, dim), stay in a store's files; nobody else asks what kind they are."""
@@ -126,10 +123,10 @@ class Projection:
     pca: PCA
 
     @staticmethod
-    def of(X: FeatureMatrix, rows: NDArray[np.int64], components: int | float, whiten: bool) -> Projection:
+    def of(X: FeatureMatrix, rows: NDArray[np.int64], components: int | float) -> Projection:
         """Fit both on some rows of X: as many components, or as many as hold this share of the variance.
 
-        No more components than rows or dimensions are kept, and for `whiten` only those along which the rows differ.
+        No more components than rows or dimensions are kept.
 
         X : float32 of shape (n, dim); rows : int64 of shape (k,)
         """
@@ -137,12 +134,12 @@ class Projection:
         kept = components if isinstance(components, float) else min(components, n, dim)
         # Both are exact and need no seed; the covariance is the quicker way where it is the smaller matrix.
         solver = "covariance_eigh" if on_disk(X) or dim <= n else "full"
-        pca = PCA(kept, whiten=whiten, svd_solver=solver)
+        pca = PCA(kept, svd_solver=solver)
         if on_disk(X):
             source = Standardised.of(X, rows)
-            return Projection(source.scaler, _without_noise(_fit_products(pca, source.products(), n)))
+            return Projection(source.scaler, _fit_products(pca, source.products(), n))
         scaler = StandardScaler()
-        return Projection(scaler, _without_noise(pca.fit(scaler.fit_transform(X[rows]))))
+        return Projection(scaler, pca.fit(scaler.fit_transform(X[rows])))
 
     def apply(self, X: FeatureMatrix, rows: NDArray[np.int64]) -> Array:
         """Return some rows on the components, shape (n, components), float32."""
@@ -170,21 +167,11 @@ def _fit_products(pca: PCA, products: NDArray[np.float64], n: int) -> PCA:
     return pca
 
 
-def _without_noise(pca: PCA) -> PCA:
-    """Take off whitened components of no variance: divided by it, other rows would be thrown a million units away."""
-    variances = pca.explained_variance_
-    count = max(1, int((variances > NOISE * variances[0]).sum())) if pca.whiten else len(variances)
-    pca.components_, pca.n_components_ = pca.components_[:count], count
-    for name in ("explained_variance_", "explained_variance_ratio_", "singular_values_"):
-        setattr(pca, name, getattr(pca, name)[:count])
-    return pca
-
-
 class Projections:
     """The projections of one matrix X, each made by the first that needs it and kept for all heads on X."""
 
-    def __init__(self, X: FeatureMatrix, components: int | float, whiten: bool) -> None:
-        self._X, self._components, self._whiten = X, components, whiten
+    def __init__(self, X: FeatureMatrix, components: int | float) -> None:
+        self._X, self._components = X, components
         self._kept: dict[str, tuple[Projection, Array]] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -208,7 +195,7 @@ class Projections:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
             if key not in self._kept:
-                found = Projection.of(self._X, train, self._components, self._whiten)
+                found = Projection.of(self._X, train, self._components)
                 self._kept[key] = found, found.apply(self._X, rows)
             return self._kept[key]
 

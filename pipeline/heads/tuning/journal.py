@@ -38,10 +38,9 @@ def search_identity(problem: Problem, tuning: TuningConfig) -> dict[str, Any]:
     """Everything that determines what a search finds, and nothing else: no number of jobs, no path."""
     folds = b"".join(np.ascontiguousarray(part).tobytes() + b"/" for pair in problem.folds for part in pair)
     features = (np.ascontiguousarray(block).view(np.uint8).reshape(-1).data for _, block in blocks(problem.X))
-    budget = {"seconds": tuning.seconds} if tuning.seconds is not None else {"trials": tuning.trials}
     # On disk the same optimum is found to fewer digits than a resumed search must repeat.
     place = {"on_disk": ON_DISK_VERSION} if on_disk(problem.X) else {}
-    reduced = {} if tuning.pca is None else {"pca": tuning.pca, "whiten": tuning.whiten}
+    reduced = {} if tuning.pca is None else {"pca": tuning.pca}
     versions: dict[str, Any] = dict.fromkeys(("scikit-learn", "scikit-optimize", "numpy", "scipy"))
     for name in versions:
         with suppress(PackageNotFoundError):
@@ -52,7 +51,7 @@ def search_identity(problem: Problem, tuning: TuningConfig) -> dict[str, Any]:
         "labels": [*record_of(problem.target).values(), bytes_digest(problem.y.tobytes())],
         "folds": bytes_digest(folds),
         "head": identity(problem.head, problem.seed),
-        "tuning": {"strategy": tuning.strategy, "scoring": tuning.scoring, **reduced, **budget},
+        "tuning": {"strategy": tuning.strategy, "scoring": tuning.scoring, "trials": tuning.trials, **reduced},
         "seed": problem.seed,
         "versions": {**versions, "solvers": SOLVERS_VERSION},
     }

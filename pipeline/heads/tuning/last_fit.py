@@ -121,7 +121,7 @@ def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: in
         pipeline = fit_on_all(problem, params, y, jobs)
         seconds = time.perf_counter() - start
         with working_memory(problem.work_bytes):
-            parts = [problem.target.recalled(pipeline, block) for _, block in blocks(problem.X)]
+            parts = [problem.target.answers(pipeline, block)[:2] for _, block in blocks(problem.X)]
     labels, target = np.concatenate([labels for labels, _ in parts]), problem.target
     looked_at = metric.needs_probabilities or (metric.threshold and not target.exclusive)
     columns = np.concatenate([columns for _, columns in parts]) if looked_at else None
@@ -138,7 +138,6 @@ def refit(
     y: NDArray[Any],
     seed: int,
     pca: int | float | None = None,
-    whiten: bool = False,
 ) -> Pipeline:
     """Fit a head with given parameters on all rows, as `tune` does with the best it found.
 
@@ -149,7 +148,7 @@ def refit(
     target, codes, _ = ANY_CLASSES.narrowed(y)
     problem = Problem(head, X, codes, target, (), seed)
     if pca is not None:
-        problem = changed(problem, head=without_scaler(head), projections=Projections(X, pca, whiten))
+        problem = changed(problem, head=without_scaler(head), projections=Projections(X, pca))
     with counting_warnings(), threadpool_limits(limits=1, user_api="openmp"):
         return fit_on_all(problem, params, y, jobs=1)
 

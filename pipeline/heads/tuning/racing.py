@@ -5,18 +5,17 @@ The next fits go to those worth their price. Fits run in parallel, within the me
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import joblib
 import numpy as np
@@ -25,18 +24,16 @@ from scipy.stats import norm
 from threadpoolctl import threadpool_limits
 
 from pipeline.config import TuningConfig
-from pipeline.evaluation import METRICS, Metric, Predictions
+from pipeline.evaluation import METRICS
 from pipeline.heads.head import Params
 from pipeline.heads.tuning.evaluation import (
     GENERIC,
     FoldOutcome,
-    Measured,
+    FoldWork,
     Problem,
-    Shared,
+    answers,
     counting_warnings,
     evaluator_for,
-    failed,
-    working_memory,
 )
 from pipeline.heads.tuning.journal import Journal, fit_event, key, replay
 from pipeline.heads.tuning.room import is_spread, room_for, spread
@@ -53,21 +50,22 @@ CONFIDENCE = 2.0
 
 @dataclass(eq=False)
 class Candidate:
-    """Parameters on their way through the folds: what was fitted so far, by fold, and why no more is."""
+    """Parameters on their way through the folds: what was fitted on the first ones, and why no more is."""
 
     number: int
     params: Params
-    outcomes: dict[int, FoldOutcome] = field(default_factory=dict)
+    outcomes: list[FoldOutcome] = field(default_factory=list)
     reason: str | None = None
 
     @property
-    def fitted(self) -> list[FoldOutcome]:
-        """The outcomes in the order of the folds."""
-        return [self.outcomes[fold] for fold in sorted(self.outcomes)]
+    def scores(self) -> NDArray[np.float64]:
+        """The scores on the folds so far, float64 of shape (k,); NaN where a fit failed."""
+        return np.array([outcome.score for outcome in self.outcomes])
 
-    def scores(self, done: int) -> NDArray[np.float64]:
-        """Return the scores on the first folds, float64 of shape (done,)."""
-        return np.array([self.outcomes[fold].score for fold in range(done)])
+    @property
+    def error(self) -> str | None:
+        """What the first fit that failed failed with."""
+        return next((outcome.error for outcome in self.outcomes if outcome.error), None)
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ class Trial:
     """One set of parameters and how it scored; higher is better.
 
     `fold_scores` has None for a fold that was not fitted. `mean` is there for a finished trial only. `estimate` is what
-    the search believed: the mean, or for a stopped trial what its first folds or its cheap version let expect.
+    the search believed: the mean, or for a stopped trial what its first folds or its cheap version let expect. `reason`
+    says why it was stopped.
     """
 
     number: int
@@ -89,17 +88,11 @@ class Trial:
     warnings: dict[str, int]
     error: str | None = None
     reason: str | None = None
-    """Why it was stopped."""
 
     @property
     def scores(self) -> NDArray[np.float64]:
         """The fold scores, float64 of shape (n_folds,), with NaN for a fold that was not fitted."""
         return np.array(self.fold_scores, dtype=np.float64)
-
-    def record(self) -> dict[str, Any]:
-        """Return the trial as plain data for JSON."""
-        rounded = {name: round(getattr(self, name), 6) for name in ("fit_seconds", "score_seconds")}
-        return {**vars(self), "fold_scores": list(self.fold_scores), **rounded}
 
 
 # Fits on folds --------------------------------------------------------------------------------------------------------
@@ -109,8 +102,8 @@ class FoldFits:
     """The fits of one search: what its candidates share, what the journal knows, and the clock."""
 
     def __init__(self, problem: Problem, tuning: TuningConfig, journal: Journal) -> None:
-        self.evaluator = evaluator_for(problem)
-        needed = self.evaluator.work_bytes(problem) if self.evaluator.work_bytes else 0
+        evaluator, self.metric = evaluator_for(problem), METRICS[tuning.scoring]
+        needed = evaluator.work_bytes(problem) if evaluator.work_bytes else 0
         room = room_for(problem, tuning, needed)
         if room.work_bytes is not None and room.work_bytes < needed:
             log.info(
@@ -118,18 +111,12 @@ class FoldFits:
                 problem.head.name,
                 needed / 1e6,
             )
-            self.evaluator = GENERIC
-        self.problem = changed(
-            problem,
-            spare_bytes=room.spare_bytes,
-            work_bytes=room.work_bytes,
-            # What came through cheaper versions is dear to fit again at the end, only to judge it on more rows.
-            judge_training=self.evaluator.screening is not None,
-        )
+            evaluator = GENERIC
+        self.problem, self.evaluator = changed(problem, work_bytes=room.work_bytes), evaluator
         self.jobs, self._shared_bytes = room.jobs, room.shared_bytes
-        self.shared = Shared(self.evaluator, self.problem, room.shared_bytes)
+        self._work = FoldWork(self.problem, evaluator, self.metric, room.shared_bytes)
         self.replayed = self.done = 0
-        self.tuning, self.journal, self.metric = tuning, journal, METRICS[tuning.scoring]
+        self.tuning, self.journal = tuning, journal
         self.held_out_rows = float(np.mean([len(held_out) for _, held_out in problem.folds]))
         self.tell: Callable[[], None] = lambda: None
         """Called as fits end, when they are in `done`."""
@@ -140,86 +127,74 @@ class FoldFits:
             # The journal keeps no predictions, so what was not judged as a whole before a kill is fitted again.
             fits = [event for event in fits if key(event["rung"], event["params"]) in self._judged]
         self._known = {key(event["rung"], event["params"], event["fold"]): event for event in fits}
-        self._before = max((float(event["elapsed"]) for event in journal.events), default=0.0)
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() - max([0.0, *(float(event["elapsed"]) for event in journal.events)])
 
     def elapsed(self) -> float:
         """Seconds of this search, earlier runs included."""
-        return self._before + time.perf_counter() - self._start
+        return time.perf_counter() - self._start
 
-    def time_left(self) -> bool:
-        """Whether another fit may begin."""
-        return self.tuning.seconds is None or self.elapsed() < self.tuning.seconds
+    def fit(self, candidates: Sequence[Candidate], folds: Sequence[int], rung: int) -> None:
+        """Fit candidates on the next folds, in parallel; each fit is in the journal before this returns.
 
-    def fit(self, candidates: Sequence[Candidate], stage: Sequence[int], rung: int, last: Candidate | None) -> None:
-        """Fit candidates on a stage's folds, in parallel; each is in the journal before this returns.
-
-        last : the one that is fitted though time is up
+        On rung 0 a head that has a cheap version is fitted in that.
         """
-        groups = [list(candidates)] if self.evaluator.together else [[one] for one in candidates]
-        pending = []
-        for fold, group in itertools.product(stage, filter(None, groups)):
-            known = [self._known.get(key(rung, one.params, fold)) for one in group]
-            if all(known):
+        groups = [candidates] if self.evaluator.together else [[one] for one in candidates]
+        plan = [(fold, group) for fold in folds for group in groups]
+        known = [[self._known.get(key(rung, one.params, fold)) for one in group] for fold, group in plan]
+        screening = None if rung else self.evaluator.screening
+        tasks = []
+        for (fold, group), events in zip(plan, known, strict=True):
+            if not all(events):
+                points = [one.params for one in group]
+                if screening is not None:
+                    points = [{**point, **screening.cheaper(self.problem, point)} for point in points]
+                # What came through cheaper versions is dear to fit again at the end, only to judge it on more rows.
+                tasks.append((fold, points, self.evaluator.screening is not None))
+        made = self._made(tasks)
+        for (fold, group), events in zip(plan, known, strict=True):
+            if all(events):
+                outcomes = [replay(event) for event in events if event]
                 self.replayed += len(group)
-                for one, event in zip(group, known, strict=True):
-                    one.outcomes[fold] = replay(event or {})
             else:
-                pending.append((fold, group))
-        tasks = [(fold, [self._looked_at(one.params, rung) for one in group], last in group) for fold, group in pending]
-        for place, made in self._made(self.problem, tasks):
-            fold, group = pending[place]
-            elapsed = self.elapsed()
-            events = []
-            for one, outcome in zip(group, made, strict=True):
-                one.outcomes[fold] = outcome
-                events.append(fit_event(one.number, one.params, fold, outcome, rung, elapsed))
-            self.journal.append(events)
-            self.done += len(group)
-            self.tell()
-
-    def _looked_at(self, params: Params, rung: int) -> Params:
-        """Return what is fitted of a candidate: on rung 0 its cheap version, where there is one."""
-        screening = self.evaluator.screening
-        return params if screening is None or rung else {**params, **screening.cheaper(self.problem, params)}
+                outcomes, elapsed = next(made), self.elapsed()
+                self.journal.append(
+                    [
+                        fit_event(one.number, one.params, fold, outcome, rung, elapsed)
+                        for one, outcome in zip(group, outcomes, strict=True)
+                    ]
+                )
+                self.done += len(group)
+                self.tell()
+            for one, outcome in zip(group, outcomes, strict=True):
+                one.outcomes.append(outcome)
 
     def on_every_fold(self, params: Params) -> list[FoldOutcome]:
         """Fit one candidate on every fold and judge it on the training rows too.
 
         It does not look into the journal, which keeps no predictions.
         """
-        tasks = [(fold, [params], True) for fold in range(len(self.problem.folds))]
-        made = dict(self._made(changed(self.problem, judge_training=True), tasks))
-        return [made[fold][0] for fold in range(len(tasks))]
+        return [made[0] for made in self._made([(fold, [params], True) for fold in range(len(self.problem.folds))])]
 
-    def _made(
-        self, problem: Problem, tasks: Sequence[tuple[int, list[Params], bool]]
-    ) -> Iterator[tuple[int, list[FoldOutcome]]]:
-        """Fit points on folds, and yield the place of each task with its outcomes as they come.
+    def _made(self, tasks: Sequence[tuple[int, list[Params], bool]]) -> Iterator[list[FoldOutcome]]:
+        """Do what `FoldWork.fit` does with each task's arguments, and yield the outcomes of one after the other.
 
-        A task is a fold, its points, and whether it is done though time is up. On an engine's workers tasks are spread where the
-        features are a file that all map, but for what is solved together: there one decomposition is worth more than cores.
+        On an engine's workers tasks are spread where the features are a file that all map, but for what is solved together:
+        there one decomposition is worth more than cores.
         """
+        problem = self.problem
+        if not tasks:
+            return
         if self.evaluator.together or problem.projections or not (isinstance(problem.X, np.memmap) and is_spread()):
-
-            def here(place: int, fold: int, points: list[Params], must: bool) -> tuple[int, list[FoldOutcome]]:
-                done = must or self.time_left()
-                return place, fit_fold(problem, self.shared, self.metric, fold, points) if done else []
-
-            run = joblib.Parallel(n_jobs=self.jobs, backend="threading", return_as="generator_unordered")
-            made = run(joblib.delayed(here)(place, *task) for place, task in enumerate(tasks))
-            yield from ((place, outcomes) for place, outcomes in made if outcomes)
-        elif tasks:
+            run = joblib.Parallel(n_jobs=self.jobs, backend="threading", return_as="generator")
+            yield from run(joblib.delayed(self._work.fit)(*task) for task in tasks)
+        else:
             import cloudpickle  # engines bring it with them
 
             bare = changed(problem, X=np.empty((0, problem.X.shape[1]), np.float32))
             packed = cloudpickle.dumps(
-                (bare, str(problem.X.filename), self.evaluator, self._shared_bytes, self.metric.name)
+                (bare, str(problem.X.filename), self.evaluator, self.metric.name, self._shared_bytes)
             )
-            ready = [
-                (place, fold, points) for place, (fold, points, must) in enumerate(tasks) if must or self.time_left()
-            ]
-            yield from spread(_fit_there, ((os.getcwd(), packed, *task) for task in ready))
+            yield from spread(_fit_there, [(os.getcwd(), packed, *task) for task in tasks])
 
     def score(self, one: Candidate, rung: int) -> float:
         """Return the score of all held-out answers together, of a candidate that was fitted on every fold.
@@ -229,197 +204,105 @@ class FoldFits:
         """
         held_out = [rows for _, rows in self.problem.folds]
         if self.metric.mean_of_images:
-            return float(np.average(one.scores(len(held_out)), weights=[len(rows) for rows in held_out]))
+            return float(np.average(one.scores, weights=[len(rows) for rows in held_out]))
         known = self._judged.get(key(rung, one.params))
-        return (
-            self.metric.score(_answers(self.problem, self.metric, held_out, one.fitted))
-            if known is None
-            else float(known)
-        )
+        if known is not None:
+            return float(known)
+        return self.metric.score(answers(self.problem, self.metric, held_out, one.outcomes))
 
 
 @lru_cache(2)
-def _unpacked(working: str, packed: bytes) -> tuple[Problem, Shared, Metric]:
+def _unpacked(working: str, packed: bytes) -> FoldWork:
     """Take up a search in a worker, where its fits share what is prepared until those of two others come."""
     look_in(Path(working))  # a head may be of the user's own
-    bare, features, evaluator, shared_bytes, scoring = pickle.loads(packed)
-    problem = changed(bare, X=np.load(features, mmap_mode="r"))
-    return problem, Shared(evaluator, problem, shared_bytes), METRICS[scoring]
+    bare, features, evaluator, scoring, shared_bytes = pickle.loads(packed)
+    return FoldWork(changed(bare, X=np.load(features, mmap_mode="r")), evaluator, METRICS[scoring], shared_bytes)
 
 
-def _fit_there(
-    working: str, packed: bytes, place: int, fold: int, points: list[Params]
-) -> tuple[int, list[FoldOutcome]]:
-    problem, shared, metric = _unpacked(working, packed)
+def _fit_there(working: str, packed: bytes, fold: int, points: list[Params], judge: bool) -> list[FoldOutcome]:
     with counting_warnings(), threadpool_limits(limits=1, user_api="blas"):
-        return place, fit_fold(problem, shared, metric, fold, points)
-
-
-def fit_fold(
-    problem: Problem, shared: Shared, metric: Metric, fold: int, points: Sequence[Params]
-) -> list[FoldOutcome]:
-    """Fit points on a fold and score the rows it holds out; with `judge_training` too those they are fitted on."""
-    train, held_out = problem.folds[fold]
-    n, made = len(held_out), []
-    for outcome in _outcomes(problem, shared, fold, points):
-        if outcome.predictions is not None:
-            if problem.judge_training:
-                own = _answers(problem, metric, [train], [_rows(outcome, slice(n, None))])
-                outcome = changed(_rows(outcome, slice(n)), training=Measured.of(metric, own))
-            outcome = changed(outcome, score=metric.score(_answers(problem, metric, [held_out], [outcome])))
-        made.append(outcome)
-    return made
-
-
-def _outcomes(problem: Problem, shared: Shared, fold: int, points: Sequence[Params]) -> list[FoldOutcome]:
-    # OpenMP counts its threads per calling thread, so the limit is set here and not once outside.
-    with shared.threads.limit(limits=1, user_api="openmp"), working_memory(problem.work_bytes):
-        points = [{**problem.head.fixed, **point} for point in points]
-        if problem.target.only(problem.y[problem.folds[fold][0]], 0) is not None:
-            return GENERIC.evaluate(problem, fold, None, points)
-        try:
-            return shared.evaluator.evaluate(problem, fold, shared.get(fold), points)
-        except (MemoryError, np.linalg.LinAlgError) as error:
-            if problem.on_disk:
-                return [failed(error, {}) for _ in points]
-            name = problem.head.name
-            log.warning("head %s: no shared work on fold %d (%r); each trial is fitted by itself", name, fold, error)
-            return GENERIC.evaluate(problem, fold, None, points)
-
-
-def _answers(
-    problem: Problem, metric: Metric, rows: Sequence[NDArray[np.int64]], outcomes: Sequence[FoldOutcome]
-) -> Predictions:
-    """Return what was said of rows, given by fold; thresholds are chosen on the other folds, of one fold on the rows themselves."""
-    target, y = problem.target, problem.y[np.concatenate(rows)]
-    said = np.concatenate([outcome.predictions for outcome in outcomes if outcome.predictions is not None])
-    assert len(said) == len(y), "a fit that failed is not judged"
-    parts = [outcome.scores for outcome in outcomes if outcome.scores is not None]
-    scores = np.concatenate(parts) if len(parts) == len(rows) else None
-    if metric.threshold:
-        folds = None if len(rows) == 1 else np.repeat(np.arange(len(rows)), [len(part) for part in rows])
-        said = target.decided(y, said, scores, metric.threshold, folds)
-    return Predictions(y, said, scores if metric.needs_probabilities else None, target=target)
-
-
-def _rows(outcome: FoldOutcome, rows: slice) -> FoldOutcome:
-    assert outcome.predictions is not None, "a fit that failed is not judged"
-    scores = None if outcome.scores is None else outcome.scores[rows]
-    return changed(outcome, predictions=outcome.predictions[rows], scores=scores)
+        return _unpacked(working, packed).fit(fold, points, judge)
 
 
 # Who goes on ----------------------------------------------------------------------------------------------------------
 
 
-Leader = tuple[NDArray[np.float64], float]
-"""The fold scores of the best so far, and its score."""
-
-
 def race(fits: FoldFits, candidates: Sequence[Candidate], rung: int, trials: Sequence[Trial]) -> list[Trial]:
-    """Fit candidates fold by fold, stopping those that can no longer win, and when time is up all but one.
+    """Fit candidates fold by fold, stopping those that can no longer win, and return what became of each.
 
     rung : 1 where the candidates came through the screening on rung 0
     trials : the earlier ones; on rung 0 they are raced against too, on rung 1 all that are judged alike run here
-    Returns the trials of those that were fitted on a fold at least.
     """
-    n_folds = len(fits.problem.folds)
+    n_folds, alive = len(fits.problem.folds), list(candidates)
     earlier = [trial for trial in trials if rung == 0 and None not in trial.fold_scores and trial.estimate is not None]
     # What came through a screening is too close for a margin: the better half goes on from fold to fold.
-    halves = rung > 0
-    any_finished = any(trial.mean is not None for trial in trials)
-    alive = list(candidates)
-    for stage in stages(n_folds, 1 if halves or fits.tuning.seconds is not None else STAGE):
-        # Until a trial has finished, the best so far is fitted whatever the clock says.
-        fits.fit(alive, stage, rung, None if any_finished else _best(alive, stage[0]))
-        done = stage[-1] + 1
-        alive = [one for one in alive if all(outcome.error is None for outcome in one.outcomes.values())]
-        in_time = [one for one in alive if len(one.outcomes) == done]
-        if done < n_folds and not fits.time_left():
-            last = None if any_finished else _best(in_time, done)
-            in_time = [] if last is None else [last]
-        for one in alive:
-            if one not in in_time:
-                one.reason = f"time was up after {len(one.outcomes)} of {n_folds} folds"
-        alive = in_time if done == n_folds else _still_racing(fits, in_time, earlier, done, halves)
+    size = 1 if rung else STAGE
+    for start in range(0, n_folds, size):
+        fits.fit(alive, range(start, min(start + size, n_folds)), rung)
+        alive = [one for one in alive if one.error is None]
+        if alive and start + size < n_folds:
+            alive = _still_racing(fits, alive, earlier, halves=rung > 0)
     wholes = {one.number: fits.score(one, rung) for one in alive}
-    leader = _leader(
-        [
-            *((one.scores(n_folds), wholes[one.number]) for one in alive),
-            *((trial.scores, trial.estimate) for trial in earlier),
-        ]
-    )
+    judged = [(one.scores, wholes[one.number]) for one in alive]
+    judged += [(trial.scores, trial.estimate or 0.0) for trial in earlier]
+    leader = max(judged, key=lambda pair: pair[1], default=None)
     cheap = rung == 0 and fits.evaluator.screening is not None
-    return [_trial(one, n_folds, wholes.get(one.number), leader, cheap) for one in candidates if one.outcomes]
-
-
-def _best(candidates: Sequence[Candidate], done: int) -> Candidate | None:
-    return max(candidates, key=lambda one: (float(one.scores(done).mean()) if done else 0.0, -one.number), default=None)
-
-
-def _leader(judged: Iterable[tuple[NDArray[np.float64], float | None]]) -> Leader | None:
-    """Return the best of fold scores and the scores of all held-out answers, in place of which the folds' mean may stand."""
-    pairs = [(row, float(row.mean()) if whole is None else whole) for row, whole in judged if not np.isnan(row).any()]
-    return max(pairs, key=lambda pair: pair[1], default=None)
+    return [_trial(one, n_folds, wholes.get(one.number), leader, cheap) for one in candidates]
 
 
 def _still_racing(
-    fits: FoldFits, alive: list[Candidate], earlier: Sequence[Trial], done: int, halves: bool
+    fits: FoldFits, alive: Sequence[Candidate], earlier: Sequence[Trial], halves: bool
 ) -> list[Candidate]:
-    """Return who can still win after so many folds, and tell the others why they cannot."""
-    rows = [one.scores(done) for one in alive]
-    found = _leader([*((row, None) for row in rows), *((trial.scores[:done], None) for trial in earlier)])
-    if found is None:
-        return alive
-    left = better_half(np.array(rows), range(len(alive))) if halves else range(len(alive))
-    kept = []
-    for place, (one, own) in enumerate(zip(alive, rows, strict=True)):
-        if place in left and not (done > 1 and behind(own, found[0], fits.held_out_rows, fits.metric.bounded)):
+    """Return who can still win after some folds, and tell the others why they cannot."""
+    rows, done, kept = np.array([one.scores for one in alive]), len(alive[0].outcomes), []
+    best = max([*rows, *(trial.scores[:done] for trial in earlier)], key=np.mean)
+    left = better_half(rows) if halves else range(len(alive))
+    for place, one in enumerate(alive):
+        own = rows[place]
+        if place in left and not (done > 1 and behind(own, best, fits.held_out_rows, fits.metric.bounded)):
             kept.append(one)
         else:
-            one.reason = (
-                f"{float(np.mean(found[0] - own)):.4f} behind the best after {done} of {len(fits.problem.folds)} folds"
-            )
+            gap = float(np.mean(best - own))
+            one.reason = f"{gap:.4f} behind the best after {done} of {len(fits.problem.folds)} folds"
     return kept
 
 
-def _trial(one: Candidate, n_folds: int, whole: float | None, leader: Leader | None, cheap: bool) -> Trial:
-    """Return what became of a candidate; whole : the score of all its held-out answers, None where some folds are missing."""
-    outcomes = one.fitted
-    scores = tuple(
-        None if fold not in one.outcomes or np.isnan(one.outcomes[fold].score) else one.outcomes[fold].score
-        for fold in range(n_folds)
-    )
-    error = next((outcome.error for outcome in outcomes if outcome.error is not None), None)
+def _trial(
+    one: Candidate, n_folds: int, whole: float | None, leader: tuple[NDArray[np.float64], float] | None, cheap: bool
+) -> Trial:
+    """Return what became of a candidate.
+
+    whole : the score of all its held-out answers, None where some folds are missing
+    leader : the fold scores of the best so far, and its score
+    """
     status: Literal["ok", "stopped", "failed"] = "ok"
     mean, estimate, reason = whole, whole, None
-    if error is not None:
+    if one.error is not None:
         status, mean, estimate = "failed", None, None
     elif one.reason is not None:
         status, reason = "stopped", one.reason
         if leader is not None:
             # On the same folds the difference to the leader is less noisy than the score itself.
-            gaps = [own - best for own, best in zip(scores, leader[0], strict=True) if own is not None]
-            estimate = float(leader[1] + np.mean(gaps))
+            estimate = float(leader[1] + np.mean(one.scores - leader[0][: len(one.outcomes)]))
     elif cheap:
         status, mean, reason = "stopped", None, "screened only"
+    scores = [None if np.isnan(score) else float(score) for score in one.scores]
+    warnings = Counter[str]()
+    for outcome in one.outcomes:
+        warnings.update(outcome.warnings)
     return Trial(
         number=one.number,
         params=dict(one.params),
         status=status,
-        fold_scores=scores,
+        fold_scores=(*scores, *[None] * (n_folds - len(scores))),
         mean=mean,
         estimate=estimate,
-        fit_seconds=sum(outcome.fit_seconds for outcome in outcomes),
-        score_seconds=sum(outcome.score_seconds for outcome in outcomes),
-        warnings=dict(sum((Counter(outcome.warnings) for outcome in outcomes), Counter())),
-        error=error,
+        fit_seconds=sum(outcome.fit_seconds for outcome in one.outcomes),
+        score_seconds=sum(outcome.score_seconds for outcome in one.outcomes),
+        warnings=dict(warnings),
+        error=one.error,
         reason=reason,
     )
-
-
-def stages(n_folds: int, size: int = STAGE) -> list[list[int]]:
-    """Return the folds in the groups of a size between which candidates may be stopped."""
-    return [list(range(start, min(start + size, n_folds))) for start in range(0, n_folds, size)]
 
 
 def behind(candidate: NDArray[np.float64], leader: NDArray[np.float64], held_out_rows: float, bounded: bool) -> bool:
@@ -437,14 +320,13 @@ def behind(candidate: NDArray[np.float64], leader: NDArray[np.float64], held_out
     return bool(difference.mean() + CONFIDENCE * error < 0)
 
 
-def better_half(scores: NDArray[np.float64], alive: Sequence[int]) -> list[int]:
-    """Return the living candidates with the better half of the means, at least two.
+def better_half(scores: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Return the places of the candidates with the better half of the means, at least two; of equal means the earlier stays.
 
     scores : ndarray of shape (n_candidates, k), float64: the fold scores so far
-    alive : rows of `scores`; of equal means the earlier stays
     """
-    best = sorted(alive, key=lambda place: (-float(scores[place].mean()), place))
-    return sorted(best[: max(2, (len(best) + 1) // 2)])
+    best = np.argsort(-scores.mean(axis=1), kind="stable")
+    return best[: max(2, (len(best) + 1) // 2)]
 
 
 def worth(

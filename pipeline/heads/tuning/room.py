@@ -9,8 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import joblib
 
@@ -43,15 +42,12 @@ SHARING: ContextVar[int] = ContextVar("SHARING", default=1)
 """How many workers divide the cores and the memory of this machine; those of a cluster have their own."""
 
 
-@dataclass(frozen=True)
-class Room:
-    """How many folds are worked on at once, what each may take, and what may be kept from one round to the next."""
+class Room(NamedTuple):
+    """How many folds are worked on at once, what may be kept from one round to the next, and what each may take as `Problem` has it."""
 
     jobs: int
-    spare_bytes: int
     shared_bytes: int
     work_bytes: int | None
-    """What each may take besides copies of the features; None without a limit."""
 
 
 def limited(tuning: TuningConfig) -> TuningConfig:
@@ -109,7 +105,7 @@ def room_for(problem: Problem, tuning: TuningConfig, work_bytes: int = 0) -> Roo
     wanted = joblib.cpu_count() if tuning.jobs == "auto" else tuning.jobs
     shared = max(SHARED_BYTES_FLOOR, SHARED_BYTES_FACTOR * problem.X.nbytes)
     if limit is None:
-        return Room(wanted, SPARE_BYTES, shared, None)
+        return Room(wanted, shared, None)
     shape, left = problem.X.shape, limit
     if problem.on_disk:
         each = memory_needed_on_disk(problem.head, shape, problem.target.width) or 0
@@ -120,7 +116,7 @@ def room_for(problem: Problem, tuning: TuningConfig, work_bytes: int = 0) -> Roo
     work = work_bytes if each + work_bytes <= left else 0
     jobs = max(1, min(wanted, left // max(1, each + work)))
     spare = max(0, left - jobs * (each + work))
-    return Room(jobs, spare // (2 * jobs), min(shared, spare // 2), work + spare // (2 * jobs))
+    return Room(jobs, min(shared, spare // 2), work + spare // (2 * jobs))
 
 
 def is_spread() -> bool:
@@ -129,9 +125,9 @@ def is_spread() -> bool:
 
 
 def spread(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-    """Call a function with the arguments of each task on the chosen backend, and yield what it returns, as it comes."""
+    """Call a function with the arguments of each task on the chosen backend, and yield what it returns, in their order."""
     backend, _ = joblib.parallel.get_active_backend()
-    how = "generator_unordered" if backend.supports_return_generator else "list"  # Ray's has all at once, in the end
+    how = "generator" if backend.supports_return_generator else "list"  # Ray's has all at once, in the end
     run = joblib.Parallel(n_jobs=-1, return_as=how, pre_dispatch="all", batch_size=1)
     yield from run(joblib.delayed(function)(*task) for task in tasks)
 

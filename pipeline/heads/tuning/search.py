@@ -19,21 +19,18 @@ from threadpoolctl import threadpool_limits
 from pipeline.config import TuningConfig, unknown
 from pipeline.data.classes import ANY_CLASSES, ScoreKind
 from pipeline.data.targets import Target
-from pipeline.errors import HeadError, UnfittedError
+from pipeline.errors import HeadError, UnfittedError, number_of
 from pipeline.evaluation import METRICS, Predictions, metric_of
 from pipeline.evaluation.leaderboard import LastFit
 from pipeline.heads.head import Head, Params
 from pipeline.heads.tuning import racing, strategies
-from pipeline.heads.tuning.evaluation import Measured, Problem, Screening, counting_warnings
+from pipeline.heads.tuning.evaluation import Measured, Problem, counting_warnings
 from pipeline.heads.tuning.features import FeatureMatrix, Projections, blocks, without_scaler
 from pipeline.heads.tuning.folds import Folds
 from pipeline.heads.tuning.journal import Journal, search_identity
 from pipeline.heads.tuning.last_fit import Promise, fit_as_promised
 from pipeline.heads.tuning.racing import Candidate, FoldFits, Trial
 from pipeline.io.process import bar
-
-MOST_TRIALS = 200
-"""Trials in a search limited by time: beyond this the surrogate would cost more than most fits."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def tune(
     """Search a head's parameters on the folds, and fit the best on all rows.
 
     Results depend on the arguments but for `journal`, `tuning.jobs` and `tuning.memory`,
-    which decides what is kept between fits and how many run at once; with `tuning.seconds` also on the machine.
+    which decides what is kept between fits and how many run at once.
     Fits run in threads: the heads' loops release Python's lock, and threads read one `X` without a copy of it.
 
     X : ndarray of shape (n, dim), float32, or a memory map of one; every head copies a fold's rows to memory, see
@@ -153,7 +150,7 @@ def fits_of(
     tuning = tuning.model_copy(update={"scoring": metric_of(tuning.scoring, narrowed).name})
     problem = Problem(head, X, codes, narrowed, tuple(folds), seed)
     if tuning.pca is not None:
-        shared = projections or Projections(X, tuning.pca, tuning.whiten)
+        shared = projections or Projections(X, tuning.pca)
         problem = changed(problem, head=without_scaler(head), projections=shared)
     book = Journal.open(journal, search_identity(problem, tuning))
     try:
@@ -174,42 +171,45 @@ class _Search:
         self._kept_mean = -math.inf
 
     def run(self) -> Trial:
-        """Search until the budget is spent and return the best finished trial."""
+        """Search until all trials are done and return the best finished one."""
         tuning, head = self.tuning, self.problem.head
-        limit = tuning.trials if tuning.seconds is None else MOST_TRIALS
         asked = strategies.rounds(tuning.strategy, head.space, head.defaults, tuning.trials, self.problem.seed)
-        with bar(limit, "trials", head.name) as progress:
+        with bar(tuning.trials, "trials", head.name) as progress:
 
             def tell() -> None:
-                estimates = self._estimates()
-                best = [f"best {tuning.scoring} {abs(max(estimates)):.4f}"] if estimates else []
-                progress.note(", ".join([*best, f"{self.fits.done} fits"]))
+                best = max(self._estimates(), default=None)
+                text = "" if best is None else f"best {tuning.scoring} {abs(best):.4f}, "
+                progress.note(f"{text}{self.fits.done} fits")
 
             self.fits.tell = tell  # a trial of many rows takes hours, so the fits are told too
-            points = next(asked, None)
-            while points and not self._hopeless(len(points)):
+            points = next(asked)
+            # Where the first two rounds failed to the last trial, more would fail too.
+            while len(self.trials) < 2 * len(points) or any(trial.status != "failed" for trial in self.trials):
                 first = len(self.trials)
-                fresh = self._race(dict(enumerate(points[: limit - first], first)), rung=0)
+                fresh = self._race(dict(enumerate(points[: tuning.trials - first], first)), rung=0)
                 self.trials += fresh
                 progress.update(len(fresh))
                 tell()
-                if len(self.trials) >= limit or not self.fits.time_left():
+                if len(self.trials) >= tuning.trials:
                     break
                 # A failed trial counts as the worst seen, so that the surrogate keeps away from it.
                 worst = min(self._estimates(), default=None)
                 try:
                     points = asked.send([worst if trial.status == "failed" else trial.estimate for trial in fresh])
                 except StopIteration:
-                    points = None
+                    break
             self._promote()
-        return self._best()
+        done = [trial for trial in self.trials if trial.mean is not None]
+        if done:
+            return max(done, key=lambda trial: (trial.mean or 0.0, -trial.number))
+        counts = Counter(trial.error for trial in self.trials)
+        raise UnfittedError(
+            f"head {head.name}: none of {number_of(len(self.trials), 'trial')} could be fitted",
+            [f"{count} x {error}" for error, count in counts.most_common(5)],
+        )
 
     def _estimates(self) -> list[float]:
         return [trial.estimate for trial in self.trials if trial.estimate is not None]
-
-    def _hopeless(self, size: int) -> bool:
-        """Whether the first two rounds failed to the last trial: more would fail too."""
-        return len(self.trials) >= 2 * size and all(trial.status == "failed" for trial in self.trials)
 
     def _race(self, points: dict[int, Params], rung: int) -> list[Trial]:
         """Race points, by number, write down what became of them, and keep the outcomes of the best."""
@@ -217,7 +217,7 @@ class _Search:
         trials = racing.race(self.fits, list(candidates.values()), rung, self.trials)
         elapsed = self.fits.elapsed()
         self.fits.journal.append(
-            [{"event": "trial", "elapsed": elapsed, "rung": rung, **trial.record()} for trial in trials]
+            [{"event": "trial", "elapsed": elapsed, "rung": rung, **vars(trial)} for trial in trials]
         )
         for trial in trials:
             if trial.mean is not None and trial.mean > self._kept_mean:
@@ -233,47 +233,27 @@ class _Search:
         if screening is None:
             return
         left, chosen = screening.budget * screening.cost(self.problem, self.problem.head.defaults), {0}
-        promising = self._promising(screening)
-        best = max(promising, key=lambda trial: trial.estimate or 0.0, default=None)
-        for trial in promising:
-            cost = screening.cost(self.problem, trial.params)
-            if trial is best or cost <= left:
-                chosen.add(trial.number)
-                left -= cost
+        judged = [trial for trial in self.trials if trial.estimate is not None]
+        if judged:
+            estimates = np.array([trial.estimate for trial in judged], dtype=float)
+            costs = np.array([screening.cost(self.problem, trial.params) for trial in judged])
+            complete = [trial for trial in judged if None not in trial.fold_scores]
+            leader = max(complete, key=lambda trial: (trial.estimate or 0.0, -trial.number)).scores
+            value = racing.worth(estimates, costs, leader, self.fits.held_out_rows, self.fits.metric.bounded)
+            order = np.argsort(-value, kind="stable")
+            best = order[estimates[order].argmax()]
+            for place in order:
+                if place == best or costs[place] <= left:
+                    chosen.add(judged[place].number)
+                    left -= costs[place]
         for trial in self._race({number: self.trials[number].params for number in sorted(chosen)}, rung=1):
             self.trials[trial.number] = trial
-
-    def _promising(self, screening: Screening) -> list[Trial]:
-        """Return the trials with an estimate that are most worth a full fit, the best first."""
-        judged = [trial for trial in self.trials if trial.estimate is not None]
-        complete = [trial for trial in judged if None not in trial.fold_scores]
-        if not complete:
-            return judged
-        value = racing.worth(
-            np.array([trial.estimate for trial in judged], dtype=float),
-            np.array([screening.cost(self.problem, trial.params) for trial in judged]),
-            max(complete, key=lambda trial: (trial.estimate or 0.0, -trial.number)).scores,
-            self.fits.held_out_rows,
-            self.fits.metric.bounded,
-        )
-        return [judged[place] for place in np.argsort(-value, kind="stable")]
-
-    def _best(self) -> Trial:
-        done = [trial for trial in self.trials if trial.mean is not None]
-        if done:
-            return max(done, key=lambda trial: (trial.mean or 0.0, -trial.number))
-        counts = Counter(trial.error for trial in self.trials)
-        plural = "trial" if len(self.trials) == 1 else "trials"
-        raise UnfittedError(
-            f"head {self.problem.head.name}: none of {len(self.trials)} {plural} could be fitted",
-            [f"{count} x {error}" for error, count in counts.most_common(5)],
-        )
 
 
 def _out_of_fold(fits: FoldFits, best: Trial, kept: Candidate | None) -> tuple[Predictions, tuple[Measured, ...]]:
     """Predict every row with the best parameters, fitted on the folds that do not hold it out; and score what each was fitted on."""
     problem = fits.problem
-    outcomes = kept.fitted if kept is not None and kept.number == best.number else []
+    outcomes = kept.outcomes if kept is not None and kept.number == best.number else []
     # Replayed fits have no predictions, and most were not judged on their training rows. What was solved together is
     # solved again alone, so that a resumed search and an uninterrupted one give the same to the last digit.
     if fits.evaluator.together or not outcomes or any(outcome.training is None for outcome in outcomes):

@@ -168,8 +168,6 @@ class EmbeddingTarget:
     path: Path
     pending: NDArray[np.bool_]
     """Which contents are to be embedded, shape (n,)."""
-    rows: int
-    """Vectors the store has."""
     why: str
     """Why something is missing; '' when nothing is."""
 
@@ -189,18 +187,18 @@ def find_targets(
         store = open_store(path, spec.fingerprint())
         missing = np.ones(len(contents.rows), dtype=bool) if store is None else store.missing(contents.digests)
         pending = missing & ~contents.failed
-        count, rows, why = int(pending.sum()), 0 if store is None else store.rows, ""
-        if count:
+        why = ""
+        if count := int(pending.sum()):
             new = f"{count:,} images are new or changed since the store was filled"
-            why = new if rows else _why_no_store(spec, files)
-        targets[path] = EmbeddingTarget(source, output, spec, path, pending, rows, why)
+            why = new if store and store.rows else _why_no_store(spec, files)
+        targets[path] = EmbeddingTarget(source, output, spec, path, pending, why)
     return list(targets.values())
 
 
 def _why_no_store(spec: EmbeddingSpec, files: Artifacts) -> str:
     """Name what is new in this identity against the most similar store there is."""
     found: list[tuple[int, str, list[str]]] = []
-    for other in sorted(files.stores.glob("*.store")):
+    for other in (each for folder in (files.stores, *files.stores_before()) for each in sorted(folder.glob("*.store"))):
         with suppress(StoreError):  # whoever uses that store will hear of it
             store = FeatureStore.open(other)
             if store.rows and all(

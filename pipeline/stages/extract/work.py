@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -111,17 +110,14 @@ def embed(
     config: Config,
     hashes: Path,
     opened: Callable[..., AbstractContextManager[StoreWriter | PartWriter]],
-    noted: Callable[[Sequence[Failure]], None],
     stopped: Callable[[], None],
 ) -> Work:
     """Embed what some targets miss of n images: digests and paths in, immutable files of vectors out.
 
-    This is what a run does, a shard, and each worker of an engine; they differ in what writes the vectors, and who is told.
-    Whatever it raises, all finished rows are committed before.
+    This is what a run does, a shard, and each worker of an engine. Whatever it raises, all finished rows are committed before.
 
     opened : `StoreWriter.open`, or a `PartWriter`; what is not `pending` is left to the first to find out
     hashes : the store of perceptual hashes
-    noted : told the images that cannot be used
     stopped : raises KeyboardInterrupt with the signal's number when the work is to end, after the batch in hand
     """
     began = time.perf_counter()
@@ -144,7 +140,13 @@ def embed(
         outputs = [[output(each, embedder) for each in own] for own, embedder in loaded]
         # A byte is exact in float16.
         hashed = stack.enter_context(opened(hashes, HASH_IDENTITY, HASH_BYTES, "float16"))
-        count, items = _items(outputs, images)
+        wanting = np.array([np.any([output.missing for output in own], axis=0) for own in outputs])  # (sources, images)
+        needed = np.flatnonzero(wanting.any(axis=0)).tolist()
+        paths, digests = images.paths, images.digests
+        items = (
+            Item(each, str(paths[each]), digests[each].tobytes(), tuple(np.flatnonzero(wanting[:, each]).tolist()))
+            for each in needed
+        )
         work = Work(workers=threads(config.extraction.workers))
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
@@ -159,7 +161,7 @@ def embed(
 
         try:
             stopped()
-            with bar(count, "images", "embedding") as progress:
+            with bar(len(needed), "images", "embedding") as progress:
                 made = embedded(lanes, items, images.root, config.dataset.max_pixels, work.workers, hashed=True)
                 for batch, parts in made:
                     batch.store_hashes(hashed, images.digests)
@@ -171,7 +173,6 @@ def embed(
         finally:
             # Also after an error or a signal: what was embedded is not to be embedded again.
             commit()
-            noted(work.failures)
         write_began = time.perf_counter()
         stack.close()  # compacts
         work.seconds["write"] += time.perf_counter() - write_began
@@ -180,30 +181,15 @@ def embed(
     return work
 
 
-def noted_in(files: Artifacts, config: Config) -> Callable[[Sequence[Failure]], None]:
-    """Return what writes failures into the list beside the index."""
-    return partial(record_failures, files.dataset, policy=policy_key(config.dataset.max_pixels))
+def note_failures(work: Work, files: Artifacts, config: Config) -> None:
+    """Add the images that could not be used to the list beside the index."""
+    record_failures(files.dataset, work.failures, policy_key(config.dataset.max_pixels))
 
 
 def hash_store(files: Artifacts) -> Path:
     """Where to write perceptual hashes: where another experiment writes them now, beside the index, until the next run."""
     shared = files.stores / HASH_STORE
     return files.dataset / HASH_STORE if lock.holder(shared) else shared
-
-
-def _items(outputs: Sequence[Sequence[Output]], images: Contents) -> tuple[int, Iterator[Item]]:
-    """The images to read, each once, with the sources that want it: their number, and one at a time."""
-    wanting = np.array([np.any([output.missing for output in own], axis=0) for own in outputs])  # (sources, images)
-    needed = np.flatnonzero(wanting.any(axis=0)).tolist()
-    return len(needed), (
-        Item(
-            each,
-            str(images.paths[each]),
-            images.digests[each].tobytes(),
-            tuple(np.flatnonzero(wanting[:, each]).tolist()),
-        )
-        for each in needed
-    )
 
 
 def _store(
@@ -293,7 +279,8 @@ def _filled(
     paths, X = read_vectors(path)
     if paths is None:
         listing = list_source(config.dataset, files.dataset)
-        in_order = listing.paths if config.dataset.source == "manifest" else sorted(listing.paths)
+        in_order = [path for path, *_ in listing.images]
+        in_order = in_order if config.dataset.source == "manifest" else sorted(in_order)
         if len(in_order) != len(X):
             raise StoreError(
                 f"{path}: has {len(X):,} vectors, and the data set names {number_of(len(in_order), 'image')} that are there; a .npy "
@@ -310,4 +297,4 @@ def _filled(
     with StoreWriter.open(target.path, target.spec.identity(), target.spec.dim) as writer:
         new = writer.append(contents.digests[pending], X[places[contents.rows[pending]]])
     logger.info("%s: %s taken from %s", target.spec.name, number_of(new, "vector"), path)
-    return replace(target, pending=np.zeros_like(target.pending), rows=target.rows + new, why="")
+    return replace(target, pending=np.zeros_like(target.pending), why="")

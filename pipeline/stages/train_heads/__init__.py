@@ -336,7 +336,7 @@ def _embeddings(
     if config.baselines is None or not CONSTANT_GUESSES.isdisjoint(
         config.baselines
     ):  # it has another name for each target
-        once = tuning.model_copy(update={"trials": 1, "seconds": None, "pca": None, "whiten": False})
+        once = tuning.model_copy(update={"trials": 1, "pca": None})
         yield Embedding((table.guess(task.y_train, task.target.width),), task, once)
 
 

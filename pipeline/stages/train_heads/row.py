@@ -263,7 +263,7 @@ def reweighted(
 
     params = {**head.fixed, **tuned.best.params}
     switched = replace(head, build=build, space={}, defaults={}, fixed=params)
-    once = tuning.model_copy(update={"trials": 1, "seconds": None})
+    once = tuning.model_copy(update={"trials": 1})
     found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
     guess = found.classes[found.out_of_fold.y_pred]
     return scores(Predictions(task.y_train, guess, units=task.groups, target=task.target), seed)

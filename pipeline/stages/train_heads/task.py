@@ -260,7 +260,7 @@ class SharedFeatures:
     def projections(self) -> Projections | None:
         """The principal components."""
         tuning = self.embedding.tuning
-        return None if tuning.pca is None else Projections(self.train, tuning.pca, tuning.whiten)
+        return None if tuning.pca is None else Projections(self.train, tuning.pca)
 
     def _read(self, part: DatasetIndex) -> FeatureMatrix:
         store = self.embedding.store
