@@ -97,9 +97,7 @@ def without_a_gpu() -> bool:
 def test_what_this_machine_does_not_have_is_found(tmp_path: Path) -> None:
     make_photos(tmp_path)
     config = make_config(tmp_path, extraction={"device": "cuda:9"})
-    assert problems_of(config) == (
-        "device 'cuda:9' is not available here, found cpu and 0 GPUs; set extraction.device (predict: --device) to another, or to 'auto'",
-    )
+    assert problems_of(config) == ("device 'cuda:9' is not available; there are cpu and 0 GPUs",)
 
 
 def test_an_engine_that_cannot_be_used_is_found_with_its_reason(
