@@ -54,7 +54,7 @@ class NetworkRow:
 
 
 def run(word: str = "") -> list[str]:
-    """Return a table of all that has the word in its row, which something must; without a word of what is here, and how many more there are."""
+    """Return a table of the networks that have a word in their row; without a word of those that are here, and how many more there are."""
     found = rows()
     shown = [row for row in found if row.where == HERE]
     if word:
@@ -82,7 +82,7 @@ def run(word: str = "") -> list[str]:
 
 
 def rows() -> list[NetworkRow]:
-    """Return all that there is."""
+    """Return every network with every set of weights that there is."""
     return [*_published(), *_here()]
 
 
