@@ -480,7 +480,8 @@ class Agreement:
         if roots and (files := experiment_around(bundle)):
             index = DatasetIndex.read(files.dataset)
             root = absolute(index.root)
-            learned = frozenset(f"{root}/{path}" for path in index.select("train", "validation").paths)
+            if any(f"{a}/".startswith(f"{b}/") for each in roots for a, b in ((root, each), (each, root))):
+                learned = frozenset(f"{root}/{path}" for path in index.select("train", "validation").paths)
         return Agreement(roots, {name: target for name, target in targets.items() if target.exclusive}, learned)
 
     def add(self, path: str, target: str, label: str) -> None:
