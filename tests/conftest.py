@@ -8,16 +8,17 @@ import pytest
 from photos import make_photos, small_config
 
 from pipeline.config import Config
-from pipeline.report import material
+from pipeline.report import material, page
 from pipeline.stages import extract as extract_features
 from pipeline.stages import train_heads
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_umap() -> Iterator[None]:
-    """Maps are drawn by PCA, also where UMAP is installed: it takes ten seconds to be compiled, in every process anew."""
+def quick_pages() -> Iterator[None]:
+    """Maps are drawn by PCA, as UMAP takes ten seconds to be compiled, and charts for the screen: for paper in one experiment alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(material, "umap_is_installed", lambda: False)
+        patch.setattr(page, "to_png", lambda chart: b"")
         yield
 
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 from markupsafe import Markup
 from PIL import Image
 
@@ -18,6 +19,7 @@ from pipeline import report
 from pipeline.config import Config
 from pipeline.evaluation import Predictions, scores
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
+from pipeline.report import drawing, page
 from pipeline.report.material import Material
 from pipeline.report.page import filled
 from pipeline.report.sections import SECTIONS
@@ -114,5 +116,7 @@ def built_experiment(folder: Path) -> Path:
     config = squares(folder)
     extract.run(config)
     train_heads.run(config)
-    report.build(config.output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "to_png", drawing.to_png)
+        report.build(config.output)
     return Path(config.output)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -12,10 +14,10 @@ from typing import Any
 import click
 import pytest
 import yaml
-from click.testing import CliRunner
+from guard import QUICK_PAGES, attempts, guarded
 from photos import make_photos
 
-from pipeline.cli import COMMANDS, STORE, cli, full
+from pipeline.cli import COMMANDS, STORE, cli
 from pipeline.config import DatasetConfig
 from pipeline.data.manifest import list_manifest
 
@@ -34,16 +36,21 @@ RUN = [
 ]
 """The pages whose commands are run, as a reader goes through them."""
 
-SMALL = {
-    "fit": ("tuning.trials=2", "tuning.folds=3", "heads=[logistic_regression]"),
-    "heads": ("tuning.trials=2", "tuning.folds=3", "heads=[logistic_regression]"),
-    "finetune": (
-        "finetune.steps=4",
-        "finetune.batch_size=8",
-        "finetune.validation_fraction=0.4",
-    ),
-}
+HEADS = ("tuning.trials=2", "tuning.folds=3", "heads=[logistic_regression]")
+FINETUNE = ("finetune.steps=4", "finetune.batch_size=8", "finetune.validation_fraction=0.4")
+SMALL = {"photos": HEADS, "heads": HEADS, "advise": FINETUNE, "finetune": FINETUNE}
 """What replaces minutes in the pages' commands."""
+
+ENGINE = "openvino" if importlib.util.find_spec("openvino") else "torch"
+"""What embeds the digits: of the two, the one that could open a connection."""
+
+DIGITS = (
+    "dataset={source: folder, path: photos}",
+    "output=artifacts/digits",
+    "baselines=[pixels]",
+    f"extraction.engine={ENGINE}",
+)
+"""What makes the digits the reader's photos."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -72,7 +79,7 @@ def test_every_make_target_exists(line: str) -> None:
 def shortened(arguments: list[str]) -> list[str]:
     """A page's command on 36 small photos instead of the reader's own or the digits."""
     if "configs/digits.yaml" in arguments:
-        arguments = [*arguments, "--set", "dataset={source: folder, path: photos}", "--set", "output=artifacts/digits"]
+        arguments = [*arguments, *(word for change in DIGITS for word in ("--set", change))]
     given = {arguments[place + 1].partition("=")[0] for place, word in enumerate(arguments) if word == "--set"}
     for change in SMALL.get(arguments[0], ()):
         if change.partition("=")[0] not in given:
@@ -80,42 +87,93 @@ def shortened(arguments: list[str]) -> list[str]:
     return ["photos" if word == "artifacts/digits/images" else word for word in arguments]
 
 
-def test_every_command_of_the_pages_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in an empty folder with the reader's photos, our configs, and the example head beside them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MANYHEADS_NO_MALLOPT", "1")  # a process of many tests is no command
-    make_photos(tmp_path / "photos")
-    make_photos(tmp_path / "new", per_class=3, seed=1)
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+def small_code(code: str) -> str:
+    """A page's code, or a cell of the notebook, on less data and with fewer trials; the progress bars are not kept apart."""
+    code = code.replace(
+        '"artifacts/photos")\n',
+        '"artifacts/photos", tuning={"trials": 2, "folds": 3}, heads=["logistic_regression"])\n',
+        1,
+    )
+    return code.removeprefix("%%capture\n").replace("[:200]", "[:60]").replace("tuning__trials=3", "tuning__trials=1")
+
+
+WALK = f"""
+import ast, json, sys
+from pathlib import Path
+from pipeline.cli import cli, full
+{QUICK_PAGES}
+found = {{}}
+for step in json.loads(Path("steps.json").read_text(encoding="utf-8")):
+    print("==", step, flush=True)
+    if isinstance(step, list):
+        cli.main(full(step), standalone_mode=False)
+    else:  # what an expression gives is shown, as in a notebook
+        exec(compile(ast.Interactive(ast.parse(step).body), "page", "single"), found)
+print("== imported", *sorted({{"openvino", "timm"}} & set(sys.modules)))
+"""
+
+OWN_IMPORT = """
+try:
+    import torchvision  # fails beside a CPU-only torch
+except RuntimeError:
+    pass
+"""
+
+AFTER_OURS = """
+import torch, torchvision, torchvision.transforms.v2, torchvision.ops
+assert torchvision.models.squeezenet1_1().eval()(torch.zeros(1, 3, 64, 64)).shape[1] == 1000
+"""
+
+AS_IT_SAYS = """
+assert labels["label"].tolist() == ["leaf"] * 12
+assert X.shape[0] == len(y) == 30
+"""
+"""What is so after the page on Python."""
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of one process that did all that the pages say.
+
+    In order, in a folder with the reader's photos, our configs, and the example head beside them; then the notebook. The reader's
+    own import of torchvision stands before all that, and works behind it.
+    """
+    folder = tmp_path_factory.mktemp("pages")
+    make_photos(folder / "photos")
+    make_photos(folder / "new", per_class=3, seed=1)
+    shutil.copytree(ROOT / "configs", folder / "configs")
     (module,) = [block for page in RUN for block in blocks(page, "python") if block.startswith("# my_heads.py")]
-    (tmp_path / "configs" / "my_heads.py").write_text(module, encoding="utf-8")
-    done = set()
-    for line in (line for page in RUN for line in commands(page) if line.startswith("manyheads ")):
-        arguments = tuple(shortened(full(shlex.split(line)[1:])))
-        if arguments not in done:
-            result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
-            assert result.exit_code == 0, f"{line}\n{result.output}"
-        done.add(arguments)
-    for code in blocks(README, "python"):
-        exec(code.replace('"artifacts/photos")', '"artifacts/photos", tuning__trials=2, heads=["ridge"])'), {})
+    (folder / "configs" / "my_heads.py").write_text(module, encoding="utf-8")
+    lines = [line for page in RUN for line in commands(page) if line.startswith("manyheads ")]
+    steps: list[Any] = [OWN_IMPORT, *(shortened(shlex.split(line)[1:]) for line in dict.fromkeys(lines))]
+    steps.append(["store", "status", "artifacts/photos"])
+    steps += [small_code(code) for page in (README, ROOT / "docs" / "python.md") for code in blocks(page, "python")]
+    notebook = json.loads(read(ROOT / "docs" / "tour.ipynb"))["cells"]
+    steps += [AS_IT_SAYS, *(small_code("".join(cell["source"])) for cell in notebook if cell["cell_type"] == "code")]
+    steps.append(AFTER_OURS)
+    (folder / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
+    done = guarded(WALK, folder)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder, done.stdout
+
+
+def test_every_command_of_the_pages_runs(walked: tuple[Path, str]) -> None:
     for name in ("labels.csv", "digits.csv"):
-        assert (tmp_path / name).read_text(encoding="utf-8").count("\n") == 37
+        assert (walked[0] / name).read_text(encoding="utf-8").count("\n") == 37
 
 
-def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    pytest.importorskip("ipykernel")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where the notebook works
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.read(ROOT / "docs" / "tour.ipynb", 4)
-    fast = "from pipeline.report import material\nmaterial.umap_is_installed = lambda: False"
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(fast))
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
-    (page,) = tmp_path.rglob("report.html")
-    assert page.parent.name == "photos"
-    said = "".join(str(output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
+def test_no_command_opens_a_connection_or_writes_to_the_home_folder(walked: tuple[Path, str]) -> None:
+    folder, said = walked
+    expected = ["openvino"] if ENGINE == "openvino" else []  # timm is imported only where one of its networks is used
+    assert said.splitlines()[-1].split() == ["==", "imported", *expected]
+    assert attempts(folder) == ""
+    assert list((folder / "home").iterdir()) == []
+
+
+def test_the_tour_runs(walked: tuple[Path, str]) -> None:
+    said = walked[1].partition("== import os")[2]
     assert "Run('artifacts/photos': 5 rows, best " in said
-    assert str(tmp_path) not in said
+    assert str(walked[0]) not in said
 
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -195,4 +253,4 @@ def test_the_page_on_manifests_is_as_it_says(tmp_path: Path, monkeypatch: pytest
     found: dict[str, Any] = {}
     exec(code, found)
     listing = list_manifest(Path("birds.parquet"), DatasetConfig(**found["section"]))
-    assert (listing.paths, listing.labels) == (["cranes/0001.jpg", "gulls/0002.jpg"], ["crane", "gull"])
+    assert [image[:2] for image in listing.images] == [("cranes/0001.jpg", "crane"), ("gulls/0002.jpg", "gull")]

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,22 +87,35 @@ def test_shards_that_are_merged_are_what_one_process_makes(
     assert run_shard(config, Shard(1, 3)).work.images == 0, "nor what the stores have"
 
 
+KILLED_AND_AGAIN = """
+import os, pickle, signal, sys, time
+from pathlib import Path
+from pipeline.experiment import Artifacts
+from pipeline.stages.extract.spread import Shard, run_shard
+
+config = pickle.loads(Path(sys.argv[1]).read_bytes())
+child = os.fork()
+if child == 0:
+    run_shard(config, Shard(1, 2))
+    signal.pause()
+while not (Artifacts(config.output).dataset / "index.csv").exists():
+    time.sleep(0.01)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+print("killed", flush=True)
+run_shard(config, Shard(1, 2))
+"""
+
+
 def test_the_same_shard_at_once_and_killed_ones_do_no_harm(
     config: Config, alone: dict[str, dict[bytes, bytes]], tmp_path: Path
 ) -> None:
     (tmp_path / "config").write_bytes(pickle.dumps(config))
-    script = (
-        "import pickle, sys; from pathlib import Path; from pipeline.stages.extract.spread import Shard, run_shard\n"
-        "run_shard(pickle.loads(Path(sys.argv[1]).read_bytes()), Shard(1, 2))"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "config")]
+    command = [sys.executable, "-c", KILLED_AND_AGAIN, str(tmp_path / "config")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.Popen(command, env=environment)
-    while killed.poll() is None and not (Artifacts(config.output).dataset / "index.csv").exists():
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    other = subprocess.Popen(command, env=environment)
+    other = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "killed\n"
     run_shard(config, Shard(1, 2))
     run_shard(config, Shard(2, 2))
     assert other.wait() == 0

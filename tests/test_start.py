@@ -25,8 +25,6 @@ from pipeline.experiment import LEADERBOARD, Artifacts, read_document, write_doc
 from pipeline.stages import fit, settings, similar, train_heads
 from pipeline.stages.train_heads import Pass, next_trials, trials_within
 
-ROOT = Path(__file__).parents[1]
-
 SMALL: dict[str, Any] = {
     "backbones": [{"name": "resnet18", "preprocessing": {"resize": 32, "crop": 32}}],
     "baselines": ["majority", "pixels"],
@@ -223,21 +221,6 @@ def test_the_column_of_a_manifest_is_the_target(photos: Path) -> None:
         manyheads.PipelineError, match=r"no column 'label'.*\n.*path, kind; --target COLUMN says which column"
     ):
         manyheads.fit(manifest, output=photos.parent / "kinds", **SMALL)
-
-
-def test_the_page_on_python_is_as_it_says(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(photos, tmp_path / "photos")
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(settings, "OF_PHOTOS", {**SMALL, "baselines": ["majority", "hog"]})
-    found: dict[str, Any] = {}
-    small = SMALL["backbones"][0]["preprocessing"]
-    for code in re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL
-    ):
-        exec(code.replace('"efficientnet_lite0"', f'"resnet18", weights="random", preprocessing={small}'), found)
-    assert found["labels"]["label"].tolist() == ["leaf"] * 9
-    assert found["X"].shape[0] == len(found["y"]) == 21
 
 
 # ---- the heads there are

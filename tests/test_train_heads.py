@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from documents import fingerprint_of_index, rewrite, write_index
+from guard import QUICK_PAGES
 from numpy.typing import NDArray
 
 from pipeline import config as configuration
@@ -487,7 +488,7 @@ def test_images_that_failed_are_left_out_and_others_must_have_features(tmp_path:
 def test_without_stage_one_it_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(PipelineError) as caught:
         train_heads.run(make_config(tmp_path))
-    assert str(caught.value) == f"{tmp_path}/features.json: missing; run `manyheads features` with this config first"
+    assert str(caught.value) == f"{tmp_path}/features.json: missing; run `manyheads features` first"
 
 
 def heads_command(config: Config, before: str = "") -> list[str]:
@@ -522,7 +523,7 @@ def test_a_killed_run_goes_on_where_torch_cannot_be_imported_and_ends_with_the_s
         "    @staticmethod\n"
         "    def find_spec(name, *_):\n"
         "        if name.partition('.')[0] in ('torch', 'torchvision'): raise ImportError(name)\n"
-        "sys.meta_path.insert(0, NoTorch)"
+        "sys.meta_path.insert(0, NoTorch)" + QUICK_PAGES
     )
     found = subprocess.run(heads_command(config, blocked), capture_output=True, text=True, check=True, timeout=600)
     assert "Best by cross-validation: net-random/" in found.stdout
