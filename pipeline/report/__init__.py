@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.errors import PipelineError
@@ -17,6 +16,7 @@ from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import REPORT, Artifacts, read_document
 from pipeline.io.digests import file_digest, fingerprint
+from pipeline.io.process import version
 
 PAGE = "report.html"
 RECORD = "report.json"
@@ -64,14 +64,7 @@ def digest_inputs(output: Path) -> str:
     root = Path(__file__).parents[1]
     sources = digests(output, filter(Path.is_file, _sources(output, board)))
     code = digests(root, (path for kind in CODE for path in sorted(root.rglob(kind))))
-    return fingerprint([record, sources, code, {name: _version(name) for name in LIBRARIES}])
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
+    return fingerprint([record, sources, code, {name: version(name) for name in LIBRARIES}])
 
 
 def digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
