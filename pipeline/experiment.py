@@ -138,12 +138,12 @@ class Artifacts:
         return self.root / "targets" / re.sub(r"[^\w -]", lambda found: f"%{ord(found[0]):02X}", name)
 
     def each_target(self) -> dict[str, Path]:
-        """The output folder of each target by its name; nothing where the data set has one, whose folder is this.
+        """The output folder of each target by its name; of a single one this folder by ''.
 
         PipelineError when the list of them is damaged.
         """
         if not os.path.lexists(self.targets):
-            return {}
+            return {"": self.root}
         names = read_document(self.targets, TARGETS).get("targets")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TARGETS.damaged(self.targets, "it does not name the targets")
@@ -175,44 +175,30 @@ class Kind:
         return self.error(f"{path}: is damaged: {found}; {self.again}")
 
 
-def _made_by_command(
-    what: str, version: int, command: str, missing: str = "run `manyheads {}` first", **more: Any
-) -> Kind:
-    return Kind(f"manyheads {what}", version, f"run `manyheads {command}` again", missing.format(command), **more)
+def _made_by_command(what: str, version: int, command: str, **more: Any) -> Kind:
+    missing = f"run `manyheads {command}` first"
+    return Kind(f"manyheads {what}", version, f"run `manyheads {command}` again", **{"missing": missing, **more})
 
 
-_WITH_CONFIG = "run `manyheads {}` with this config first"
-_ANEW = "run `manyheads {}` again"
-FEATURES = _made_by_command("features", 3, "features", _WITH_CONFIG, older=(2,))
-SPECS = _made_by_command("specs", 2, "features", _WITH_CONFIG)
-TARGETS = _made_by_command("targets", 1, "features", _WITH_CONFIG)
+FEATURES = _made_by_command("features", 3, "features", older=(2,))
+SPECS = _made_by_command("specs", 2, "features")
+TARGETS = _made_by_command("targets", 1, "features")
 LEADERBOARD = _made_by_command("leaderboard", 1, "heads")
-BUDGET = _made_by_command("budget", 1, "heads", _ANEW)
-AUDIT = _made_by_command("audit", 1, "heads", _ANEW)
-LAYERS = _made_by_command("layers", 1, "heads", _ANEW)
-PREDICTIONS = _made_by_command("predictions", 2, "heads", _ANEW, error=BundleError)
-BUNDLE = _made_by_command(
-    "bundle",
-    1,
-    "heads",
-    "expected an experiment's output folder, in which `manyheads {}` writes bundles, or a bundle's folder",
-    error=BundleError,
-)
-ADVICE = _made_by_command("advice", 1, "advise", "run `manyheads {}`")
-MISTAKES = _made_by_command("mistakes", 1, "report --explain", "run `manyheads {}`")
-REPORT = _made_by_command("report", 1, "report", "run `manyheads {}`")
+BUDGET = _made_by_command("budget", 1, "heads")
+AUDIT = _made_by_command("audit", 1, "heads")
+LAYERS = _made_by_command("layers", 1, "heads")
+PREDICTIONS = _made_by_command("predictions", 2, "heads", error=BundleError)
+_FOLDER = "expected an experiment's output folder, in which `manyheads heads` writes bundles, or a bundle's folder"
+BUNDLE = _made_by_command("bundle", 1, "heads", missing=_FOLDER, error=BundleError)
+ADVICE = _made_by_command("advice", 1, "advise")
+MISTAKES = _made_by_command("mistakes", 1, "report --explain")
+REPORT = _made_by_command("report", 1, "report")
 FINETUNING = _made_by_command("fine-tuning", 2, "finetune")
 REFIT = _made_by_command("refit", 1, "refit")
 FEWSHOT = _made_by_command("few-shot", 1, "fewshot")
-TRIALS = Kind("manyheads trials", 1, "delete it, and `manyheads heads` makes it anew", _ANEW.format("heads"), HeadError)
-INDEX = Kind(
-    "manyheads index",
-    2,
-    "delete it to have it made anew",
-    "run `manyheads features` to make the index",
-    DatasetError,
-    older=(1,),
-)
+_ANEW = "delete it, and `manyheads {}` makes it anew"
+TRIALS = Kind("manyheads trials", 1, _ANEW.format("heads"), "run `manyheads heads` again", HeadError)
+INDEX = Kind("manyheads index", 2, _ANEW.format("features"), "run `manyheads features` first", DatasetError, (1,))
 _EACH = "run `manyheads features` with each experiment that uses the store"
 USER = Kind("manyheads store user", 1, f"{_EACH}, after deleting this file", _EACH, StoreError)
 """In the folder of the feature stores: one experiment that uses them."""

@@ -99,7 +99,7 @@ def test_a_pack_of_contents_alone_has_no_labels(tmp_path: Path) -> None:
     digests = np.arange(8, dtype=np.uint64).reshape(4, 2)
     with StoreWriter.open(tmp_path / "s", {"a": 1}, 3) as writer:
         writer.append(digests, np.ones((4, 3), np.float32))
-    pack(FeatureStore.open(tmp_path / "s"), tmp_path / "p.h5")
+    pack(FeatureStore.open(tmp_path / "s"), tmp_path / "p.h5", digests)
     with pytest.raises(StoreError, match="was packed without labels"):
         pipeline.load(tmp_path / "p.h5")
     with pytest.raises(StoreError, match="was packed without splits"):

@@ -262,8 +262,7 @@ class TestSplitsOfAScan:
             run(other)
         assert str(caught.value) == (
             f"the output folder holds an experiment on the images in {photos}, and this config is about those in {other}; set "
-            "output to another folder (--set output=FOLDER; of `fit` --output FOLDER). To go on in this one, delete "
-            "dataset/index.json there: its splits and features are kept"
+            "output to another folder, or delete dataset/index.json there to go on in this one, whose splits and features are kept"
         )
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
         (folder / "index.json").unlink()
@@ -326,7 +325,7 @@ class TestCopies:
         assert "  train/a/leak.png = test/a/1.png" in lines
         listed = read_failures(leaky.parent / "dataset")
         assert [entry for entry in listed if entry.status == "leak"] == [
-            Failure(path, "", "leak", "the same content is in the test as test/a/1.png; the training copy is excluded")
+            Failure(path, "", "leak", "the same content is in the test as test/a/1.png; the training copy is left out")
             for path in ("train/a/leak.png", "val/a/leak.png")
         ]
         assert result.failures == ()

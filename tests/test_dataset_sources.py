@@ -38,13 +38,10 @@ def put(root: Path, *paths: str) -> Path:
 
 
 def rows(listing: Listing) -> list[tuple[str, ...]]:
-    listing.sort()
-    columns = [
-        listing.paths,
-        listing.labels,
-        *(column for column in (listing.splits, listing.groups) if column is not None),
-    ]
-    return list(zip(*columns, strict=True))
+    """Path, label, and split and group where any image has one."""
+    images = sorted(listing.images)
+    kept = [0, 1, *(place for place in (2, 3) if any(image[place] for image in images))]
+    return [tuple(image[place] for place in kept) for image in images]
 
 
 def entries(listing: Listing) -> list[tuple[str, str]]:
@@ -114,7 +111,7 @@ class TestFolder:
 
     def test_split_folders_without_classes_are_refused(self, tmp_path: Path) -> None:
         put(tmp_path, "train/1.png", "test/2.png")
-        with pytest.raises(DatasetError, match="test/ is called like a split but holds images, not class folders"):
+        with pytest.raises(DatasetError, match=r"test: holds no class folders \(1 image at its top\)"):
             list_folder(tmp_path)
 
     def test_labels_may_have_any_sign_and_one_unicode_form(self, tmp_path: Path) -> None:
@@ -220,8 +217,6 @@ class TestManifest:
     def test_path_and_label(self, tmp_path: Path) -> None:
         listing = list_manifest(self.write(tmp_path, "path,label\nb/3.jpg,dog\na/1.png,cat\n"))
         assert rows(listing) == [("a/1.png", "cat"), ("b/3.jpg", "dog")]
-        assert listing.splits is None
-        assert listing.groups is None
         assert listing.root == tmp_path
 
     def test_all_columns_in_any_order_with_a_bom_and_semicolons(self, tmp_path: Path) -> None:
@@ -236,8 +231,7 @@ class TestManifest:
 
     def test_empty_split_and_group_columns_are_as_good_as_none(self, tmp_path: Path) -> None:
         listing = list_manifest(self.write(tmp_path, "path,label,split,group\na/1.png,cat,,\nb/3.jpg,dog,,\n"))
-        assert listing.splits is None
-        assert listing.groups is None
+        assert rows(listing) == [("a/1.png", "cat"), ("b/3.jpg", "dog")]
 
     def test_every_problem_is_told_with_its_line(self, tmp_path: Path) -> None:
         text = (
@@ -277,7 +271,7 @@ class TestManifest:
             self.write(tmp_path, "path,label\na/1.png,x\na/9.png,x\nq/1.png,y\na/dir.png,y\na/1.png/z,y\n")
         )
         assert rows(listing) == [("a/1.png", "x")]
-        assert listing.stats == [(7, *_times(tmp_path / "a/1.png"))]
+        assert [image[5] for image in listing.images] == [(7, *_times(tmp_path / "a/1.png"))]
         assert entries(listing) == [
             ("a/1.png/z", "missing"),
             ("a/9.png", "missing"),
@@ -418,7 +412,7 @@ class TestManifest:
         listing = list_manifest(
             path, label_separator=";", label_columns=("tags", "note"), target={"tags": "multilabel"}
         )
-        assert listing.labels == [("cat|dog", "a;b"), ("", "")]
+        assert [image[1] for image in listing.images] == [("cat|dog", "a;b"), ("", "")]
         with pytest.raises(
             ValueError, match=r"label_separator: for labels of kind multilabel; say which are, with target"
         ):
@@ -537,14 +531,14 @@ class TestTorchvision:
     def test_cifar10_becomes_png_files_once(self, tmp_path: Path, cifar: np.ndarray) -> None:
         written = torchvision_manifest("CIFAR10", tmp_path)
         listing = list_manifest(written)
-        assert len(listing.paths) == 12
-        assert listing.splits == ["train"] * 10 + ["test"] * 2
-        assert listing.labels == ["airplane", "truck/lorry", "auto, mobile", "truck/lorry"] * 2 + [
+        paths, labels, splits, *_ = map(list, zip(*listing.images, strict=True))
+        assert splits == ["train"] * 10 + ["test"] * 2
+        assert labels == ["airplane", "truck/lorry", "auto, mobile", "truck/lorry"] * 2 + [
             "airplane",
             "truck/lorry",
         ] + ["auto, mobile", "truck/lorry"]
-        assert listing.paths[2] == "train/000002.png"
-        for path, expected in zip(listing.paths, cifar, strict=True):
+        assert paths[2] == "train/000002.png"
+        for path, expected in zip(paths, cifar, strict=True):
             with Image.open(written.parent / path) as image:
                 np.testing.assert_array_equal(np.asarray(image), expected)
         before = written.stat().st_mtime_ns

@@ -253,4 +253,4 @@ def test_the_page_on_manifests_is_as_it_says(tmp_path: Path, monkeypatch: pytest
     found: dict[str, Any] = {}
     exec(code, found)
     listing = list_manifest(Path("birds.parquet"), DatasetConfig(**found["section"]))
-    assert (listing.paths, listing.labels) == (["cranes/0001.jpg", "gulls/0002.jpg"], ["crane", "gull"])
+    assert [image[:2] for image in listing.images] == [("cranes/0001.jpg", "crane"), ("gulls/0002.jpg", "gull")]

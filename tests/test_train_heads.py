@@ -488,7 +488,7 @@ def test_images_that_failed_are_left_out_and_others_must_have_features(tmp_path:
 def test_without_stage_one_it_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(PipelineError) as caught:
         train_heads.run(make_config(tmp_path))
-    assert str(caught.value) == f"{tmp_path}/features.json: missing; run `manyheads features` with this config first"
+    assert str(caught.value) == f"{tmp_path}/features.json: missing; run `manyheads features` first"
 
 
 KILLED_AND_AGAIN = f"""

@@ -20,7 +20,7 @@ from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.images.preparing import Preprocessing, viewed
-from pipeline.stages import export, extract, predict, train_heads
+from pipeline.stages import export, extract, maintenance, predict, train_heads
 from pipeline.stages.load import load
 from pipeline.stages.train_heads import views as stage
 
@@ -97,6 +97,12 @@ def test_each_view_is_a_store_of_its_own_and_nothing_is_embedded_twice(done: Con
     assert extract.run(done).work is None
     plain, flip = (load(done.output, embedding=record.name).X[:] for record in records[:2])
     assert not np.allclose(plain, flip)
+
+
+def test_a_sample_of_each_view_is_embedded_anew_as_it_is_stored(done: Config):
+    checks = maintenance.verify(done, sample=3)
+    assert [check.sampled for check in checks] == [3, 3, 3]
+    assert all(check.ok for check in checks)
 
 
 def test_rows_with_views_stand_apart_and_say_what_they_brought_and_cost(done: Config):

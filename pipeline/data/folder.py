@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from pipeline.data.failures import noticed, shown
 from pipeline.data.walk import SPLIT_NAMES, Folder, Listing, Walk, is_hidden, is_image_name
 from pipeline.errors import DatasetError, first, number_of
 from pipeline.images import Refused, entries, forget, inside, open_archive, read_elsewhere
-from pipeline.io.remote import address_of, file_system
+from pipeline.io.remote import address_of
 
 LABELS = ("cls", "json", "txt")
 """Endings of files with the label of the image beside them, the surest first."""
@@ -29,20 +28,18 @@ MOST = 10
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path stands for several: `shard-{000..003}.tar`, `*.tar`."""
-    return bool(re.search(r"[*{]", path)) and not os.path.lexists(path)
+    """Whether a path stands for several: `shard-{000..003}.tar`, `{train,test}.zip`."""
+    return "{" in path and not os.path.lexists(path)
 
 
 def archives_of(path: Path, endings: tuple[str, ...] = ARCHIVES) -> tuple[Path, list[str]]:
     """Return the folder and the names of the archives that a pattern means, or a folder that holds nothing else; no names otherwise.
 
-    DatasetError when a pattern means none, or files that are not there.
+    DatasetError when a pattern means files that are not there.
     """
     text = address_of(path) or str(path)
     if is_pattern(text):
-        found = [name for each in _braces(text) for name in _matches(each)]
-        if not found:
-            raise DatasetError(f"{text}: no file is called so; expected archives such as shard-{{000..003}}.tar")
+        found = list(_braces(text))
         missing = [name for name in found if address_of(name) is None and not os.path.exists(name)]
         if missing:
             raise DatasetError(f"{text}: {len(missing)} of {len(found)} files are not there", first(missing, MOST))
@@ -76,22 +73,11 @@ def _braces(text: str) -> Iterator[str]:
         yield from _braces(text[: found.start()] + word + text[found.end() :])
 
 
-def _matches(text: str) -> list[str]:
-    """Return the files that a name with `*` means; one without is itself."""
-    if "*" not in text:
-        return [text]
-    if address_of(text) is None:
-        return sorted(glob.glob(text))
-    system, name = file_system(text)
-    before = text.removesuffix(name.lstrip("/"))  # protocol and host, which some file systems leave out
-    return sorted(before + each.lstrip("/") for each in system.glob(name))
-
-
 def splits_of(names: Sequence[str]) -> list[str]:
-    """Return the split that each archive's name, or a folder above it, begins with: `train-0001.tar`; nothing unless all do."""
+    """Return the split that each archive's name, or a folder above it, begins with: `train-0001.tar`; '' of all unless all do."""
     words = [[re.split(r"[-_.]", part)[0].lower() for part in name.split("/")] for name in names]
     found = [next((SPLIT_NAMES[word] for word in parts if word in SPLIT_NAMES), "") for parts in words]
-    return found if all(found) else []
+    return found if all(found) else [""] * len(names)
 
 
 def list_folder(root: Path, labelled: bool = True) -> Listing:
@@ -106,9 +92,16 @@ def list_folder(root: Path, labelled: bool = True) -> Listing:
     is_archive = inside(str(root)) is not None and root.suffix.lower() != ".parquet"
     places = [f"{root}/{name}" for name in archives] or ([str(root)] if is_archive or address_of(root) else [])
     for place in places:
-        _require_listed(place)
-    if not places:
-        _require_folder(root)
+        try:
+            entries(place)
+        except OSError as error:
+            reason = "there is no such folder" if isinstance(error, FileNotFoundError) else error.strerror or error
+            raise DatasetError(f"{address_of(place) or place}: {reason}") from None
+    if not places and not root.is_dir():
+        raise DatasetError(
+            f"{root}: {'is a file' if root.exists() else 'there is no such folder'}; dataset.path is the folder that holds one folder "
+            "per class, or an archive (zip, tar) of it; a manifest (.csv, .parquet) is read with dataset.source: manifest"
+        )
     if labelled and (archives or is_archive):
         return _list_archives(root, archives)
     walk, listing = _begun(root, os.path.realpath(root))
@@ -130,22 +123,15 @@ def _list_archives(root: Path, names: Sequence[str]) -> Listing:
     if _add_web_dataset(listing, names or [""]):
         return listing
     look = Walk(root)
+    walk, listing = _begun(root if names else root / _descend(look, ""))
     if not names:
-        walk, listing = _begun(root / _descend(look, ""))
         _add_layout(listing, walk)
         return listing
-    walk, listing = _begun(root)
-    splits = splits_of(names)
-    listing.splits = [] if splits else None
-    for name, split in zip(names, splits or names, strict=True):
+    for name, split in zip(names, splits_of(names), strict=True):
         if problem := open_archive(address_of(root / name) or f"{root}/{name}").problem:
             walk.pass_over(name, "truncated", problem)
         top = _descend(look, f"{name}/")
-        found = walk.read(top)
-        if not found.folders:
-            raise DatasetError(_no_classes(f"{root}/{name}", found))
-        _pass_over_images(walk, top, found)
-        _add_classes(listing, walk, found.folders, top, split)
+        _add_classes(listing, walk, walk.read(top), top, split)
     return listing
 
 
@@ -161,102 +147,69 @@ def _descend(look: Walk, path: str) -> str:
 
 def _add_layout(listing: Listing, walk: Walk) -> None:
     """List the images below the root of a walk by its class folders, or splits above them."""
-    root = address_of(walk.root) or walk.root
     top = walk.read("")
-    if not top.folders:
-        raise DatasetError(_no_classes(root, top), [each.reason for each in walk.entries if each.status == "truncated"])
-    _pass_over_images(walk, "", top)
-    splits = {name: SPLIT_NAMES.get(name.lower()) for name in top.folders}
-    if not all(splits.values()):
-        _refuse_half_splits(root, splits)
-        _add_classes(listing, walk, top.folders, "")
+    splits = [SPLIT_NAMES.get(name.lower(), "") for name in top.folders]
+    if not top.folders or not all(splits):
+        _refuse_half_splits(walk.root, dict(zip(top.folders, splits, strict=True)))
+        _add_classes(listing, walk, top, "", "")
         return
-    listing.splits = []
-    for name, split in splits.items():
+    _pass_over_images(walk, top, "")
+    for name, split in zip(top.folders, splits, strict=True):
         found = walk.read(f"{name}/")
-        if not found.folders and found.images:
-            raise DatasetError(
-                f"{root}: {shown(name)}/ is called like a split but holds images, not class folders; put each class in its "
-                "own folder below it, or list the images in a CSV manifest (path,label) with dataset.source: manifest"
-            )
-        _pass_over_images(walk, f"{name}/", found)
-        _add_classes(listing, walk, found.folders, f"{name}/", split or "")
+        if found.folders or found.images:
+            _add_classes(listing, walk, found, f"{name}/", split)
 
 
-def _pass_over_images(walk: Walk, path: str, found: Folder) -> None:
-    """Say of images that no class folder holds that they have no label."""
+def _pass_over_images(walk: Walk, found: Folder, path: str) -> None:
     for name in found.images:
         walk.pass_over(path + name, "not_in_a_class", "it is in no class folder, so it has no label")
 
 
-def _add_classes(listing: Listing, walk: Walk, names: Sequence[str], above: str, split: str = "") -> None:
-    """List the images of class folders."""
-    for name in names:
-        count = _add_images(listing, walk, f"{above}{name}/", unicodedata.normalize("NFC", name))
-        if listing.splits is not None:
-            listing.splits.extend([split] * count)
-        if not count:
+def _add_classes(listing: Listing, walk: Walk, found: Folder, above: str, split: str) -> None:
+    """List the images of the class folders in a folder; DatasetError where there are none."""
+    if not found.folders:
+        place = f"{address_of(walk.root) or walk.root}/{above}".rstrip("/")
+        raise DatasetError(
+            f"{place}: holds no class folders ({number_of(len(found.images), 'image')} at its top); put the images of each class in a "
+            "folder of its own, or list them in a CSV manifest (path,label) with dataset.source: manifest; `manyheads embed` takes "
+            "photos that have no labels yet",
+            [each.reason for each in walk.entries if each.status == "truncated"],
+        )
+    _pass_over_images(walk, found, above)
+    for name in found.folders:
+        if not _add_images(listing, walk, f"{above}{name}/", unicodedata.normalize("NFC", name), split):
             listing.warnings.append(f"class folder {shown(above + name)} holds no images")
 
 
-def _add_images(listing: Listing, walk: Walk, start: str, label: str) -> int:
-    """List all images from a folder down under one label; return how many."""
-    before = len(listing.paths)
+def _add_images(listing: Listing, walk: Walk, start: str, label: str, split: str = "") -> bool:
+    """List all images from a folder down under one label; return whether there are any."""
+    before = len(listing.images)
     for path, found in walk.below(start):
         plain = _is_text(path)
-        for file, stats in zip(found.images, found.stats, strict=True):
-            if plain and _is_text(file):
-                listing.paths.append(path + file)
-                listing.stats.append(stats)
+        for file, stat in found.images.items():
+            if plain and (file.isascii() or _is_text(file)):
+                listing.images.append((path + file, label, split, "", "", stat))
             else:
                 walk.pass_over(path + file, "bad_name", "its name is not UTF-8 text; rename it")
-    count = len(listing.paths) - before
-    listing.labels.extend([label] * count)
-    return count
+    return len(listing.images) > before
 
 
 def _is_text(name: str) -> bool:
     """Whether a file name is UTF-8; others reach Python with surrogates in place of their bytes."""
-    return name.isascii() or name.encode(errors="ignore").decode() == name
+    return name.encode(errors="ignore").decode() == name
 
 
-def _require_listed(place: str) -> None:
-    """See that an archive, or a remote folder, can be listed."""
-    try:
-        entries(place)
-    except OSError as error:
-        reason = "there is no such folder" if isinstance(error, FileNotFoundError) else error.strerror or error
-        raise DatasetError(f"{address_of(place) or place}: {reason}") from None
-
-
-def _require_folder(root: Path) -> None:
-    if not root.is_dir():
-        found = "is a file" if root.exists() else "there is no such folder"
-        raise DatasetError(
-            f"{root}: {found}; dataset.path is the folder that holds one folder per class, or an archive (zip, tar) of it; a manifest "
-            "(.csv, .parquet) is read with dataset.source: manifest"
-        )
-
-
-def _refuse_half_splits(root: Path | str, splits: Mapping[str, str | None]) -> None:
+def _refuse_half_splits(root: Path, splits: Mapping[str, str]) -> None:
     """Classes called train and test that hold nothing but folders are splits with something else beside them."""
     named = [name for name, split in splits.items() if split]
-    look = Walk(Path(root))  # the listing's own walk will say what is wrong in there
+    look = Walk(root)  # the listing's own walk will say what is wrong in there
     found = [look.read(f"{name}/") for name in named]
-    if len(named) < 2 or not all(folder.folders and not folder.images for folder in found):
-        return
-    others = ", ".join(shown(name) for name, split in splits.items() if not split)
-    raise DatasetError(
-        f"{root}: {', '.join(map(shown, named))} look like splits above class folders, but {others} beside them does not; move it "
-        "elsewhere, or list the images in a CSV manifest with dataset.source: manifest"
-    )
-
-
-def _no_classes(root: Path | str, top: Folder) -> str:
-    return (
-        f"{root}: holds no class folders ({number_of(len(top.images), 'image')} at its top); put the images of each class in a folder of its own, or list "
-        "them in a CSV manifest (path,label) with dataset.source: manifest; `manyheads embed` takes photos that have no labels yet"
-    )
+    if len(named) > 1 and all(folder.folders and not folder.images for folder in found):
+        others = ", ".join(shown(name) for name in splits if name not in named)
+        raise DatasetError(
+            f"{address_of(root) or root}: {', '.join(map(shown, named))} look like splits above class folders, but {others} beside them "
+            "does not; move it elsewhere, or list the images in a CSV manifest with dataset.source: manifest"
+        )
 
 
 def _add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
@@ -264,15 +217,13 @@ def _add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
 
     They are if there is a .cls, or a .json or .txt beside images that no folder holds. `names` are relative to the root, '' itself.
     """
-    splits = splits_of(names)
     places = {name: f"{address_of(listing.root) or listing.root}/{name}".rstrip("/") for name in names}
     found = {name: _samples(place) for name, place in places.items()}
     endings = {ending for samples in found.values() for files in samples.values() for ending in files}
     bare = not any("/" in key for samples in found.values() for key in samples)
     if "cls" not in endings and not (bare and endings.intersection(LABELS)):
         return False
-    listing.splits = [] if splits else None
-    for name, split in zip(names, splits or names, strict=True):
+    for name, split in zip(names, splits_of(names), strict=True):
         archive = open_archive(places[name])
         if archive.problem:
             listing.entries.append(noticed(name or listing.root.name, "truncated", archive.problem))
@@ -286,11 +237,7 @@ def _add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
                     told = "it has no label: no .cls, .json or .txt of its key says one"
                     listing.entries.append(noticed(path, "not_in_a_class", told))
                 else:
-                    listing.paths.append(path)
-                    listing.labels.append(label)
-                    listing.stats.append(about)
-                    if listing.splits is not None:
-                        listing.splits.append(split)
+                    listing.images.append((path, label, split, "", "", about))
     return True
 
 

@@ -29,7 +29,7 @@ from pipeline.data.failures import noticed, shown
 from pipeline.data.folder import archives_of, splits_of
 from pipeline.data.index import EXCLUDED, LABEL, SEPARATOR
 from pipeline.data.targets import as_number
-from pipeline.data.walk import SPLIT_NAMES, Listing, is_folder
+from pipeline.data.walk import SPLIT_NAMES, ListedImage, Listing, is_folder
 from pipeline.errors import DatasetError, first, number_of
 from pipeline.images import Refused, Stat, entries, forget, image_columns, open_archive, opened, stat_of
 from pipeline.io.files import make_folder, write_atomic
@@ -125,9 +125,7 @@ def _listing(
     # Several columns that are one target say 0 or 1, and hold no lists.
     lists = any(several) and len(several) == len(config.label_columns)
     separator = config.label_separator or (SEPARATOR if lists else None)
-    splits: list[str] = []
-    groups: list[str] = []
-    domains: list[str] = []
+    images: list[ListedImage] = []
     seen: dict[str, str] = {}
     for where, (name, split, group, domain, *labels) in read(partial(_places, origin, config, listing), problems):
         split = split.strip()
@@ -158,22 +156,16 @@ def _listing(
             found.append("the domain is empty")
         seen.setdefault(name, where)
         problems += [f"{where}: {problem}" for problem in found]
-        listing.paths.append(name)
-        listing.labels.append(labels[0] if len(labels) == 1 else tuple(labels))
-        splits.append(SPLITS.get(split.lower(), ""))
-        groups.append(group)
-        domains.append(domain)
-    listing.splits = splits if any(splits) else None
-    listing.groups = groups if any(groups) else None
-    if any(splits) and not all(splits):
-        problems.append(f"{splits.count(''):,} rows have no split, though others have one")
-    if config.domain_column:
-        listing.domains = domains
-        if len({*domains}) == 1:
-            problems.append(f"all images are of one domain, {domains[0]!r}; expected at least 2")
+        label = labels[0] if len(labels) == 1 else tuple(labels)
+        images.append((name, label, SPLITS.get(split.lower(), ""), group, domain, (0, 0, 0)))
+    unsplit = [split for *_, split, _, _, _ in images].count("")
+    if 0 < unsplit < len(images):
+        problems.append(f"{unsplit:,} rows have no split, though others have one")
+    if config.domain_column and len(domains := {domain for *_, domain, _ in images}) == 1:
+        problems.append(f"all images are of one domain, {domains.pop()!r}; expected at least 2")
     if problems:
         raise DatasetError(f"{origin}: {number_of(len(problems), 'problem')}", first(problems, MOST_PROBLEMS))
-    _find_files(listing)
+    _find_files(listing, images)
     return listing
 
 
@@ -267,8 +259,8 @@ def _table_of_images(folder: Path, names: Sequence[str], column: str) -> Any:
     Numbers that the files' own description, as Hugging Face writes it, gives names to become those names; where each file is
     called like a split, that is a column.
     """
-    splits, parts = splits_of(names), []
-    for name, split in zip(names, splits or names, strict=True):
+    parts = []
+    for name, split in zip(names, splits_of(names), strict=True):
         place = f"{address_of(folder) or folder}/{name}"
         with opened(place) as file:
             source = pyarrow.parquet.ParquetFile(file)
@@ -281,7 +273,7 @@ def _table_of_images(folder: Path, names: Sequence[str], column: str) -> Any:
         members = [each for each in open_archive(place).members if each.rpartition("/")[0] in ("", column)]
         paths = pa.array([f"{name}/{member}" for member in members], pa.large_string())
         table = pa.table({**{title: table[title] for title in table.column_names}, column: paths})
-        if splits and "split" not in table.column_names:
+        if split and "split" not in table.column_names:
             table = table.append_column("split", pa.array([split] * len(table)))
         parts.append(table)
     return pa.concat_tables(parts, promote_options="permissive")
@@ -296,11 +288,10 @@ def _named(column: Any, about: Any) -> Any:
     return pa.array([[*map(name, cell)] if isinstance(cell, list) else name(cell) for cell in column.to_pylist()])
 
 
-def _find_files(listing: Listing) -> None:
-    """Keep the rows whose file is there; the others are failures."""
+def _find_files(listing: Listing, images: Sequence[ListedImage]) -> None:
+    """List the images whose file is there; the others are failures."""
     look = _whereabouts(listing.root)
-    kept = []
-    for row, path in enumerate(listing.paths):
+    for path, *told, _ in images:
         try:
             found = look(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -309,11 +300,8 @@ def _find_files(listing: Listing) -> None:
             found = Refused("unreadable", f"it cannot be read: {getattr(error, 'strerror', None) or error}")
         if isinstance(found, Refused):
             listing.entries.append(noticed(path, *found))
-            listing.stats.append((0, 0, 0))
         else:
-            kept.append(row)
-            listing.stats.append(found)
-    listing.keep(kept)
+            listing.images.append((path, *told, found))  # type: ignore[arg-type]
 
 
 def _whereabouts(root: Path) -> Callable[[str], Stat | Refused]:

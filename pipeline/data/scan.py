@@ -6,7 +6,10 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +33,7 @@ from pipeline.data.index import (
 from pipeline.data.reading import StatCache, read_cache, read_digests
 from pipeline.data.sources import list_source
 from pipeline.data.splits import Copies, Pair, apply_leaks, find_copies, make_test_split, prior_sides
-from pipeline.data.targets import TARGETS, countable, kind_of
+from pipeline.data.targets import TARGETS, as_number, countable, kind_of
 from pipeline.data.walk import Listing
 from pipeline.errors import DatasetError, first
 from pipeline.images import inside
@@ -48,11 +51,11 @@ MOST_PROBLEMS = 20
 """Lines of one error; more help nobody."""
 
 _LEAKS = {
-    "drop_train": ("the training copy is left out", "the training copy is excluded"),
-    "drop_test": ("the test copy is left out", "the test copy is excluded"),
-    "keep": ("kept, so test scores are too good", "both are kept"),
+    "drop_train": "the training copy is left out",
+    "drop_test": "the test copy is left out",
+    "keep": "kept, so test scores are too good",
 }
-"""What becomes of a leak, as it is told of all and in the list of failures."""
+"""What becomes of a leak."""
 
 _OTHER_SPLIT = "name the images of each side in a manifest's `split` column, or in folders train/ and test/"
 
@@ -66,7 +69,6 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     """
     began = time.time_ns()
     listing = list_source(config, folder)
-    listing.sort()
     before = WrittenIndex.read(folder)
     require_its_own(listing.root, folder, config)
     found, stats, failures, read = _read_changed(listing, read_cache(folder), rehash)
@@ -130,8 +132,7 @@ def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
         return
     raise DatasetError(
         f"the output folder holds an experiment on the images in {there}, and this config is about those in {root}; set output to "
-        "another folder (--set output=FOLDER; of `fit` --output FOLDER). To go on in this one, delete dataset/index.json there: "
-        "its splits and features are kept"
+        "another folder, or delete dataset/index.json there to go on in this one, whose splits and features are kept"
     )
 
 
@@ -143,7 +144,10 @@ def _read_changed(
     Returns the index of the n readable images with the user's splits, '' where there are none, their files' sizes and times, int64
     of shape (n, 3), the files that could not be read, and how many were.
     """
-    paths, stats = texts(listing.paths), listing.stat_array()
+    images = sorted(listing.images, key=itemgetter(0))
+    columns: list[list[Any]] = [[image[place] for image in images] for place in range(6)]
+    names, labels, splits, groups, domains, touched = columns
+    paths, stats = texts(names), np.fromiter(chain.from_iterable(touched), np.int64, 3 * len(names)).reshape(-1, 3)
     known, digests = cache.known(paths, stats)
     if rehash:
         known[:] = False
@@ -151,11 +155,17 @@ def _read_changed(
     known[pending], digests[pending], stats[pending], failures = read_digests(
         listing.root, paths[pending].tolist(), stats[pending]
     )
-    splits = texts(listing.splits if listing.splits is not None else [""] * len(paths))
-    groups = texts(listing.groups) if listing.groups is not None else None
-    domains = texts(listing.domains) if listing.domains is not None else None
-    labels = texts(listing.labels) if len(listing.names) == 1 else np.array(listing.labels, dtype=object)
-    index = DatasetIndex(listing.root, paths, labels, splits, groups, digests, stats[:, 0], listing.names, domains)
+    index = DatasetIndex(
+        listing.root,
+        paths,
+        texts(labels) if len(listing.names) == 1 else np.array(labels, dtype=object),
+        texts(splits),
+        texts(groups) if any(groups) else None,
+        digests,
+        stats[:, 0],
+        listing.names,
+        texts(domains) if any(domains) else None,
+    )
     index = index.rows(known)
     return index, stats[known], failures, len(pending)
 
@@ -216,11 +226,12 @@ def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig,
 def _doubt(classes: Sequence[str], images: int, source: str) -> str | None:
     """Ask what labels are meant as that look like several for each image, like numbers, or like names."""
     lists = tuple(name for name in classes if sum(map(bool, map(str.strip, name.split(SEPARATOR)))) > 1)
+    numbers = np.array(list(map(as_number, classes)))
     if lists and source == "manifest":
         classes, question = lists, "are these several labels per image? Then set dataset.target: multilabel."
     elif len(classes) <= MANY_CLASSES:
         return None
-    elif _are_numbers(classes, images):
+    elif np.isfinite(numbers).all() and ((numbers % 1 != 0).any() or images < FEW_IMAGES * len(classes)):
         question = "is this a number to predict? Then set dataset.target: regression."
     elif images < 1.5 * len(classes):
         question = "are these the labels, or names of the images?"
@@ -228,14 +239,6 @@ def _doubt(classes: Sequence[str], images: int, source: str) -> str | None:
         return None
     such = f"{len(classes):,} classes of {images:,} images, such as {', '.join(map(repr, classes[:3]))}"
     return f"{such}: {question} {IF_CLASSES}"
-
-
-def _are_numbers(classes: Sequence[str], images: int) -> bool:
-    try:
-        numbers = np.array(classes, dtype=float)
-    except ValueError:
-        return False
-    return bool((numbers % 1 != 0).any() or images < FEW_IMAGES * len(classes))
 
 
 # ---- what is remarked
@@ -265,20 +268,14 @@ def _some(names: list[str], one: str = "class", many: str = "classes") -> str:
 
 def _remarks(index: DatasetIndex, copies: Copies, policy: str) -> list[Failure]:
     """Leaks and conflicts, so that all of them can be looked up."""
-    paths = index.paths
-    leaks = [
-        noticed(paths[one], "leak", f"the same content is in the test as {shown(paths[other])}; {_LEAKS[policy][1]}")
-        for one, other in copies.leaks
-    ]
-    conflicts = [
-        noticed(
-            paths[other],
-            "conflict",
-            f"labelled {index.said(other)!r}; the same content is {shown(paths[one])}, labelled {index.said(one)!r}",
-        )
-        for one, other in copies.conflicts
-    ]
-    return [*leaks, *conflicts]
+    remarks = []
+    for one, other in copies.leaks:
+        told = f"the same content is in the test as {shown(index.paths[other])}; {_LEAKS[policy]}"
+        remarks.append(noticed(index.paths[one], "leak", told))
+    for one, other in copies.conflicts:
+        same = f"the same content is {shown(index.paths[one])}, labelled {index.said(one)!r}"
+        remarks.append(noticed(index.paths[other], "conflict", f"labelled {index.said(other)!r}; {same}"))
+    return remarks
 
 
 def fold_warnings(index: DatasetIndex, folds: int, kinds: Sequence[str] = ("auto",)) -> list[str]:
@@ -390,7 +387,7 @@ class ScanResult:
             lines.append(f"since the last scan: {self.difference}")
         lines += [f"warning: {warning}" for warning in self.warnings]
         if leaks := self.copies.leaks:
-            lines += self._pair_lines(leaks, f"in training and in test ({_LEAKS[self.leak_policy][0]})")
+            lines += self._pair_lines(leaks, f"in training and in test ({_LEAKS[self.leak_policy]})")
         lines += self._pair_lines(self.copies.conflicts, "under two labels (kept as they are; mend the labels)")
         if number := self.copies.duplicates:
             lines.append(f"copies of another image on the same side, kept, and never parted by folds: {number:,}")

@@ -6,12 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.data.failures import Failure, noticed
 from pipeline.data.index import LABEL
@@ -44,52 +39,28 @@ SPLIT_NAMES = {
 _HIDDEN = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx"})
 
 
+ListedImage = tuple[str, str | tuple[str, ...], str, str, str, Stat]
+"""Path of an image below the root, label, split, group, domain, and what tells whether it was touched; a plain tuple, as there are many.
+
+The label is a tuple where the source has several columns; split, group and domain are '' where it has none.
+"""
+
+
 @dataclass
 class Listing:
-    """The files of a data set as found by one walk; lists of equal length, one item for each image.
-
-    `stats` has (size, mtime_ns, ctime_ns) of each. `splits`, `groups` and `domains` are None where the source has none. A label is a
-    text, or a tuple of them where the source has several columns, whose `names` are those of the index.
-    """
+    """The images of a source as found by one walk, what was passed over, and what the columns of labels are called in the index."""
 
     root: Path
-    paths: list[str] = field(default_factory=list)
-    labels: list[Any] = field(default_factory=list)
-    splits: list[str] | None = None
-    groups: list[str] | None = None
-    domains: list[str] | None = None
-    stats: list[Stat] = field(default_factory=list)
+    images: list[ListedImage] = field(default_factory=list)
     entries: list[Failure] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
     names: tuple[str, ...] = (LABEL,)
 
-    def sort(self) -> None:
-        """Bring every list into the order of the paths."""
-        self.keep(sorted(range(len(self.paths)), key=self.paths.__getitem__))
-        self.entries.sort()
-
-    def keep(self, order: list[int]) -> None:
-        """Keep these rows, in this order."""
-        for name in ("paths", "labels", "splits", "groups", "domains", "stats"):
-            column = getattr(self, name)
-            if column is not None:
-                setattr(self, name, list(map(column.__getitem__, order)))
-
-    def stat_array(self) -> NDArray[np.int64]:
-        """Return size, mtime_ns, ctime_ns as int64 of shape (n, 3)."""
-        flat = np.fromiter(chain.from_iterable(self.stats), dtype=np.int64, count=3 * len(self.stats))
-        return flat.reshape(-1, 3)
-
-
-def ending_of(name: str) -> str:
-    """Return what follows the last dot of a file name, in lower case."""
-    return name.rpartition(".")[2].lower()
-
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name ends as an image's does."""
-    return ending_of(name) in EXTENSIONS
+    """Whether a file name ends as an image's does, in any case."""
+    return name.rpartition(".")[2].lower() in EXTENSIONS
 
 
 def is_hidden(name: str) -> bool:
@@ -114,11 +85,10 @@ def is_folder(path: Path) -> bool | None:
 
 @dataclass
 class Folder:
-    """What one folder holds: names of folders and of images, and (size, mtime_ns, ctime_ns) of each image."""
+    """What one folder holds: the names of folders, and of images with what tells whether each was touched."""
 
     folders: list[str] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)
-    stats: list[Stat] = field(default_factory=list)
+    images: dict[str, Stat] = field(default_factory=dict)
 
 
 @dataclass
@@ -165,8 +135,7 @@ class Walk:
                     name = entry.name
                     # The one hot line of a scan: nearly every entry is an image.
                     if is_image_name(name) and name[0] != "." and entry.is_file(follow_symlinks=False):
-                        found.images.append(name)
-                        found.stats.append(stat_of(entry.stat(follow_symlinks=False)))
+                        found.images[name] = stat_of(entry.stat(follow_symlinks=False))
                     elif is_hidden(name):
                         self.ignored["hidden files and folders"] += 1
                     elif entry.is_symlink():
@@ -212,8 +181,7 @@ class Walk:
         if problem is not None:
             self.pass_over(folder + name, *problem)
         else:
-            found.images.append(name)
-            found.stats.append(stats)
+            found.images[name] = stats
 
     def _problem(self, path: str) -> tuple[str, str] | None:
         """Say as status and reason why a file's content is not read as an image; None where it is."""

@@ -158,7 +158,8 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         """Return a config of this one embedding, and the section of its network, None of a baseline; ConfigError with all that is wrong."""
         weights = _usual_weights(self.name) if self.weights is None and isinstance(self.name, str) else self.weights
         section = {"name": self.name, "layers": [self.layer], "weights": weights}
-        section |= {word: getattr(self, word) for word in ("pooling", "preprocessing", "arguments", "view")}
+        section |= {word: getattr(self, word) for word in ("pooling", "preprocessing", "arguments")}
+        section["views"] = None if self.view is None else [self.view]
         raw = {
             "backbones": [{key: value for key, value in section.items() if value is not None}],
             "extraction": {word: getattr(self, word) for word in ("device", "precision", "engine", "decode")},
@@ -168,10 +169,11 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         config = configuration.parse(raw, type(self).__name__)
         if self.name in baselines.NAMES:
             return config, None
-        other = published.stand_in(config.backbones[0])
+        asked = config.sections[-1]  # the view, where one is asked for
+        other = published.stand_in(asked)
         if other is not None:
-            warnings.warn(published.about_stand_in(config.backbones[0]), stacklevel=1)
-        return config, other or config.backbones[0]
+            warnings.warn(published.about_stand_in(asked), stacklevel=1)
+        return config, other or asked
 
     def _spec(self) -> EmbeddingSpec:
         """Return what its vectors are, without its network where the store's folder knows it already."""

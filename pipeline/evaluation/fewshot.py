@@ -11,7 +11,7 @@ the inner loop on the head alone), Chen et al. 2019 (what it is to be compared w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -120,81 +120,63 @@ def draw(
     rng: np.random.Generator,
 ) -> Episodes | None:
     """Draw episodes without replacement; None where a class has its images in too few groups for both sides."""
-    rows = {label: np.flatnonzero(images.y == label) for label in classes.tolist()}
-    drawn = np.empty((count, ways, shots + queries), dtype=np.int64)
+    rows, units, wanted = (
+        [np.flatnonzero(images.y == label) for label in range(images.y.max() + 1)],
+        images.units,
+        shots + queries,
+    )
+    drawn = np.empty((count, ways, wanted), dtype=np.int64)
     for episode in drawn:
         chosen = rng.choice(classes, ways, replace=False).tolist()  # once: those that are hard to deal count as well
         for _ in range(DRAWS):
             mixed = [rng.permutation(rows[label]) for label in chosen]
-            found = _dealt(mixed, images.units, shots, queries, rng)
-            if found is not None:
-                episode[:] = found
+            if units is not None:
+                first = rng.random(units.max() + 1) < 0.5  # which groups are support
+                sides = [first[units[own]] for own in mixed]
+                pairs = zip(mixed, sides, strict=True)
+                mixed = [np.concatenate([own[side][:shots], own[~side][:queries]]) for own, side in pairs]
+            if min(map(len, mixed)) >= wanted:
+                episode[:] = [own[:wanted] for own in mixed]
                 break
         else:
             return None
     return Episodes(drawn[:, :, :shots].reshape(count, -1), drawn[:, :, shots:].reshape(count, -1), ways)
 
 
-def _dealt(
-    mixed: Sequence[Integers], units: Integers | None, shots: int, queries: int, rng: np.random.Generator
-) -> list[Integers] | None:
-    """Return the first rows of each class, support before queries, every group on one side; None where they do not suffice."""
-    if units is None:
-        return [rows[: shots + queries] for rows in mixed]
-    supports, dealt = rng.random(units.max() + 1) < 0.5, []
-    for rows in mixed:
-        support = supports[units[rows]]
-        dealt.append(np.concatenate([rows[support][:shots], rows[~support][:queries]]))
-    return dealt if all(len(rows) == shots + queries for rows in dealt) else None
+class Products(NamedTuple):
+    """Inner products of e episodes, float64, the rows of a class one behind the other.
 
-
-@dataclass(frozen=True)
-class Products:
-    """Inner products of e episodes, the rows of a class one behind the other.
-
-    support : of the n support images with one another, (e, n, n); query : of the queries with them, (e, n_queries, n)
+    support : of the n support images with one another, (e, n, n); query : of the queries with them, (e, n_queries, n);
+    one_hot : the class of each support image, 1 in its column, (n, ways)
     """
 
     support: Numbers
     query: Numbers
-    ways: int
+    one_hot: Numbers
 
-    @property
-    def shots(self) -> int:
-        """Support images of a class."""
-        return int(self.support.shape[1]) // self.ways
-
-    @property
-    def one_hot(self) -> Numbers:
-        """The class of each support image, 1 in its column, float64 of shape (n, ways)."""
-        return np.repeat(np.eye(self.ways), self.shots, axis=0)
-
-    @property
-    def to_means(self) -> Numbers:
-        """Inner products of queries with the mean of each class, shape (e, n_queries, ways)."""
-        return self.query @ self.one_hot / self.shots
-
-    @property
-    def means(self) -> Numbers:
-        """The squared length of the mean of each class, shape (e, 1, ways)."""
-        blocks = self.support.reshape(-1, self.ways, self.shots, self.ways, self.shots)
-        return np.asarray(np.einsum("ewiwj->ew", blocks) / self.shots**2)[:, None]
+    def with_means(self) -> tuple[Numbers, Numbers]:
+        """Return the inner products of queries with the mean of each class, (e, n_queries, ways), and its squared length, (e, 1, ways)."""
+        mean = self.one_hot / self.one_hot.sum(axis=0)
+        return self.query @ mean, np.sum(self.support @ mean * mean, axis=1, keepdims=True)
 
 
 def products(support: NDArray[np.float32], query: NDArray[np.float32], ways: int) -> Products:
-    """Return the inner products, float64, of support, float32 of shape (e, n, dim), and queries, (e, n_queries, dim)."""
+    """Return the inner products of support, float32 of shape (e, n, dim), and queries, (e, n_queries, dim)."""
     across = support.transpose(0, 2, 1)
-    return Products((support @ across).astype(np.float64), (query @ across).astype(np.float64), ways)
+    one_hot = np.repeat(np.eye(ways), support.shape[1] // ways, axis=0)
+    return Products((support @ across).astype(np.float64), (query @ across).astype(np.float64), one_hot)
 
 
 def cosine_prototypes(given: Products) -> Numbers:
     """Score by the cosine with the mean of each class: float64 of shape (e, n_queries, ways)."""
-    return given.to_means / np.sqrt(given.means)
+    inner, lengths = given.with_means()
+    return inner / np.sqrt(lengths)
 
 
 def nearest_centroid(given: Products) -> Numbers:
     """Score by the squared distance to the mean of each class (prototypical networks), without the queries' own length; shape as above."""
-    return 2 * given.to_means - given.means
+    inner, lengths = given.with_means()
+    return 2 * inner - lengths
 
 
 def knn(given: Products) -> Numbers:

@@ -138,7 +138,10 @@ class HeadPredictions:
         arrays: dict[str, NDArray[np.generic]] = {
             "format": np.array(PREDICTIONS.format),
             "version": np.array(PREDICTIONS.version),
-            **{key: _as_array(value) for key, value in record_of(self.test.target).items()},
+            # An empty list alone does not say what would be in it.
+            **{
+                key: np.array(value, str if value == [] else None) for key, value in record_of(self.test.target).items()
+            },
         }
         for part, rows in (("test", self.test), ("out_of_fold", self.out_of_fold)):
             if rows is not None:
@@ -181,11 +184,6 @@ STORED = {
     "units": np.int64,
 }  # fmt: skip
 """The columns of a file, in its order, and their types; None where it is the target's, which has classes by name."""
-
-
-def _as_array(value: Any) -> NDArray[Any]:
-    # An empty list alone does not say what would be in it.
-    return np.asarray(value, dtype=str) if value == [] else np.asarray(value)
 
 
 def _part(arrays: Mapping[str, NDArray[Any]], name: str, target: Target) -> Predictions | None:

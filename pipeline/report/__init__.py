@@ -14,15 +14,11 @@ from pathlib import Path
 from pipeline.errors import PipelineError
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
 from pipeline.evaluation.predictions import FILE_NAME
-from pipeline.experiment import REPORT, Artifacts, read_document
+from pipeline.experiment import REPORT, Artifacts, made_by, read_document
 from pipeline.io.digests import file_digest, fingerprint
-from pipeline.io.process import version
 
 PAGE = "report.html"
 RECORD = "report.json"
-LIBRARIES = ("Jinja2", "matplotlib", "numpy", "Pillow", "scikit-learn", "scipy", "umap-learn")
-"""What draws and reckons; the last need not be there."""
-CODE = ("*.py", "report/templates/*")
 
 
 def build(output: Path) -> Path:
@@ -34,7 +30,7 @@ def refresh(output: Path, anew: bool = False) -> Path:
     """Make them where they, or what they are made of, have changed, or all `anew`."""
     output = Path(output)
     each = Artifacts(output).each_target()
-    made = {name: refresh(folder, anew) for name, folder in each.items()}
+    made = {} if "" in each else {name: refresh(folder, anew) for name, folder in each.items()}
     if not anew and not made and is_current(output):
         return output / PAGE
     from pipeline.report import page
@@ -46,14 +42,14 @@ def is_current(output: Path) -> bool:
     """Whether all that `report.json` names is as it was then: what the page was made of, and what was made."""
     try:
         record = read_document(output / RECORD, REPORT)
-        made = digests(output, [output / name for name in record["files"]])
+        made = digests(output, map(output.joinpath, record["files"]))
     except (PipelineError, OSError, KeyError, TypeError):
         return False
     return bool(record["files"] == made and record.get("inputs") == digest_inputs(output))
 
 
 def digest_inputs(output: Path) -> str:
-    """Return one digest of all that goes into a page: saved results, the code, the libraries.
+    """Return one digest of all that goes into a page: saved results, and this version of the program.
 
     The date of the leaderboard does not count: a run that had nothing to do writes a new one.
     """
@@ -61,10 +57,7 @@ def digest_inputs(output: Path) -> str:
     record = json.loads(board.to_json())
     record["provenance"].pop("date", None)
     record.pop("digest")
-    root = Path(__file__).parents[1]
-    sources = digests(output, filter(Path.is_file, _sources(output, board)))
-    code = digests(root, (path for kind in CODE for path in sorted(root.rglob(kind))))
-    return fingerprint([record, sources, code, {name: version(name) for name in LIBRARIES}])
+    return fingerprint([record, digests(output, filter(Path.is_file, _sources(output, board))), made_by()])
 
 
 def digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:

@@ -47,22 +47,20 @@ def score_chart(
     """
     metric, shown, scale = METRICS[scoring], rows[:MOST_ROWS], abs(told.scale)
     same = metric is told
-    label = f"Test {told.title} {'and cross-validation ' * same}of every row"
-    made, axes = figure(palette, label, height=_height(shown))
-    tested = [_tested(row, told) for row in shown]
-    floor = scale * _floor([found[1] for found in tested if found], told)
-    for place, (row, found) in enumerate(zip(shown, tested, strict=True)):
+    made, axes = _of_rows(palette, f"Test {told.title} {'and cross-validation ' * same}of every row", shown)
+    tested = _tested(shown, told)
+    floor = scale * _floor([low for _, low, _ in tested.values()], told)
+    for place, row in enumerate(shown):
         seen = True
-        if found is not None:
-            value, low, high = (scale * score for score in found)
-            texts = [f"{told.text(score)}{told.percent}" for score in found]
-            span = ", ".join(texts[:0:-1] if told.lower_is_better else texts[1:])
-            text = f"{row.key}: test {_named(told)}{texts[0]} [{span}], cross-validation {_tuned(row.cv_mean, metric)}"
+        if row.key in tested:
+            value, low, high = tested[row.key]
+            ends, sign = (high, low) if told.lower_is_better else (low, high), told.percent
+            span = f"[{told.text(ends[0])}{sign}, {told.text(ends[1])}{sign}]"
+            text = f"{row.key}: test {_tuned(value, told)} {span}, cross-validation {_tuned(row.cv_mean, metric)}"
             colour = palette.accent if row.key in group else palette.muted
-            seen = _dot(axes, place, value, (low, high), floor, colour, text)
+            seen = _dot(axes, place, scale * value, (scale * low, scale * high), floor, colour, text)
         if seen and same and scale * row.cv_mean >= floor:
             axes.plot(scale * row.cv_mean, place, "|", color=palette.ink, ms=9, mew=1.5)
-    _row_names(axes, shown)
     _as_a_loss_is_known(axes.xaxis, told)
     axes.set_xlabel(f"{told.header}:  ● test  — its 95 % interval{'  | cross-validation' * same}", loc="right")
     return made
@@ -78,28 +76,23 @@ def difference_chart(
     metric = METRICS[scoring]
     scale, sign = abs(metric.scale), -metric.sign
     shown = [item for item in differences if item.key in rows][:MOST_ROWS]
-    named = [rows[item.key] for item in shown]
-    made, axes = figure(palette, "How far every row lies behind the best", height=_height(named))
+    made, axes = _of_rows(palette, "How far every row lies behind the best", [rows[item.key] for item in shown])
     axes.axvline(0, color=palette.ink, lw=1)
     floor = scale * _floor([-item.interval[1] for item in shown], metric)
     unit = "" if metric.unit == metric.title else metric.unit
     for place, item in enumerate(shown):
-        low, high = (scale * end for end in item.interval)
+        low, high = item.interval
         verdict = "no evidence of a difference" if item.no_evidence else "worse than the best"
-        ends = sorted(sign * end for end in item.interval)
+        ends = (low, high) if metric.lower_is_better else (-high, -low)
         gap, *span = map(metric.gap_text, (sign * item.difference, *ends))
-        behind = f"{_named(metric)}{gap}{unit and ' '}{unit} [{', '.join(span)}]"
+        behind = f"{metric.title} {gap}{unit and ' '}{unit} [{', '.join(span)}]"
         text = f"{item.key}: {behind}, p = {item.p_value:.3f}, {verdict}"
         colour = palette.accent if item.no_evidence else palette.muted
-        _dot(axes, place, -scale * item.difference, (-high, -low), floor, colour, text)
-    _row_names(axes, named)
+        _dot(axes, place, -scale * item.difference, (-scale * high, -scale * low), floor, colour, text)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     _as_a_loss_is_known(axes.xaxis, metric)
-    what = f"{metric.title}{unit and ', '}{unit}"
-    if metric.percent:
-        what = f"{_named(metric, ', ')}{'percentage ' * (metric is ACCURACY)}points"
-    where = "from the best row" if metric.percent or sign < 0 else "above the best row's"
-    axes.set_xlabel(f"{what} {where}, out of fold", loc="right")
+    where = "above the best row's" if metric.lower_is_better else "from the best row"
+    axes.set_xlabel(f"{metric.title}{unit and ', '}{unit} {where}, out of fold", loc="right")
     return made
 
 
@@ -112,7 +105,7 @@ def tuning_chart(palette: Palette, searches: Mapping[str, Trials], scoring: str)
     made, axes = figure(palette, "Best score so far, trial by trial", height=height)
     lowest = []
     for number, (name, trials) in enumerate(searches.items()):
-        means = np.array([np.nan if trial["mean"] is None else trial["mean"] for trial in trials], dtype=np.float64)
+        means = np.array([trial["mean"] for trial in trials], dtype=np.float64)  # None is NaN
         if not np.isfinite(means).any():
             continue
         colour, count, best = palette.category(number), np.arange(1, len(means) + 1), np.fmax.accumulate(means)
@@ -156,18 +149,10 @@ def layer_chart(palette: Palette, found: LayerProfile) -> Figure:
     return made
 
 
-def most_confused(matrix: NDArray[np.int64]) -> NDArray[np.intp]:
-    """Return the classes that are drawn, int64 of shape (k,), in their order: all, or those with most mistakes, either way round.
-
-    matrix : ndarray of shape (n_classes, n_classes), int64, rows are the true classes
-    """
-    wrong = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)
-    return np.sort(np.argsort(-wrong, kind="stable")[:MOST_CELLS])
-
-
 def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
     """Draw a confusion matrix, int64 (n, n), each row as shares of its true class; of many classes those with most mistakes."""
-    kept = most_confused(matrix)
+    mistakes = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)  # either way round
+    kept = np.sort(np.argsort(-mistakes, kind="stable")[:MOST_CELLS])
     cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
     shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)
     many = len(names) > MOST_SMALL
@@ -183,7 +168,7 @@ def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequen
         axes.add_patch(Rectangle(corner, 0.92, 0.92, lw=0, color=colour, alpha=alpha, gid=tip(text)))
         colour = palette.surface if right and share > 0.78 else palette.ink
         axes.text(column, row, str(cells[row, column]), ha="center", va="center", color=colour)
-    labels = [plain_text(name) for name in shorten_all(names, CLASS)]
+    labels = list(map(plain_text, shorten_all(names, CLASS)))
     turned = 0 if max(map(len, labels)) <= 2 else 90 if many else 45
     side = "right" if turned == 45 else "center"
     axes.set_xticks(range(len(names)), labels, rotation=turned, ha=side, color=palette.ink)
@@ -243,11 +228,11 @@ def numbers_chart(palette: Palette, test: Predictions, place: int, residuals: bo
 def learning_chart(palette: Palette, curve: LearningCurve, head: str) -> Figure:
     """Draw accuracy against the number of labelled images, the fitted law, its forecast, and its test."""
     made, axes = figure(palette, "Accuracy against the number of labelled images")
-    points, sizes = curve.points, np.array([point.size for point in curve.points])
-    low, high = ([100 * point.interval[end] for point in points] for end in (0, 1))
-    axes.fill_between(sizes, low, high, color=palette.accent, alpha=0.18, lw=0)
-    label = f"measured ({head}), 95 % interval"
-    axes.plot(sizes, [100 * point.accuracy for point in points], color=palette.accent, label=label)
+    points = curve.points
+    table = np.array([(point.size, point.accuracy, *point.interval) for point in points])
+    sizes, shares = table[:, 0].astype(int), 100 * table[:, 1:].T
+    axes.fill_between(sizes, shares[1], shares[2], color=palette.accent, alpha=0.18, lw=0)
+    axes.plot(sizes, shares[0], color=palette.accent, label=f"measured ({head}), 95 % interval")
     for point in points:
         text = f"{point.size:,} images: {_within(point.accuracy, point.interval)}, {len(point.scores)} draws"
         axes.plot(point.size, 100 * point.accuracy, "o", color=palette.accent, ms=5, gid=tip(text))
@@ -291,7 +276,7 @@ def few_shot_chart(palette: Palette, result: FewShot) -> Figure:
 
 def priced(rows: Sequence[LeaderboardRow], told: Metric = ACCURACY) -> list[LeaderboardRow]:
     """Return the rows that the cost chart shows: those with a score and a time, unless they would squeeze all others."""
-    tested = {row.key: scores for row in rows if (scores := _tested(row, told))}
+    tested = _tested(rows, told)
     floor, timed = _floor([low for _, low, _ in tested.values()], told), any(row.embed_seconds for row in rows)
     return [
         row for row in rows if row.key in tested and tested[row.key][0] >= floor and (row.embed_seconds or not timed)
@@ -305,10 +290,11 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, to
     height = 3.3 + 0.21 * -(-len(names) // 2)
     made, axes = figure(palette, f"Test {told.title} against time per image", height=height)
     cost = [1000 * ((row.embed_seconds or 0.0) + row.predict_seconds / max(images, 1)) for row in shown]
-    value = [scores[0] for row in shown if (scores := _tested(row, told))]
-    best, scale = pareto(cost, value), abs(told.scale)
+    tested, scale = _tested(shown, told), abs(told.scale)
+    value = [tested[row.key][0] for row in shown]
+    best = pareto(cost, value)
     edge = sorted((c, scale * v) for c, v, kept in zip(cost, value, best, strict=True) if kept)
-    axes.step([c for c, _ in edge], [v for _, v in edge], where="post", color=palette.muted, lw=1, ls=DASHED)
+    axes.step(*np.transpose(edge), where="post", color=palette.muted, lw=1, ls=DASHED)
     for row, c, v, kept in zip(shown, cost, value, best, strict=True):
         text = f"{row.key}: {told.text(v)}{told.percent} at {c:.3g} ms per image, fit in {seconds(row.fit_seconds)} s{', on the edge' * kept}"
         sign, size, alpha = "s" if row.baseline else "o", 8 if kept else 6, 1.0 if kept else 0.75
@@ -316,7 +302,10 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, to
         axes.plot(c, scale * v, sign, color=colour, ms=size, alpha=alpha, gid=tip(text))
     for number, name in enumerate(names):
         axes.plot([], [], "o", color=palette.category(number), label=plain_text(name))
-    _times(axes)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     what = "embedding and head" if any(row.embed_seconds for row in rows) else "head alone"
     axes.set(xlabel=f"time per image, milliseconds: {what}", ylabel=f"test {told.header}")
     _as_a_loss_is_known(axes.yaxis, told)
@@ -387,17 +376,18 @@ def _upright(
     **line: Any,
 ) -> None:
     """Draw a share with its interval, in per cent, one above the other."""
-    axes.plot([x] * 2, [100 * end for end in span], color=colour, **{"lw": 1.2, **line})
+    axes.plot([x, x], [100 * span[0], 100 * span[1]], color=colour, **{"lw": 1.2, **line})
     axes.plot(x, 100 * share, sign, color=colour, ms=size, gid=tip(text))
 
 
-def _tested(row: LeaderboardRow, told: Metric) -> tuple[float, float, float] | None:
-    """Return a row's test score and the ends of its interval, higher is better; None where it has none."""
-    value, span = (None, None) if row.test is None else row.test.of(told)
-    if value is None or span is None:
-        return None
-    low, high = sorted(told.sign * end for end in span)
-    return told.sign * value, low, high
+def _tested(rows: Sequence[LeaderboardRow], told: Metric) -> dict[str, tuple[float, float, float]]:
+    """Return by key each row's test score and the ends of its interval, higher is better; rows that have none are left out."""
+    found = {}
+    for row in rows:
+        value, span = (None, None) if row.test is None else row.test.of(told)
+        if value is not None and span is not None:
+            found[row.key] = (-value, -span[1], -span[0]) if told.lower_is_better else (value, *span)
+    return found
 
 
 def _floor(values: Sequence[float], metric: Metric) -> float:
@@ -408,23 +398,21 @@ def _floor(values: Sequence[float], metric: Metric) -> float:
     return max(min(values), middle - 3 * (top - middle) - (0.0 if metric.in_units else 0.02))
 
 
-def _height(rows: Sequence[LeaderboardRow]) -> float:
-    """Return the inches of a chart with a line per row, or two where the embedding is named too."""
-    return 0.9 + (0.38 if len({row.embedding for row in rows}) > 1 else 0.27) * len(rows)
-
-
-def _row_names(axes: Axes, rows: Sequence[LeaderboardRow]) -> None:
-    names = [row.head for row in rows]
-    if len({row.embedding for row in rows}) > 1:
-        short = shorten_all([row.embedding.removesuffix("-penultimate") for row in rows], EMBEDDING)
-        names = [f"{name}\n{embedding}" for name, embedding in zip(names, short, strict=True)]
+def _of_rows(palette: Palette, label: str, rows: Sequence[LeaderboardRow]) -> tuple[Figure, Axes]:
+    """Return an empty figure with a line for each row, named by its head, and by its embedding too where there are several."""
+    names, embeddings = [row.head for row in rows], [row.embedding.removesuffix("-penultimate") for row in rows]
+    several = len(set(embeddings)) > 1
+    if several:
+        names = list(map("{}\n{}".format, names, shorten_all(embeddings, EMBEDDING)))
+    made, axes = figure(palette, label, height=0.9 + (0.38 if several else 0.27) * len(rows))
     _lines(axes, range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.5)
+    return made, axes
 
 
 def _lines(axes: Axes, places: Sequence[float], names: Sequence[str]) -> None:
     """Name what stands in lines below one another."""
-    axes.set_yticks(places, [plain_text(name) for name in names], linespacing=1.2)
+    axes.set_yticks(places, list(map(plain_text, names)), linespacing=1.2)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
 
@@ -432,16 +420,8 @@ def _lines(axes: Axes, places: Sequence[float], names: Sequence[str]) -> None:
 def _counts(axes: Axes, ticks: Sequence[int]) -> None:
     """Make the axis to the right one of numbers of images."""
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_xticks(ticks, list(map("{:,}".format, ticks)))
     axes.minorticks_off()
-
-
-def _times(axes: Axes) -> None:
-    """Make the axis to the right one of milliseconds."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _within(share: float, interval: Interval) -> str:
@@ -449,12 +429,7 @@ def _within(share: float, interval: Interval) -> str:
 
 
 def _tuned(score: float, metric: Metric) -> str:
-    return f"{_named(metric)}{metric.text(score)}{metric.percent}"
-
-
-def _named(metric: Metric, after: str = " ") -> str:
-    """Return a score's name where it is not accuracy, which need not be named."""
-    return "" if metric is ACCURACY else f"{metric.title}{after}"
+    return f"{metric.title} {metric.text(score)}{metric.percent}"
 
 
 def _as_a_loss_is_known(axis: Axis, metric: Metric) -> None:

@@ -148,13 +148,7 @@ class Material:
 
 
 def gather(output: Path) -> Material:
-    """Read an experiment's artifacts.
-
-    Raises
-    ------
-    PipelineError
-        When there is no leaderboard.
-    """
+    """Read an experiment's artifacts; PipelineError where there is no leaderboard."""
     files, board = Artifacts(output), read_leaderboard(output)
     if not board.rows:
         raise PipelineError(f"{files.leaderboard}: has no rows; run `manyheads heads` again")

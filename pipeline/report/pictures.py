@@ -106,15 +106,17 @@ def carried(material: Material, named: Iterable[str]) -> dict[str, Any] | None:
     del chosen[MOST_INSIDE:]
     images, rows = view.images.rows(np.array(chosen)), view.rows[chosen]
     paths = images.paths.tolist()
-    answers = [said.get(path, ("", -1, 0.0)) for path in paths]
+    answers, right, sure = zip(*(said.get(path, ("", -1, 0.0)) for path in paths), strict=True)
     picture, columns = sheet(index, rows.tolist())
     return {
         "paths": paths,
         "splits": images.splits.tolist(),
         "labels": [images.said(row) if exclusive else in_words(images.said(row)) for row in range(len(images))],
-        "codes": [material.codes[path] for path in paths],
+        "codes": list(map(material.codes.get, paths)),
         "classes": list(kinds.classes),
-        **{name: [answer[part] for answer in answers] for part, name in enumerate(("said", "right", "sure"))},
+        "said": answers,
+        "right": right,
+        "sure": sure,
         "near": audit.neighbours(X[chosen], NEAREST)[0].tolist(),
         "dots": len(space.rows),
         "total": len(view.rows),

@@ -90,10 +90,6 @@ class Table:
         positions[order] = np.where((first[at] == left) & (second[at] == right), at, -1)
         return positions
 
-    def place(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return segment number and row of k positions; all three int64 of shape (k,)."""
-        return self.lines[2][positions].astype(np.int64), self.lines[3][positions].astype(np.int64)
-
     def in_file_order(self) -> Digests:
         """Return every digest, uint64 of shape (n, 2), in the order of segments and rows."""
         return self.lines[:2].T[np.lexsort((self.lines[3], self.lines[2]))]
@@ -235,7 +231,8 @@ class FeatureStore:
                 f"{self.path}: has no features for {int((positions < 0).sum())} of {len(positions)} images "
                 f"(the first has content {absent[0]}); run 'manyheads features' first"
             )
-        return self.table.place(positions)
+        segments, rows = (line[positions].astype(np.int64) for line in self.table.lines[2:])
+        return segments, rows
 
     def read(self, digests: Digests) -> NDArray[np.float32]:
         """Return the vectors of n digests, uint64 of shape (n, 2), in the order asked, float32 of shape (n, dim), checked.

@@ -47,29 +47,25 @@ COLUMNS = {"paths": "path", "labels": "label", "splits": "split", "groups": "gro
 def pack(
     store: FeatureStore,
     path: Path,
-    digests: Digests | None = None,
+    digests: Digests,
     columns: Columns | None = None,
     anonymous: bool = False,
 ) -> FeatureStore:
-    """Write a store into one file, and open that.
+    """Write the vectors of m images, uint64 of shape (m, 2), of which several may have one content, into one file, and open that.
 
-    `digests` : contents of m images, uint64 of shape (m, 2), may repeat; all rows of the store when not given.
     `columns` : `paths`, `labels`, `splits`, `groups` of these images; `anonymous` leaves out the paths.
     """
+    _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    content = digests[first[order]]
     others = origin(store.identity, store.probe, store.dim)
-    if digests is None:
-        content = store.table.in_file_order()
-    else:
-        _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
-        order = np.argsort(first)
-        content = digests[first[order]]
-        others["row"] = np.argsort(order)[inverse.reshape(-1)].astype("<u8")
-        for name, values in (columns or {}).items():
-            if name != "paths" or not anonymous:
-                encoded = [str(value).encode("utf-8") for value in values]
-                if (longest := max(map(len, encoded), default=0)) > MAX_TEXT:
-                    raise StoreError(f"{name}: a text has {longest} bytes, at most {MAX_TEXT} can be packed")
-                others[COLUMNS[name]] = np.array(encoded, f"S{max(1, longest)}")
+    others["row"] = np.argsort(order)[inverse.reshape(-1)].astype("<u8")
+    for name, values in (columns or {}).items():
+        if name != "paths" or not anonymous:
+            encoded = [str(value).encode("utf-8") for value in values]
+            if (longest := max(map(len, encoded), default=0)) > MAX_TEXT:
+                raise StoreError(f"{name}: a text has {longest} bytes, at most {MAX_TEXT} can be packed")
+            others[COLUMNS[name]] = np.array(encoded, f"S{max(1, longest)}")
     composed = compose(
         "pack",
         store.store_type,
@@ -119,17 +115,16 @@ def read_packed_index(path: str | Path) -> ImageTable:
 # ---- .npy and .parquet
 
 
-def export(store: FeatureStore, path: Path, digests: Digests | None = None, columns: Columns | None = None) -> None:
-    """Write the float32 features of n images, uint64 of shape (n, 2), or of all contents, as `.npy` or `.parquet`.
+def export(store: FeatureStore, path: Path, digests: Digests, columns: Columns) -> None:
+    """Write the float32 features of n images, uint64 of shape (n, 2), as `.npy` or `.parquet`.
 
     A `.npy` has room for the features alone; a `.parquet` also has `content` (hex digest) and the given columns.
     """
-    digests = store.table.in_file_order() if digests is None else digests
     if path.suffix == ".npy":
         write_npy(path, (len(digests), store.dim), (features for _, features in store.pieces(digests)))
     elif path.suffix == ".parquet":
         with explained(path):
-            _write_parquet(store, path, digests, columns or {})
+            _write_parquet(store, path, digests, columns)
     else:
         raise StoreError(f"{path}: cannot export to {path.suffix or 'a file without ending'!r}; use .npy or .parquet")
 
@@ -140,14 +135,14 @@ def read_vectors(path: Path) -> tuple[NDArray[np.object_] | None, NDArray[np.flo
     The files are those that `export` writes, and others: in Parquet a vector is a list in the one column of lists, or else the
     numbers of all columns of numbers, and `path` or `paths` names images. StoreError when it is missing or holds no such thing.
     """
-    import pandas
     import pyarrow
+    import pyarrow.parquet as pq
 
     try:
         if path.suffix != ".parquet":
             paths, found = None, np.load(path, allow_pickle=False)
         else:
-            frame = pandas.read_parquet(path)
+            frame = pq.read_table(path).to_pandas(ignore_metadata=True)  # an index is a column like the others
             named = [name for name in ("path", "paths") if name in frame]
             paths = frame[named[0]].astype(str).to_numpy(object) if named else None
             lists = [name for name, column in frame.items() if isinstance(column.iat[0], np.ndarray)]

@@ -85,7 +85,7 @@ def test_stores_and_packed_files_are_read_from_an_object_store(place):
     fsspec = pytest.importorskip("fsspec")
     with StoreWriter.open(place / "s", IDENTITY, DIM, probe=PROBE) as writer:
         writer.append(DIGESTS, FEATURES)
-    pack(FeatureStore.open(place / "s"), place / "features.h5")
+    pack(FeatureStore.open(place / "s"), place / "features.h5", DIGESTS)
     memory = fsspec.filesystem("memory")
     memory.put(str(place / "s"), "/afar/s", recursive=True)
     memory.put(str(place / "features.h5"), "/afar/features.h5")

@@ -86,14 +86,14 @@ def test_an_anonymous_pack_has_no_paths(store, place):
 def test_export(store, place):
     import pyarrow.parquet as pq
 
-    export(FeatureStore.open(store), place / "x.npy", DIGESTS[[2, 0, 2]])
+    export(FeatureStore.open(store), place / "x.npy", DIGESTS[[2, 0, 2]], {})
     assert np.array_equal(np.load(place / "x.npy"), FEATURES[[2, 0, 2]])
     export(FeatureStore.open(store), place / "x.parquet", DIGESTS[[2, 0]], {"label": ["a", "b"]})
     table = pq.read_table(place / "x.parquet").to_pydict()
     assert np.array_equal(np.array(table["features"], np.float32), FEATURES[[2, 0]])
     assert (table["label"], table["content"]) == (["a", "b"], digests_to_hex(DIGESTS[[2, 0]]))
     with pytest.raises(StoreError, match=r"cannot export to '\.csv'; use \.npy or \.parquet"):
-        export(FeatureStore.open(store), place / "x.csv")
+        export(FeatureStore.open(store), place / "x.csv", DIGESTS, {})
 
 
 def test_merge_takes_what_is_new_and_refuses_what_is_different(place):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -131,22 +130,21 @@ class LeaderboardRow:
 
     def to_record(self) -> dict[str, Any]:
         """Return the row as plain values for JSON."""
-        kept = {name: getattr(self, name) and getattr(self, name).to_record() for name in ("test", "reweighted")}
-        return dict(plain({**dataclasses.asdict(replace(self, test=None, reweighted=None)), **kept}))
+        test, reweighted = (found and found.to_record() for found in (self.test, self.reweighted))
+        return dict(plain({**vars(self), "test": test, "reweighted": reweighted}))
 
     @staticmethod
     def from_record(raw: Mapping[str, Any]) -> LeaderboardRow:
         """Return the row that `to_record` wrote; ValueError where its bundle lies outside of the experiment."""
         if raw.get("bundle") is not None and not {"..", ""}.isdisjoint(str(raw["bundle"]).split("/")):
             raise ValueError(f"the bundle {raw['bundle']!r} lies outside of the experiment")
-        kept: dict[str, Any] = {
-            name: raw[name] and Scores.from_record(raw[name]) for name in ("test", "reweighted") if name in raw
-        }
-        raw = {key: value for key, value in raw.items() if key not in kept}
-        if (raw.get("seeds") or {}).get("test_accuracies"):  # written by release 0.1
-            numbers = raw["seeds"]
-            raw["seeds"] = {key.replace("test_accuracies", "test_scores"): numbers[key] for key in numbers}
-        return replace(cast(LeaderboardRow, from_plain(LeaderboardRow, {"test": None, **raw})), **kept)
+        test, reweighted = (raw.get(name) and Scores.from_record(raw[name]) for name in ("test", "reweighted"))
+        rest = {**raw, "test": None, "reweighted": None}
+        seeds = raw.get("seeds") or {}
+        if "test_accuracies" in seeds:  # written by release 0.1
+            rest["seeds"] = {key.replace("test_accuracies", "test_scores"): seeds[key] for key in seeds}
+        made: LeaderboardRow = from_plain(LeaderboardRow, rest)
+        return replace(made, test=test, reweighted=reweighted)
 
     @property
     def constant(self) -> bool:
@@ -214,10 +212,10 @@ class Leaks:
 
         rows : the best row and, if it is another, the recommended one; metric : what the test is told by
         """
+        unit = metric.percent
 
         def told(key: str, without: float, score: float) -> str:
-            text, sign = metric.text, metric.percent
-            return f"{key} has {metric.title} {text(without)}{sign} in place of {text(score)}{sign}"
+            return f"{key} has {metric.title} {metric.text(without)}{unit} in place of {metric.text(score)}{unit}"
 
         tests, held_out = list[str](), list[str]()
         for row in rows:

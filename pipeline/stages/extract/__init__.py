@@ -43,7 +43,7 @@ from pipeline.stages.extract.work import (
     embed,
     fill,
     hash_store,
-    noted_in,
+    note_failures,
     stop_requested,
 )
 from pipeline.stages.targets import write_experiments
@@ -68,8 +68,6 @@ class FeaturesRun:
     pool: Pool | None
     """The engine's workers, where there was one."""
     planned: bool
-    stand_ins: tuple[str, ...]
-    """Lines on networks that stand in for others."""
     total_seconds: float
 
     @property
@@ -82,17 +80,16 @@ class FeaturesRun:
         lines = [*self.scan.summary_lines(), *(self._plan_lines() if self.planned else self._work_lines())]
         if any(record.untrained for record in self.records):
             lines.append("note: weights: random is an untrained control, marked `untrained` wherever it shows")
-        return [*lines, *self.stand_ins]
+        others = [target.source.instead_of for target in self.targets if target.source.instead_of is not None]
+        return [*lines, *dict.fromkeys(f"warning: {about_stand_in(section)}" for section in others)]
 
     def _plan_lines(self) -> Iterator[str]:
         rates = {record.name: record.seconds_per_image for record in self.records}
         for target in self.targets:
             name, count, rate = target.spec.name, int(target.pending.sum()), rates.get(target.spec.name)
-            cost = (
-                f"about {_duration(count * rate)} at the last run's rate"
-                if rate
-                else "time unknown until it has run once"
-            )
+            cost = "time unknown until it has run once"
+            if rate:
+                cost = f"about {_duration(count * rate)} at the last run's rate"
             yield f"{name}: " + (f"{count:,} to embed, {cost}; {target.why}" if count else "complete")
 
     def _work_lines(self) -> Iterator[str]:
@@ -174,7 +171,7 @@ def run(
     known: Sequence[EmbeddingRecord] = ()
     with suppress(PipelineError):
         known = read_records(files.features)
-    rates = {record.name: record.seconds_per_image for record in known if record.seconds_per_image is not None}
+    rates = {record.name: record.seconds_per_image for record in known if record.seconds_per_image}
     work = pool = None
     if pending and not plan:
         work, pool = _embed(pending, contents, config, files, engine, place)
@@ -186,18 +183,8 @@ def run(
     records = known if plan else _write(config, files, scanned, targets, rates)
     if work is not None:
         _check_failures(scanned, contents, config, files)
-    instead_of = [target.source.instead_of for target in targets]
-    stand_ins = [f"warning: {about_stand_in(section)}" for section in instead_of if section is not None]
-    return FeaturesRun(
-        scan=scanned,
-        targets=tuple(targets),
-        records=tuple(records),
-        work=work,
-        pool=pool,
-        planned=plan,
-        stand_ins=tuple(dict.fromkeys(stand_ins)),
-        total_seconds=time.perf_counter() - began,
-    )
+    seconds = time.perf_counter() - began
+    return FeaturesRun(scanned, tuple(targets), tuple(records), work, pool, plan, seconds)
 
 
 def _embed(
@@ -212,16 +199,18 @@ def _embed(
 
     From the first store that is opened until the last is closed a signal only sets a flag.
     """
-    images, noted = contents.part(~contents.failed), noted_in(files, config)
+    images = contents.part(~contents.failed)
     pending = [replace(target, pending=target.pending[~contents.failed]) for target in pending]
+    pool = None
     if engine is None:
         with stop_requested() as stopped:
-            return embed(pending, images, config, hash_store(files), StoreWriter.open, noted, stopped), None
-    try:
-        work, pool = embed_on(pending, images, config, place or os.path.abspath(files.parts), engine)
-    finally:
-        take_parts(place or files.parts, files.stores, remove=place is None)
-    noted(work.failures)
+            work = embed(pending, images, config, hash_store(files), StoreWriter.open, stopped)
+    else:
+        try:
+            work, pool = embed_on(pending, images, config, place or os.path.abspath(files.parts), engine)
+        finally:
+            take_parts(place or files.parts, files.stores, remove=place is None)
+    note_failures(work, files, config)
     return work, pool
 
 

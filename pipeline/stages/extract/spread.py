@@ -28,7 +28,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config
-from pipeline.data import Failure
 from pipeline.data.scan import scan
 from pipeline.embed.engines import choose_batch_size
 from pipeline.errors import BackboneError, PipelineError, number_of
@@ -39,7 +38,7 @@ from pipeline.io.files import make_folder
 from pipeline.io.process import bar, look_in
 from pipeline.io.remote import Engine, connected
 from pipeline.stages.extract.targets import Contents, EmbeddingTarget, find_targets, require_permitted, resolve
-from pipeline.stages.extract.work import Work, embed, hash_store, noted_in, stop_requested
+from pipeline.stages.extract.work import Work, embed, hash_store, note_failures, stop_requested
 from pipeline.store import differences, lock
 from pipeline.store.share import PartWriter
 
@@ -123,14 +122,11 @@ def run_shard(config: Config, shard: Shard, place: str | None = None, *, rehash:
     mine = contents.part(shard.has(contents.digests) & ~contents.failed)
     pending = [target for target in find_targets(sources, mine, files) if target.pending.any()]
     work = Work()
-
-    def noted(failures: Sequence[Failure]) -> None:
-        with lock.held(files.dataset, PATIENCE):
-            noted_in(files, config)(failures)
-
     if pending:
         with stop_requested() as stopped:
-            work = embed(pending, mine, config, hash_store(files), partial(PartWriter, where), noted, stopped)
+            work = embed(pending, mine, config, hash_store(files), partial(PartWriter, where), stopped)
+        with lock.held(files.dataset, PATIENCE):
+            note_failures(work, files, config)
     merge = f"manyheads store merge {quote(str(files.stores))} {quote(where)}, then " if place else ""
     following = f"{merge}manyheads features{' here' if not place else ''}"
     return ShardRun(shard, len(mine.digests), work, where, following, time.perf_counter() - began)
@@ -204,8 +200,7 @@ class Worker:
         """Embed k images, for each of t targets those that are pending, bool of shape (t, k); return what was done, and the most bytes."""
         targets = [replace(target, pending=own) for target, own in zip(self._targets, pending, strict=True)]
         opened = partial(PartWriter, self._place, look=False)
-        # Failures are the driver's to write down, and Ray stops its workers.
-        work = embed(targets, images, self._config, Path(HASH_STORE), opened, lambda failures: None, lambda: None)
+        work = embed(targets, images, self._config, Path(HASH_STORE), opened, lambda: None)  # Ray stops its workers
         return work, _most_bytes()
 
 

@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -111,17 +110,14 @@ def embed(
     config: Config,
     hashes: Path,
     opened: Callable[..., AbstractContextManager[StoreWriter | PartWriter]],
-    noted: Callable[[Sequence[Failure]], None],
     stopped: Callable[[], None],
 ) -> Work:
     """Embed what some targets miss of n images: digests and paths in, immutable files of vectors out.
 
-    This is what a run does, a shard, and each worker of an engine; they differ in what writes the vectors, and who is told.
-    Whatever it raises, all finished rows are committed before.
+    This is what a run does, a shard, and each worker of an engine. Whatever it raises, all finished rows are committed before.
 
     opened : `StoreWriter.open`, or a `PartWriter`; what is not `pending` is left to the first to find out
     hashes : the store of perceptual hashes
-    noted : told the images that cannot be used
     stopped : raises KeyboardInterrupt with the signal's number when the work is to end, after the batch in hand
     """
     began = time.perf_counter()
@@ -177,7 +173,6 @@ def embed(
         finally:
             # Also after an error or a signal: what was embedded is not to be embedded again.
             commit()
-            noted(work.failures)
         write_began = time.perf_counter()
         stack.close()  # compacts
         work.seconds["write"] += time.perf_counter() - write_began
@@ -186,9 +181,9 @@ def embed(
     return work
 
 
-def noted_in(files: Artifacts, config: Config) -> Callable[[Sequence[Failure]], None]:
-    """Return what writes failures into the list beside the index."""
-    return partial(record_failures, files.dataset, policy=policy_key(config.dataset.max_pixels))
+def note_failures(work: Work, files: Artifacts, config: Config) -> None:
+    """Add the images that could not be used to the list beside the index."""
+    record_failures(files.dataset, work.failures, policy_key(config.dataset.max_pixels))
 
 
 def hash_store(files: Artifacts) -> Path:
@@ -284,7 +279,8 @@ def _filled(
     paths, X = read_vectors(path)
     if paths is None:
         listing = list_source(config.dataset, files.dataset)
-        in_order = listing.paths if config.dataset.source == "manifest" else sorted(listing.paths)
+        in_order = [path for path, *_ in listing.images]
+        in_order = in_order if config.dataset.source == "manifest" else sorted(in_order)
         if len(in_order) != len(X):
             raise StoreError(
                 f"{path}: has {len(X):,} vectors, and the data set names {number_of(len(in_order), 'image')} that are there; a .npy "
