@@ -27,7 +27,7 @@ from pipeline.data.index import SplitPlan
 from pipeline.data.splits import make_test_split
 from pipeline.data.targets import record_of, target_of
 from pipeline.errors import DatasetError, PipelineError
-from pipeline.evaluation import METRICS, HeadPredictions, Predictions, compare, metrics_for, scores
+from pipeline.evaluation import METRICS, HeadPredictions, Predictions, compare, metrics_for, per_class, scores
 from pipeline.evaluation.calibration import fit_sigmoids
 from pipeline.evaluation.comparison import exchange_test
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
@@ -39,7 +39,6 @@ from pipeline.heads.table import OF_LABELS, shares_of_labels
 from pipeline.heads.tuning import TuningRun, make_folds, tune
 from pipeline.report.material import gather
 from pipeline.report.page import render
-from pipeline.report.sections import label_scores
 from pipeline.stages import check, extract, predict, refit, train_heads
 from pipeline.stages.estimators import Classifier
 
@@ -396,7 +395,7 @@ def test_the_report_tells_label_by_label_and_shows_the_worst_misses(experiment: 
     output = Path(config.output)
     page = render(gather(output))
     test = HeadPredictions.read(output / str(board.best.bundle) / "predictions.npz").test
-    rows = label_scores(test)
+    rows = per_class(test)
     assert [row.label for row in rows] == ["bright", "red"]
     assert test.probabilities is not None
     assert [row.average_precision for row in rows] == average_precision_score(
