@@ -132,7 +132,7 @@ def test_status_of_images_that_are_gone_tells_what_is_cached(tiny: Config, tmp_p
 def test_status_names_backbones_not_embedded_yet(tiny: Config) -> None:
     (section,) = tiny.backbones
     other = tiny.model_copy(
-        update={"backbones": (section.model_copy(update={"pooling": ("max",), "layers": ("layer1",)}),)}
+        update={"backbones": (section.model_copy(update={"pooling": ("max",), "layers": ("stage1",)}),)}
     )
     assert (
         "squeezenet1_1 (random): not embedded as the config says now: run `manyheads features`"
