@@ -82,7 +82,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Config:
     extract.run(with_views(config, "flip"))
     work = extract.run(with_views(config, "flip", "crop")).work
     assert work is not None
-    assert dict(work.vectors) == {"resnet18-random-penultimate-crop": 36}
+    assert dict(work.vectors) == {"squeezenet1_1-random-penultimate-crop": 36}
     train_heads.run(with_views(config, "flip", "crop"))
     return with_views(config, "flip", "crop")
 
@@ -90,9 +90,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def test_each_view_is_a_store_of_its_own_and_nothing_is_embedded_twice(done: Config):
     records = read_records(Artifacts(done.output).features)
     assert [(record.name, record.kind) for record in records] == [
-        ("resnet18-random-penultimate", "backbone"),
-        ("resnet18-random-penultimate-flip", "view"),
-        ("resnet18-random-penultimate-crop", "view"),
+        ("squeezenet1_1-random-penultimate", "backbone"),
+        ("squeezenet1_1-random-penultimate-flip", "view"),
+        ("squeezenet1_1-random-penultimate-crop", "view"),
     ]
     assert len({record.fingerprint for record in records}) == 3
     assert extract.run(done).work is None

@@ -268,7 +268,7 @@ def _asked_for(row: LeaderboardRow, asked: Asked) -> tuple[Config, Embedding, He
 
 
 def _same(before: Predictions, now: Predictions, key: str) -> tuple[Predictions, Predictions]:
-    """Return what two heads say of the images that are test images of both with one label, the first in the target of the second."""
+    """Return the predictions of two heads for the test images that both have, with the same label; both in the second's target."""
     place = {path: row for row, path in enumerate(np.asarray(before.paths).tolist())}
     rows = np.array([place.get(path, -1) for path in np.asarray(now.paths).tolist()])
     now, before = now.rows(rows >= 0), before.rows(rows[rows >= 0])
@@ -350,7 +350,7 @@ def _beside(
 
 
 def _out_of_fold(folds: Sequence[FoldOutcome], task: Task, metric: Metric) -> Predictions:
-    """Return what one set of parameters says of all training images held out, of its outcome on each fold."""
+    """Join what one set of parameters says of the images that each fold holds out."""
     narrowed, codes, _ = task.target.narrowed(task.y_train)
     parts = []
     for fold, ((_, held), outcome) in enumerate(zip(task.folds, folds, strict=True)):

@@ -11,8 +11,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from pipeline.heads.tuning.evaluation import FoldOutcome, Problem
 from pipeline.heads.tuning.features import blocks, on_disk
 from pipeline.io import files
 from pipeline.io.digests import bytes_digest, canonical_json, fingerprint, parts_digest
+from pipeline.io.process import version
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +43,7 @@ def search_identity(problem: Problem, tuning: TuningConfig) -> dict[str, Any]:
     # On disk the same optimum is found to fewer digits than a resumed search must repeat.
     place = {"on_disk": ON_DISK_VERSION} if on_disk(problem.X) else {}
     reduced = {} if tuning.pca is None else {"pca": tuning.pca}
-    versions: dict[str, Any] = dict.fromkeys(("scikit-learn", "scikit-optimize", "numpy", "scipy"))
-    for name in versions:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
+    versions = {name: version(name) for name in ("scikit-learn", "scikit-optimize", "numpy", "scipy")}
     return {
         **place,
         "features": [list(problem.X.shape), str(problem.X.dtype), parts_digest(features)],

@@ -20,7 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
@@ -51,7 +50,7 @@ from pipeline.heads.tuning import limited, require, seconds_of_trials
 from pipeline.heads.tuning.room import divided, is_spread, on, spread
 from pipeline.io.digests import fingerprint
 from pipeline.io.files import write_text_atomic
-from pipeline.io.process import bar, look_in
+from pipeline.io.process import bar, look_in, version
 from pipeline.io.remote import Engine
 from pipeline.stages.train_heads import layers
 from pipeline.stages.train_heads.domains import with_domains
@@ -316,10 +315,8 @@ def _embeddings(
 def _provenance(asked: Asked, notes: Sequence[str]) -> dict[str, Any]:
     """What is needed to make the leaderboard again."""
     config, files, task = asked.config, asked.files, asked.task
-    features_made_by = {}  # stage two itself needs none of them
-    for name in ("torch", "torchvision", "Pillow"):
-        with suppress(PackageNotFoundError):
-            features_made_by[name] = version(name)
+    # Stage two itself needs none of them.
+    features_made_by = {name: found for name in ("torch", "torchvision", "Pillow") if (found := version(name))}
     return {
         # The config as it was used, overrides included, is beside the leaderboard.
         "command": f"manyheads features {quote(str(files.config))}\nmanyheads heads {quote(str(files.config))}",
