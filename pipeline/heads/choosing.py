@@ -52,7 +52,7 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
     build = head.build
     if config.class_weight is not None:
         if head.takes_class_weight:
-            build = partial(_weighted, head.build, config.class_weight)
+            build = partial(weighted, head.build, config.class_weight)
         else:
             able = ", ".join(name for name, row in heads.items() if row.takes_class_weight) or "none"
             problems.append(
@@ -92,7 +92,8 @@ def resolve_all(configs: Sequence[HeadConfig] | None, kind: str = "classificatio
     return tuple(heads)
 
 
-def _weighted(build: Callable[[int], Pipeline], class_weight: str, seed: int) -> Pipeline:
+def weighted(build: Callable[[int], Pipeline], class_weight: str | None, seed: int) -> Pipeline:
+    """Build a pipeline whose last step weights classes so."""
     pipeline = build(seed)
     pipeline[-1].set_params(class_weight=class_weight)
     return pipeline

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.pipeline import Pipeline
 from sklearn.svm import SVC, NuSVC
 
 from pipeline.config import TuningConfig
@@ -30,6 +30,7 @@ from pipeline.experiment import bundle_file, plain
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, identity
+from pipeline.heads.choosing import weighted
 from pipeline.heads.tuning import FeatureMatrix, Projections, TuningRun, blocks, make_folds, part, tune
 from pipeline.io.digests import fingerprint
 from pipeline.stages.train_heads.task import Asked, Embedding, SharedFeatures, Task, predict
@@ -258,14 +259,8 @@ def reweighted(
     if not head.takes_class_weight or unevenness(np.bincount(task.y_train).tolist()) < UNEVEN:
         return None
     weights = None if head.build(seed)[-1].get_params()["class_weight"] else "balanced"
-
-    def build(seed: int) -> Pipeline:
-        pipeline = head.build(seed)
-        pipeline[-1].set_params(class_weight=weights)
-        return pipeline
-
-    params = {**head.fixed, **tuned.best.params}
-    switched = replace(head, build=build, space={}, defaults={}, fixed=params)
+    fixed = {**head.fixed, **tuned.best.params}
+    switched = replace(head, build=partial(weighted, head.build, weights), space={}, defaults={}, fixed=fixed)
     once = tuning.model_copy(update={"trials": 1})
     found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
     guess = found.classes[found.out_of_fold.y_pred]
