@@ -28,9 +28,9 @@ from pipeline.data.targets import Regression, Target
 from pipeline.errors import BundleError, HeadError, PipelineError
 from pipeline.evaluation.calibration import fit_calibrator, fit_sigmoids
 from pipeline.experiment import Artifacts
-from pipeline.export import EXPORTS, Export
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle, logits
+from pipeline.export.exports import EXPORTS, Export
 from pipeline.heads import TABLES
 from pipeline.heads.head import Head, configure
 from pipeline.images import Preprocessing, prepare

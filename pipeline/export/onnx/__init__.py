@@ -16,8 +16,8 @@ from pipeline.data.targets import Classification, MultiLabel, Target, record_of
 from pipeline.embed.spec import EmbeddingModel
 from pipeline.errors import BundleError, number_of
 from pipeline.experiment import made_by, plain
-from pipeline.export import Model, Photo, PreparedImages
 from pipeline.export.bundle import versions
+from pipeline.export.exports import Model, Photo, PreparedImages
 from pipeline.export.onnx.graph import FLOAT, OPSET, UINT8, Graph, add_prepared
 from pipeline.export.onnx.heads import Outputs, add_answer
 from pipeline.io.digests import canonical_json
