@@ -68,7 +68,7 @@ def _vectors(g: Graph, embedder: EmbeddingModel, pixels: str) -> list[str]:
     """The names of an embedder's outputs, float32 of shape (n, dim) each."""
     spec = embedder.specs[0]
     if spec.kind == "backbone":
-        return g.add(onnx.load_from_string(embedder.to_onnx(OPSET)), pixels)  # type: ignore[attr-defined]
+        return g.add(onnx.load_from_string(embedder.to_onnx(OPSET)), pixels)  # type: ignore[union-attr]
     if spec.architecture == "pixels":
         colours = g("Div", g("Transpose", pixels, perm=[0, 2, 3, 1]), np.float32(255))
         return [g("Reshape", colours, np.array([0, -1]))]
