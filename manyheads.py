@@ -15,6 +15,7 @@ Importing this costs nothing: what is used is imported when it is asked for.
 from collections.abc import Callable, Generator, Sequence
 from functools import partial, wraps
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def features(
     made = stage.asked(asked, plan=plan, rehash=rehash, workers=workers, **options)
     yield made
     if shard is None and not plan:
-        yield f"to go on   manyheads heads {_quoted(asked.output)}"
+        yield f"to go on   manyheads heads {quote(asked.output)}"
     return made
 
 
@@ -190,7 +191,7 @@ def embed(config: _Given, **overrides: Any) -> "_Parts[FeaturesRun]":
     asked = _config(config, overrides)
     made = extract.without_labels(asked)
     yield made
-    place = _quoted(asked.output)
+    place = quote(asked.output)
     yield f"to go on   manyheads similar IMAGE --in {place}, or manyheads pick {place} for those to label first"
     return made
 
@@ -378,10 +379,9 @@ def predict(
     """
     from pipeline.stages import predict as stage
 
-    options: dict[str, Any] = {"top": top, "unknown": unknown, "sets": sets, "device": device, "max_pixels": max_pixels}
-    options["align"] = align
-    explain = None if explain is None else Path(explain)
-    return stage.run(Path(bundle), _paths(images), output=Path(output), explain=explain, trust_code=trust, **options)
+    options: dict[str, Any] = {"top": top, "unknown": unknown, "sets": sets, "align": align, "explain": _path(explain)}
+    options |= {"device": device, "trust": trust, "max_pixels": max_pixels}
+    return stage.run(Path(bundle), _paths(images), output=Path(output), **options)
 
 
 def export(experiment: _Place, onnx: _Place | None = None, row: str | None = None, trust: bool = False) -> list[str]:
@@ -423,8 +423,8 @@ def similar(
     """
     from pipeline.stages import similar as stage
 
-    options: dict[str, Any] = {"count": count, "embedding": embedding, "trust": trust}
-    return stage.run(_paths(images), _path(place), output=_path(output), **options)
+    output = _path(output)
+    return stage.run(_paths(images), _path(place), count=count, embedding=embedding, output=output, trust=trust)
 
 
 def pick(
@@ -678,12 +678,6 @@ def _path(given: _Place | None) -> Path | None:
 
 def _paths(given: _Images) -> list[Path]:
     return [Path(each) for each in ([given] if isinstance(given, (str, Path)) else given)]
-
-
-def _quoted(given: object) -> str:
-    from shlex import quote
-
-    return quote(str(given))
 
 
 def _config(given: _Given, overrides: dict[str, Any]) -> "Config":

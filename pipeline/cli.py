@@ -34,25 +34,26 @@ NAMES = {"place": ("--in", "place"), "output": ("--output", "-o")}
 OPTION = re.compile(r"^(\w+)(?: (\S+))? : (.+)$", re.MULTILINE)
 """A line of a docstring on an option: its parameter, what stands for its value where that is not its type, and its help."""
 
-GONE = {
-    "pretrain": "pretrain is a script of the source repository now: python configs/pretraining/pretrain.py "
-    "configs/pretraining/bundled.yaml"
-}
-"""Commands of earlier versions, and where they are."""
+PRETRAIN = "pretrain is a script of the source repository now: python configs/pretraining/pretrain.py configs/pretraining/bundled.yaml"
+"""Where a command of an earlier version is."""
 
 
 def main() -> None:
     """Run the command line; a user's mistake is printed without a traceback and ends with exit code 2."""
-    _write_what_a_stream_can_show()
+    for stream in (sys.stdout, sys.stderr):  # escape what a terminal or pipe has no sign for, such as in a class name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     _log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         status = cli.main(full(sys.argv[1:]), prog_name="manyheads", standalone_mode=False)
     except PipelineError as error:
-        _complain(str(error))
+        click.echo(f"error: {error}", err=True)
         sys.exit(2)
     except (click.exceptions.Abort, KeyboardInterrupt) as stop:  # click makes the first of the second
-        _complain("stopped; what was finished is kept, and features, heads and finetune go on from there")
+        click.echo(
+            "error: stopped; what was finished is kept, and features, heads and finetune go on from there", err=True
+        )
         reason = stop.__cause__.args if stop.__cause__ else stop.args
         sys.exit(143 if reason[:1] == (signal.SIGTERM,) else 130)
     except click.ClickException as error:
@@ -64,7 +65,7 @@ def main() -> None:
         text = files.refusal(error)
         if text is None:
             raise
-        _complain(text)
+        click.echo(f"error: {text}", err=True)
         sys.exit(2)
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -78,8 +79,8 @@ def full(given: list[str]) -> list[str]:
         When the first word is nothing that there is.
     """
     first = given[0] if given else "--help"
-    if first in GONE:
-        raise click.UsageError(GONE[first])
+    if first == "pretrain":
+        raise click.UsageError(PRETRAIN)
     if first in cli.commands or first in ("-h", "--help", "--version"):
         return given
     if not first.startswith("-"):
@@ -111,9 +112,8 @@ def cli() -> None:
 
 def _commands(place: object) -> tuple[click.Command, ...]:
     """Return a command for each public function that a module or class of `manyheads.py` defines."""
-    found = (getattr(place, name) for name in vars(place) if not name.startswith("_"))
-    own = (each for each in found if inspect.isfunction(each) and each.__module__ == manyheads.__name__)
-    return tuple(map(_command, own))
+    found = [getattr(place, name) for name in vars(place) if not name.startswith("_")]
+    return tuple(_command(f) for f in found if inspect.isfunction(f) and f.__module__ == manyheads.__name__)
 
 
 def _command(function: Callable[..., Any]) -> click.Command:
@@ -206,13 +206,6 @@ for _each in STORE:
         cli.add_command(_by_its_old_name(_each))
 
 
-def _write_what_a_stream_can_show() -> None:
-    """Escape what a terminal or pipe has no sign for: a class name must not be a traceback after hours of work."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def _log_to_stderr() -> None:
     """Show the package's messages as plain lines that do not tear a progress bar."""
 
@@ -225,10 +218,6 @@ def _log_to_stderr() -> None:
     logger.handlers[:] = [Handler()]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-def _complain(text: str) -> None:
-    click.echo(f"error: {text}", err=True)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -138,12 +138,12 @@ class Artifacts:
         return self.root / "targets" / re.sub(r"[^\w -]", lambda found: f"%{ord(found[0]):02X}", name)
 
     def each_target(self) -> dict[str, Path]:
-        """The output folder of each target by its name; nothing where the data set has one, whose folder is this.
+        """The output folder of each target by its name; of a single one this folder by ''.
 
         PipelineError when the list of them is damaged.
         """
         if not os.path.lexists(self.targets):
-            return {}
+            return {"": self.root}
         names = read_document(self.targets, TARGETS).get("targets")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TARGETS.damaged(self.targets, "it does not name the targets")

@@ -21,14 +21,13 @@ from statistics_cases import label_coverage, labelled, permuted_labels
 from test_targets import index_of
 
 from pipeline import config as configuration
-from pipeline import report
 from pipeline.config import Config, HeadConfig, TuningConfig
 from pipeline.data.classes import MultiLabel, best_threshold
 from pipeline.data.index import SplitPlan
 from pipeline.data.splits import make_test_split
 from pipeline.data.targets import record_of, target_of
 from pipeline.errors import DatasetError, PipelineError
-from pipeline.evaluation import METRICS, HeadPredictions, Predictions, compare, metrics_for, scores
+from pipeline.evaluation import METRICS, HeadPredictions, Predictions, compare, metrics_for, per_class, scores
 from pipeline.evaluation.calibration import fit_sigmoids
 from pipeline.evaluation.comparison import exchange_test
 from pipeline.evaluation.leaderboard import Leaderboard, read_leaderboard
@@ -38,7 +37,8 @@ from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, resolve
 from pipeline.heads.table import OF_LABELS, shares_of_labels
 from pipeline.heads.tuning import TuningRun, make_folds, tune
-from pipeline.report.sections import label_scores
+from pipeline.report.material import gather
+from pipeline.report.page import render
 from pipeline.stages import check, extract, predict, refit, train_heads
 from pipeline.stages.estimators import Classifier
 
@@ -234,7 +234,7 @@ def tuned(head: Head, X: NDArray[np.float32], y: Flags, folder: Path, scoring: s
 def test_every_head_learns_labels_and_survives_its_bundle(name: str, tmp_path: Path) -> None:
     X, y = data()
     y[:, 0] &= np.arange(200) < 3  # a label so rare that folds are without it
-    fewer = {"random_forest": {"n_estimators": 24}, "mlp": {"max_iter": 40}}.get(name, {})
+    fewer = {"random_forest": {"n_estimators": 8}, "mlp": {"max_iter": 20}}.get(name, {})
     run = tuned(dataclasses.replace(OF_LABELS[name], fixed=fewer), X, y, tmp_path)
     found = run.out_of_fold
     assert found.scores is not None
@@ -393,9 +393,9 @@ def test_a_leaderboard_of_labels_has_its_scores_and_the_shares_to_beat(
 def test_the_report_tells_label_by_label_and_shows_the_worst_misses(experiment: tuple[Config, Leaderboard]) -> None:
     config, board = experiment
     output = Path(config.output)
-    page = report.build(output).read_text(encoding="utf-8")
+    page = render(gather(output))
     test = HeadPredictions.read(output / str(board.best.bundle) / "predictions.npz").test
-    rows = label_scores(test)
+    rows = per_class(test)
     assert [row.label for row in rows] == ["bright", "red"]
     assert test.probabilities is not None
     assert [row.average_precision for row in rows] == average_precision_score(
@@ -436,6 +436,6 @@ def test_predict_writes_labels_and_a_probability_of_each(
 def test_refit_learns_labels_again_and_judges_them_by_thresholds(experiment: tuple[Config, Leaderboard]) -> None:
     by_f1 = experiment[0].tuning.model_copy(update={"scoring": "macro_f1"})
     (head,) = refit.run(experiment[0].model_copy(update={"tuning": by_f1})).heads[""]
-    assert (head.scoring, head.curve, head.new_classes) == ("macro_f1", "macro_f1", ())
+    assert (head.scoring, head.new_classes) == ("macro_f1", ())
     assert head.held_out > 0.5
     assert head.same == head.test

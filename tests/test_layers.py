@@ -122,8 +122,8 @@ def test_predict_says_what_the_saved_predictions_say_with_one_pass_of_each_netwo
         predict.run(folder, photos, output=tmp_path / "out.csv", top=1)
         with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
             assert [row["label"] for row in csv.DictReader(file)] == list(said.predicted)
-        assert Classifier.load(folder).predict(photos).tolist() == list(said.predicted)
-        assert best_estimator(folder, store=files.stores).predict(photos).tolist() == list(said.predicted)
+    assert Classifier.load(folder).predict(photos).tolist() == list(said.predicted)
+    assert best_estimator(folder, store=files.stores).predict(photos).tolist() == list(said.predicted)
     assert loaded.count("resnet18") == len(loaded)
 
 

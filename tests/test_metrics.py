@@ -325,8 +325,6 @@ def test_mcnemar_counts_only_disagreements():
     assert comparison.mcnemar(right(100, (0, 90)), right(100, (0, 90))) == 1.0
     assert comparison.mcnemar(right(100, (0, 90)), right(100, (10, 100))) == 1.0
     assert comparison.mcnemar(right(20, (0, 10)), right(20)) == pytest.approx(2 * 0.5**10)
-    with pytest.raises(ValueError, match="same images twice"):
-        comparison.mcnemar(right(3), right(4))
 
 
 def test_corrected_t_is_wider_than_the_naive_one_by_the_published_factor():
@@ -470,7 +468,7 @@ def test_paired_intervals_of_every_metric_cover_the_true_difference(name):
     truth = metric.score(many[0]) - metric.score(many[1])
     inside = []
     for seed in range(400):
-        low, high = comparison.bootstrap_difference(metric, *answers_of_heads(400, seed), seed, resamples=300)
+        low, high = comparison.bootstrap_difference(metric, *answers_of_heads(400, seed), seed, resamples=200)
         inside.append(low <= truth <= high)
     assert 0.93 <= np.mean(inside) <= 0.97
 
@@ -493,7 +491,7 @@ def test_a_head_that_is_five_points_worse_is_seldom_shown_to_be_as_good():
 def test_exchanging_answers_is_mcnemars_test_for_accuracy():
     a, b = said(right(60, (0, 50))), said(right(60, (0, 38), (57, 60)))
     exact = comparison.mcnemar(a.correct, b.correct)
-    assert comparison.exchange_test(METRICS["accuracy"], a, b, seed=0, draws=20_000) == pytest.approx(exact, abs=0.003)
+    assert comparison.exchange_test(METRICS["accuracy"], a, b, seed=0, draws=5_000) == pytest.approx(exact, abs=0.006)
     assert comparison.exchange_test(METRICS["accuracy"], a, a, seed=0) == 1.0
     y, a_says, b_says = np.array([0, 0, 0, 0, 1, 1, 1, 2]), np.array([0, 0, 1, 0, 1, 1, 1, 2]), np.repeat(0, 8)
     for name in ("balanced_accuracy", "macro_f1"):
@@ -505,9 +503,9 @@ def test_exchanging_answers_is_mcnemars_test_for_accuracy():
             for one, other in zip(first, second, strict=True)
         ]
         found = comparison.exchange_test(
-            METRICS[name], Predictions(y, a_says), Predictions(y, b_says), seed=0, draws=20_000
+            METRICS[name], Predictions(y, a_says), Predictions(y, b_says), seed=0, draws=5_000
         )
-        assert found == pytest.approx(np.mean(np.abs(by_hand) >= abs(by_hand[0]) - 1e-12), abs=0.01)
+        assert found == pytest.approx(np.mean(np.abs(by_hand) >= abs(by_hand[0]) - 1e-12), abs=0.02)
     few = said(right(11, (0, 9))), said(right(11, (0, 4)))
     assert comparison.exchange_test(METRICS["macro_f1"], *few, seed=0) > 0.05
 
@@ -570,7 +568,7 @@ def test_permuted_labels_of_groups_have_few_false_winners():
 
 def test_any_function_of_scikit_learns_kind_is_a_metric(monkeypatch: pytest.MonkeyPatch):
     """Compared, corrected and given intervals by resampling alone."""
-    monkeypatch.setattr(metrics.metric, "SLOW_RESAMPLES", 60)  # a function of scikit-learn's takes a millisecond
+    monkeypatch.setattr(metrics.metric, "SLOW_RESAMPLES", 45)  # a function of scikit-learn's takes a millisecond
     kappa = Metric("kappa", "Cohen's kappa", "labels", cohen_kappa_score, low=-1.0)
     sharp, blunt = answers_of_heads(60, 0, (2.5, 0.5))
     assert kappa.score(sharp) == cohen_kappa_score(sharp.y_true, sharp.y_pred)

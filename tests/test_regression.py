@@ -21,7 +21,6 @@ from statistics_cases import interval_coverage, permuted_numbers, regressed
 from test_targets import index_of
 
 from pipeline import config as configuration
-from pipeline import report
 from pipeline.config import Config, HeadConfig, TuningConfig
 from pipeline.data import DatasetIndex
 from pipeline.data.sources import list_source
@@ -36,6 +35,8 @@ from pipeline.heads import Head, resolve
 from pipeline.heads.table import OF_NUMBERS
 from pipeline.heads.tuning import TuningRun, make_folds, tune
 from pipeline.heads.tuning.evaluation import Problem
+from pipeline.report.material import gather
+from pipeline.report.page import render
 from pipeline.stages import check, extract, predict, train_heads
 from pipeline.stages.estimators import Regressor
 from pipeline.stages.train_heads.task import make_task
@@ -115,7 +116,7 @@ def tuned(head: Head, X: NDArray[np.float32], y: Numbers, folder: Path, scoring:
 @pytest.mark.parametrize("name", OF_NUMBERS)
 def test_every_head_learns_numbers_of_any_unit_and_survives_its_bundle(name: str, columns: int, tmp_path: Path) -> None:
     X, y = data(columns=columns)
-    fewer = {"random_forest": {"n_estimators": 24}, "mlp": {"max_iter": 60}}.get(name, {})
+    fewer = {"random_forest": {"n_estimators": 12}, "mlp": {"max_iter": 30}}.get(name, {})
     run = tuned(dataclasses.replace(OF_NUMBERS[name], fixed=fewer), X, y, tmp_path)
     said, target = run.out_of_fold, run.out_of_fold.target
     assert said.y_pred.shape == y.shape
@@ -295,7 +296,7 @@ def test_several_columns_are_one_target_repeats_included(
         update={
             "dataset": dataset,
             "heads": (HeadConfig(name="ridge"),),
-            "tuning": config.tuning.model_copy(update={"nested": True, "seeds": 2}),
+            "tuning": config.tuning.model_copy(update={"nested": True, "seeds": 2, "trials": 1}),
             "output": str(tmp_path / "two"),
             "store": str(Path(config.output).parent / "features"),
         }
@@ -325,14 +326,14 @@ def test_numbers_that_nobody_called_so_are_asked_about(experiment: tuple[Config,
 def test_the_report_shows_predicted_beside_true_and_the_furthest_off(experiment: tuple[Config, Leaderboard]) -> None:
     config, board = experiment
     output = Path(config.output)
-    page = report.build(output).read_text(encoding="utf-8")
+    page = render(gather(output))
     said = HeadPredictions.read(output / str(board.best.bundle) / "predictions.npz").test
     off = np.abs(said.y_pred - said.y_true)
     assert page.index(f"is {said.y_true[off.argmax()]:.4g}") > page.index("Furthest off")
     inside = said.target.inside(said.y_true, said.y_pred)
     assert f"{100 * inside.mean():.1f}" in page[page.index("Half width") :]
-    assert (output / "plots" / "predicted-0.png").is_file()
-    assert (output / "plots" / "residuals-0.png").is_file()
+    assert 'data-chart="predicted-0"' in page
+    assert 'data-chart="residuals-0"' in page
     text = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", " ", page)
     assert not re.search(r"accuracy|Confusion|\bclasses\b|F1", text), re.findall(
         r".{40}(?:accuracy|Confusion|\bclasses\b|F1).{40}", text

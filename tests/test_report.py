@@ -189,6 +189,12 @@ def copy(experiment: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(experiment, tmp_path / "copy"))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without their charts, which take longest."""
+    monkeypatch.setattr("pipeline.report.page.to_svg", lambda chart, name: "")
+
+
 @pytest.fixture(scope="session")
 def page(experiment: Path) -> str:
     return (experiment / "report.html").read_text(encoding="utf-8")
@@ -383,6 +389,7 @@ def test_what_picking_a_trial_adds_is_said_of_the_trials_it_is_known_of(tmp_path
     assert one.endswith("points.")  # of one trial nothing is known
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_predictions_there_is_no_recommendation_but_a_page(copy: Path):
     for path in copy.rglob("predictions.npz"):
         path.unlink()
@@ -394,6 +401,7 @@ def test_without_predictions_there_is_no_recommendation_but_a_page(copy: Path):
     assert 'id="map"' in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_images_features_or_trials_the_page_says_what_is_missing(copy: Path):
     shutil.rmtree(Artifacts(copy).stores)
     features = json.loads((copy / "features.json").read_text())
@@ -660,10 +668,6 @@ def test_a_card_beside_each_bundle_says_what_it_is_from_stored_facts(gathered: M
     assert f"manyheads predict {gathered.output / other.bundle} IMAGES" in texts[other.key]
 
 
-def test_page_is_the_same_when_made_again(experiment: Path, page: str):
-    assert render(gather(experiment)) == page
-
-
 def test_ids_are_unique_and_colours_follow_the_theme(page: str):
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
@@ -845,10 +849,7 @@ def test_nested_and_seeds_are_columns_only_on_request_and_survive_json():
         assert "80.0 [" in made
 
 
-@pytest.mark.parametrize(
-    "name", ["{}", "regnet_small-untrained-trunk_output-grid/logistic_regression {}", "x" * 90 + "{}"]
-)
-@pytest.mark.parametrize("count", [2, 12])
+@pytest.mark.parametrize(("name", "count"), [("{}", 2), ("x" * 90 + "{}", 12)])
 def test_long_names_do_not_squeeze_the_tuning_curves(name: str, count: int) -> None:
     trials = tuple({"mean": 0.5 + 0.01 * trial} for trial in range(12))
     drawn = tuning_chart(SCREEN, {name.format(row): trials for row in range(count)}, "accuracy")
@@ -880,36 +881,28 @@ def test_a_page_whose_material_did_not_change_is_not_made_again(copy: Path):
     assert stamps(copy) == before
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "leaderboard.json",
-        f"heads/{EMBEDDING}/logistic_regression/predictions.npz",
-        f"trials/{EMBEDDING}/logistic_regression.jsonl",
-        "dataset/index.csv",
-        "features.json",
-        "audit.json",
-        "report.html",
-        "plots/confusion.png",
-        "audit/outliers.csv",
-        f"heads/{EMBEDDING}/logistic_regression/MODEL_CARD.md",
-        "report.json",
-    ],
-)
-def test_a_page_is_made_again_when_anything_it_is_made_of_or_any_of_it_changed(copy: Path, name: str):
-    assert report.is_current(copy)
+def test_a_page_is_made_again_when_anything_it_is_made_of_or_any_of_it_changed(copy: Path, experiment: Path, page: str):
+    """And is the same page as before."""
+    head = f"heads/{EMBEDDING}/logistic_regression"
+    changed = ("dataset/index.csv", "features.json", "audit.json", f"trials/{EMBEDDING}/logistic_regression.jsonl")
+    gone = (f"{head}/predictions.npz", f"{head}/MODEL_CARD.md", "report.html", "audit/outliers.csv", "report.json")
+    for name in ("leaderboard.json", *changed, *gone, "plots/confusion.png"):
+        assert report.is_current(copy), name
+        before = (copy / name).read_bytes()
+        if name == "leaderboard.json":
+            record = json.loads(before)
+            record["provenance"]["notes"] = ["a head was left out"]
+            rewrite(copy / name, record)
+        elif name in changed:
+            (copy / name).write_bytes(before + b"\n")
+        else:
+            (copy / name).unlink()
+        assert not report.is_current(copy), name
+        if not name.startswith("plots"):
+            (copy / name).write_bytes(before)
     before = stamps(copy)
-    if name == "leaderboard.json":
-        record = json.loads((copy / name).read_text())
-        record["provenance"]["notes"] = ["a head was left out"]
-        rewrite(copy / name, record)
-    elif name.endswith(("csv", "jsonl")) or name == "features.json":
-        (copy / name).write_bytes((copy / name).read_bytes() + b"\n")
-    else:
-        (copy / name).unlink()
-    assert not report.is_current(copy)
-    if name == "plots/confusion.png":
-        report.refresh(copy)
-        assert all(stamp > before.get(made, 0) for made, stamp in stamps(copy).items())
-        assert (copy / name).is_file()
-        assert report.is_current(copy)
+    report.refresh(copy)
+    assert all(stamp > before.get(made, 0) for made, stamp in stamps(copy).items())
+    assert (copy / "plots" / "confusion.png").is_file()
+    assert (copy / "report.html").read_text(encoding="utf-8").replace(str(copy), str(experiment)) == page
+    assert report.is_current(copy)

@@ -165,7 +165,7 @@ def test_one_column_leaves_no_list_of_targets(tmp_path: Path) -> None:
     targets.write_experiments(config, index, ())
     assert list(files.each_target()) == [SPECIES, SIZE]
     targets.write_experiments(make_config(tmp_path, label_columns=[SPECIES], target="auto"), index, ())
-    assert files.each_target() == {}
+    assert files.each_target() == {"": files.root}
 
 
 def test_kinds_are_of_columns_that_there_are(tmp_path: Path) -> None:

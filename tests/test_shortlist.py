@@ -13,7 +13,9 @@ from scipy import optimize, stats
 
 from pipeline.cli import cli
 from pipeline.config import BackboneConfig, Config
+from pipeline.embed import timm_models
 from pipeline.embed.baselines import load
+from pipeline.embed.published import Fetch
 from pipeline.errors import BackboneError, PipelineError
 from pipeline.evaluation import Predictions
 from pipeline.evaluation.learning_curve import stratified_order
@@ -156,8 +158,10 @@ def test_a_quicker_network_is_recommended_where_it_is_shown_to_be_nearly_as_good
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    return make_photos(tmp_path / "photos", per_class=30)
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Photos; and no network of timm is here, nor built to know how much there is to fetch."""
+    monkeypatch.setattr(timm_models, "_to_fetch", lambda found: Fetch(found.tag, tmp_path, 0))
+    return make_photos(tmp_path / "photos")
 
 
 def config(photos: Path) -> Config:
@@ -167,23 +171,23 @@ def config(photos: Path) -> Config:
 def test_the_sample_is_embedded_for_good_and_the_written_config_runs(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shortlist, "LEAST", 25)  # so that there are two rungs
+    monkeypatch.setattr(shortlist, "LEAST", 10)  # so that there are two rungs
     asked = config(photos)
-    found = shortlist.run(asked, 60, ["regnet_small/bundled", "pixels"])
-    assert (found.images, found.of) == (60, 72)
+    found = shortlist.run(asked, 24, ["regnet_small/bundled", "pixels"])
+    assert (found.images, found.of) == (24, 30)
     assert {each.spec.name for each in found.entries} == {"regnet_small-bundled-penultimate", "pixels"}
     (network,) = [each for each in found.entries if each.section]
     assert network.parameters == 2_205_480 - 385 * 200 - 4_480  # without the classifier, with norms folded
     assert found.config.read_text("utf-8").startswith(
-        "# The networks that cannot be told apart from the best on 60 of 72"
+        "# The networks that cannot be told apart from the best on 24 of 30"
     )
     survivors = settings.load(found.config)
     assert survivors.backbones == (BackboneConfig(name="regnet_small", weights="bundled"),)
     assert (survivors.output, survivors.seed) == (asked.output, 3)
     done = extract.run(survivors)
     assert done.work is not None
-    assert done.work.vectors["regnet_small-bundled-penultimate"] == 90 - 60
-    again = shortlist.run(asked, 60, ["regnet_small/bundled", "pixels"])
+    assert done.work.vectors["regnet_small-bundled-penultimate"] == 36 - 24
+    again = shortlist.run(asked, 24, ["regnet_small/bundled", "pixels"])
     assert [(each.spec.name, each.accuracy) for each in again.entries] == [
         (each.spec.name, each.accuracy) for each in found.entries
     ]
@@ -191,9 +195,9 @@ def test_the_sample_is_embedded_for_good_and_the_written_config_runs(
 
 def test_a_photo_folder_is_enough_for_the_command(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(photos.parent)
-    done = CliRunner().invoke(cli, ["shortlist", "photos", "--images", "30", "--candidates", "regnet_small,hog"])
+    done = CliRunner().invoke(cli, ["shortlist", "photos", "--images", "24", "--candidates", "regnet_small,hog"])
     assert done.exit_code == 0, done.output
-    assert "2 embeddings on 30 of 72 training images" in done.output
+    assert "2 embeddings on 24 of 30 training images" in done.output
 
 
 def test_candidates_that_are_not_to_be_had_are_one_line(
@@ -216,7 +220,7 @@ def test_what_cannot_be_loaded_is_left_out(photos: Path, tmp_path: Path, monkeyp
     hub = tmp_path / "hub" / "checkpoints"
     hub.mkdir(parents=True)
     (hub / "squeezenet1_1-b8a52dc0.pth").write_bytes(b"not it")
-    result = shortlist.run(config(photos), 24, ["regnet_small", "squeezenet1_1"])
+    result = shortlist.run(config(photos), 12, ["regnet_small", "squeezenet1_1"])
     assert [each.spec.name for each in result.entries] == ["regnet_small-bundled-penultimate"]
     (line,) = result.left_out
     assert "squeezenet1_1-b8a52dc0.pth is damaged" in line

@@ -60,7 +60,7 @@ def small(**more: Any) -> backbone.Backbone:
 @installed
 @pytest.mark.parametrize("tag", FEW)
 def test_a_network_gives_timms_own_feature(tag: str) -> None:
-    off, way, _ = compared(tag, FAMILIES[tag])
+    off, way, _ = compared(tag, FAMILIES[tag], **FEW[tag])
     assert off <= 1e-5
     assert way == ("module" if "crossvit" in tag else "graph")
 

@@ -211,8 +211,7 @@ def test_of_those_that_go_on_the_better_half_is_fitted_further(whole_search):
 def test_those_worth_it_go_on_and_are_judged_in_full(tmp_path):
     X, y = network(160, 12, 3)
     folds = make_folds(y, 2, 0)
-    head = replace(FOREST, fixed={"n_estimators": 100})
-    run = tune(head, X, y, folds, TuningConfig(trials=12), 0, tmp_path / "trials.jsonl")
+    run = tune(FOREST, X, y, folds, TuningConfig(trials=12, strategy="random"), 0, tmp_path / "trials.jsonl")
     events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
     fits = [event for event in events if event.get("event") == "fit"]
     first = {number: [] for number in range(12)}
@@ -237,7 +236,7 @@ def test_those_worth_it_go_on_and_are_judged_in_full(tmp_path):
         if costs[number] <= left:
             chosen.add(number)
             left -= costs[number]
-    assert 4 < len(chosen) < 12
+    assert 2 < len(chosen) < 12
     assert max(costs.values()) > BUDGET / 2, "a dear candidate must have been weighed"
     assert {event["trial"] for event in fits if event["rung"] == 1} == chosen
     full = [trial for trial in run.trials if trial.status == "ok"]
@@ -247,21 +246,23 @@ def test_those_worth_it_go_on_and_are_judged_in_full(tmp_path):
     assert all(reasons[number].endswith("after 1 of 2 folds") for number in chosen & set(reasons))
     assert run.best.mean == max(trial.mean for trial in full)
     seeds = [derived_seed(0, 0, fold) for fold in range(2)]
-    grown = [configure(head, run.best.params, seed).fit(X[t], y[t]) for seed, (t, _) in zip(seeds, folds, strict=True)]
+    grown = [
+        configure(FOREST, run.best.params, seed).fit(X[t], y[t]) for seed, (t, _) in zip(seeds, folds, strict=True)
+    ]
     own = [forest.score(X[h], y[h]) for forest, (_, h) in zip(grown, folds, strict=True)]
     assert run.best.fold_scores == tuple(own)
-    assert len(run.pipeline[-1].estimators_) == 100
+    assert len(run.pipeline[-1].estimators_) == 64
     assert run.pipeline[-1].n_jobs is None
     seed = derived_seed(0, 1, 0)
     assert run.pipeline[-1].random_state == seed
-    assert np.array_equal(run.pipeline.predict(X), configure(head, run.best.params, seed).fit(X, y).predict(X))
+    assert np.array_equal(run.pipeline.predict(X), configure(FOREST, run.best.params, seed).fit(X, y).predict(X))
 
 
 def test_the_choice_is_that_of_full_fits_within_noise(tmp_path):
     gaps = []
     for seed, scoring in enumerate(("accuracy", "log_loss")):
         X, y = network(120, 16, 4, seed)
-        arguments = (make_folds(y, 2, seed), TuningConfig(trials=4, strategy="random", scoring=scoring, jobs=1), seed)
+        arguments = (make_folds(y, 2, seed), TuningConfig(trials=3, strategy="random", scoring=scoring, jobs=1), seed)
         climbed = tune(FOREST, X, y, *arguments, tmp_path / f"climbed{seed}.jsonl")
         whole = tune(replace(FOREST, evaluator=None), X, y, *arguments, tmp_path / f"whole{seed}.jsonl")
         assert [trial.params for trial in whole.trials] == [trial.params for trial in climbed.trials]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import warnings
 
@@ -14,7 +13,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, l
 from pipeline.data.classes import expand_scores
 from pipeline.errors import HeadError
 from pipeline.evaluation import METRICS, Predictions
-from pipeline.heads import Categorical, Integer, Real
+from pipeline.heads import HEADS, Categorical, Integer, Real
 from pipeline.heads.tuning import evaluation, make_folds, racing, strategies
 from pipeline.heads.tuning.strategies import cardinality
 
@@ -123,37 +122,25 @@ def test_random_draws_are_those_of_scikit_optimize():
         np.testing.assert_allclose([point["a"], point["b"]], [a, b], rtol=1e-5)
 
 
-WITHOUT_SKOPT = """
-import sys
-import warnings
-class Blocked:
-    @staticmethod
-    def find_spec(name, *_):
-        if name.partition('.')[0] == 'skopt':
-            raise ImportError("cannot import name 'x' from 'sklearn.utils'")
-sys.meta_path.insert(0, Blocked)
-from pipeline.stages import check, train_heads
-from pipeline.data.classes import expand_scores
-from pipeline.errors import HeadError
-from pipeline.heads import HEADS
-from pipeline.heads.tuning import require, strategies
-for strategy in ("random", "grid"):
-    require(strategy)
-    for head in HEADS.values():
-        print(len(next(strategies.rounds(strategy, head.space, head.defaults, 8, 0))), end=" ")
-try:
-    require("bayes")
-except HeadError as error:
-    print(error)
-"""
+def test_random_and_grid_search_work_without_scikit_optimize(monkeypatch):
+    class Blocked:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "skopt":
+                raise ImportError("cannot import name 'x' from 'sklearn.utils'")
 
-
-def test_random_and_grid_search_work_without_scikit_optimize():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_SKOPT], check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == (
-        "2 "
-        * 24
-        + "tuning.strategy: bayes needs scikit-optimize, which cannot be imported (cannot import name 'x' from "
+    for name in [name for name in sys.modules if name.partition(".")[0] == "skopt"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Blocked, *sys.meta_path])
+    for strategy in ("random", "grid"):
+        strategies.require(strategy)
+        assert {len(next(strategies.rounds(strategy, head.space, head.defaults, 8, 0))) for head in HEADS.values()} == {
+            2
+        }
+    with pytest.raises(HeadError) as caught:
+        strategies.require("bayes")
+    assert str(caught.value) == (
+        "tuning.strategy: bayes needs scikit-optimize, which cannot be imported (cannot import name 'x' from "
         "'sklearn.utils'); install it, or set tuning.strategy to random or grid"
     )
 

@@ -109,7 +109,7 @@ _TRAINING: Final[Mapping[str, Any]] = {
 """What 0.1 wrote into `finetune.training` of every experiment's config."""
 
 GONE: Final[Mapping[str, tuple[object, str]]] = {
-    "dataset.follow_symlinks": (False, "links are followed to what lies inside the folder; remove it"),
+    "dataset.follow_symlinks": (False, "links to files inside the folder are followed; remove it"),
     "extraction.processes": (
         "auto",
         "one process uses all processors and one GPU, which extraction.device names; remove it",
@@ -214,7 +214,7 @@ def parse(raw: Mapping[str, Any], origin: str, names: Names | None = None) -> Co
     try:
         config = Config.model_validate(kept, context=names)
     except ValidationError as error:
-        problems = _problems(error) + problems
+        problems = [*map(_problem, error.errors()), *problems]
     if problems:
         raise ConfigError(f"{origin}: {number_of(len(problems), 'problem')}", problems)
     return config
@@ -340,21 +340,9 @@ def _section_of(kinds: Sequence[Any]) -> type[Section] | None:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
-def _problems(error: ValidationError) -> list[str]:
-    """Tell every problem of a config in a line; what pydantic says of each member of a union is one problem."""
-    details: dict[str, list[Any]] = {}
-    for detail in error.errors():
-        location = ".".join(str(part) for part in detail["loc"] if not _is_union_tag(part))
-        details.setdefault(location, []).append(detail)
-    above = {place[:end] for place in details for end, letter in enumerate(place) if letter == "."}
-    word = {place for place, same in details.items() if all(each["type"] == "literal_error" for each in same)}
-    # Of a list or a word what is wrong within the list is told: it is no word.
-    return [_problem(location, same) for location, same in details.items() if location not in word & above]
-
-
-def _problem(location: str, details: list[Any]) -> str:
-    """Turn pydantic's error records of one place into one line of ours."""
-    detail, hint = details[0], ""
+def _problem(detail: Any) -> str:
+    """Turn one of pydantic's error records into a line of ours."""
+    location, hint = ".".join(map(str, detail["loc"])), ""
     if detail["type"] == "extra_forbidden":
         *above, key = detail["loc"]
         section = _section_of(_kinds_at(above)) or Config
@@ -368,15 +356,7 @@ def _problem(location: str, details: list[Any]) -> str:
     given = list(detail["input"]) if isinstance(detail["input"], tuple) else detail["input"]
     if detail["type"] == "literal_error" and isinstance(given, str):
         hint = guess(given, re.findall(r"'([^']+)'", str(detail["ctx"]["expected"])))
-    first, *others = (each["msg"].replace("a valid tuple", "a list") for each in details)
-    expected = " or ".join(
-        [first[0].lower() + first[1:], *(other.removeprefix("Input should be ") for other in others)]
-    )
+    expected = detail["msg"].replace("a valid tuple", "a list")
     shown = repr(given)
-    return f"{location}: {expected}, got {shown if len(shown) <= LONGEST_SHOWN else shown[:LONGEST_SHOWN] + '…'}{hint}"
-
-
-def _is_union_tag(part: object) -> bool:
-    """Whether pydantic added this part of a path for a member of a union, which the user never wrote."""
-    kinds = {"int", "float", "str", "bool", "none", "constrained-int", "constrained-float"}
-    return isinstance(part, str) and (part in kinds or "literal[" in part or part.startswith("tuple["))
+    shown = shown if len(shown) <= LONGEST_SHOWN else shown[:LONGEST_SHOWN] + "…"
+    return f"{location}: {expected[0].lower()}{expected[1:]}, got {shown}{hint}"

@@ -50,7 +50,23 @@ What = Literal["head", "baseline", "score", "target"]
 Names = Mapping[What, Sequence[str]]
 """What the tables offer: the words that `heads`, `baselines`, `tuning.scoring` and `dataset.target` may hold."""
 
+
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, Scalar):
+        raise ValueError(f"expected a number, a text, true, false or null, got {value!r}")
+    return value
+
+
+def _count(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"expected 'auto' or a whole number above 0, got {value!r}")
+
+
+# What is wrong with a value of several types is told by these in one line, where pydantic has one for each type.
 Scalar = bool | int | float | str | None
+AnyScalar = Annotated[Scalar, BeforeValidator(_scalar)]
+Count = Annotated[Literal["auto"] | int, BeforeValidator(_count)]
 ItemT = TypeVar("ItemT")
 
 
@@ -166,7 +182,6 @@ def _one_or_several(value: Any) -> Any:
 NOT_EMPTY = AfterValidator(_not_empty)
 Pooling = Literal["own", "avg", "max", "grid", "flatten", "cls", "cls+avg", "map"]
 View = Literal["flip", "crop", "colour"]
-Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -198,10 +213,12 @@ class DatasetConfig(Section):
     """What is said of an image, for all columns of labels or by their names: `classification`, `regression`, `multilabel`; `auto` is one
     class too, but stops where labels look like something else; with `none` images need no labels, and nothing is learned."""
 
-    @field_validator("target")
+    @field_validator("target", mode="before")
     @classmethod
-    def _known(cls, value: str | dict[str, str], info: ValidationInfo) -> str | dict[str, str]:
-        for word in [value] if isinstance(value, str) else value.values():
+    def _known(cls, value: Any, info: ValidationInfo) -> Any:
+        for word in value.values() if isinstance(value, dict) else [value]:
+            if not isinstance(word, str):
+                raise ValueError(f"expected a word, or a word for each column, got {value!r}")
             if value != NO_LABELS:
                 _in_table("target", word, info, f", or {NO_LABELS} for images without labels")
         return value
@@ -270,7 +287,7 @@ class BackboneConfig(Section):
     """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` will do."""
     pooling: Annotated[tuple[Pooling, ...], NOT_EMPTY, BeforeValidator(_one_or_several)] = ("avg",)
     """How a layer with a spatial or token axis becomes one vector; `own` is the network's own way, `map` its own attention."""
-    arguments: dict[str, Scalar] = Field(default_factory=dict)
+    arguments: dict[str, AnyScalar] = Field(default_factory=dict)
     preprocessing: PreprocessingConfig | None = None
     views: tuple[View, ...] = ()
     """Changed images that are embedded as well, each an embedding of its own."""
@@ -334,7 +351,7 @@ class HeadConfig(Section):
     """One head to tune; a bare name in the YAML is the same as `name:` alone."""
 
     name: str
-    space: dict[str, tuple[Scalar, ...]] = Field(default_factory=dict)
+    space: dict[str, tuple[AnyScalar, ...]] = Field(default_factory=dict)
     """Parameter -> `[low, high]` for a range, the list of choices for a categorical one."""
     class_weight: Literal["balanced"] | None = None
 
@@ -421,16 +438,20 @@ class FinetuneConfig(Section):
     watch: tuple[Literal["tensorboard", "profiler"], ...] = ()
     """What a run writes besides, in its folder: its numbers for TensorBoard, and a table of torch's profiler."""
 
-    @field_validator("unfreeze")
+    @field_validator("unfreeze", mode="before")
     @classmethod
-    def _rises_from_the_start(
-        cls, plan: tuple[tuple[float, str], ...] | Literal["auto"]
-    ) -> tuple[tuple[float, str], ...] | Literal["auto"]:
+    def _rises_from_the_start(cls, plan: Any) -> Any:
         if plan == "auto":
             return plan
-        starts = [start for start, _ in plan]
-        if starts[:1] != [0] or starts != sorted(set(starts)):
-            raise ValueError("should be steps of which the first starts at 0 and each later than the one before")
+        try:
+            starts = [float(start) for start, scope in plan if isinstance(scope, str)]
+            rises = len(starts) == len(plan) and starts[:1] == [0] and starts == sorted({*starts}) and starts[-1] < 1
+        except (TypeError, ValueError):
+            rises = False
+        if not rises:
+            raise ValueError(
+                "expected steps such as [[0, head], [0.2, all]], the first from 0 and each later than the one before"
+            )
         return plan
 
 
@@ -532,6 +553,6 @@ def _name_of_the_data(section: Any) -> str:
     if not isinstance(path, str):
         return str(found.get("source", "digits"))
     real = Path(os.path.realpath(os.path.expanduser(path)))
-    name = real.parent.name if re.search(r"[*{]", real.name) else real.name
+    name = real.parent.name if "{" in real.name else real.name
     ending = next((end for end in (".csv", ".parquet", *ARCHIVES[::-1]) if name.lower().endswith(end)), "")
     return name[: len(name) - len(ending)] or "images"

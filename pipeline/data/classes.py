@@ -137,6 +137,15 @@ class Classification:
             return present[places], None, None
         return present[places], expand_scores(columns, present, self.width, kind), kind
 
+    def recalled(self, estimator: Any, X: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.floating] | None]:
+        """Return what an estimator says of the rows that it was fitted on: places in its own classes, and their scores.
+
+        X : float32 of shape (n, dim); the places are int64 of shape (n,), the scores of the estimator's float dtype and
+            shape (n, len(classes_)), None where it has none
+        """
+        places, columns, _ = said(estimator, X)
+        return places.astype(np.int64), columns
+
     def predict(
         self, estimator: Any, X: NDArray[np.float32], calibrate: Calibrate
     ) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
@@ -396,6 +405,10 @@ class MultiLabel:
         """Return what an estimator says of n vectors: the labels that it takes to be likelier than not, and log-odds."""
         scores = said_odds(estimator, X)
         return scores > 0, scores, "decision"
+
+    def recalled(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Flags, NDArray[np.float32]]:
+        """Return what an estimator says of the rows that it was fitted on."""
+        return self.answers(estimator, X)[:2]
 
     def predict(
         self, estimator: Any, X: NDArray[np.float32], calibrate: Calibrate

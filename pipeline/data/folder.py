@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from pipeline.data.failures import noticed, shown
 from pipeline.data.walk import SPLIT_NAMES, Folder, Listing, Walk, is_hidden, is_image_name
 from pipeline.errors import DatasetError, first, number_of
 from pipeline.images import Refused, entries, forget, inside, open_archive, read_elsewhere
-from pipeline.io.remote import address_of, file_system
+from pipeline.io.remote import address_of
 
 LABELS = ("cls", "json", "txt")
 """Endings of files with the label of the image beside them, the surest first."""
@@ -29,20 +28,18 @@ MOST = 10
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path stands for several: `shard-{000..003}.tar`, `*.tar`."""
-    return bool(re.search(r"[*{]", path)) and not os.path.lexists(path)
+    """Whether a path stands for several: `shard-{000..003}.tar`, `{train,test}.zip`."""
+    return "{" in path and not os.path.lexists(path)
 
 
 def archives_of(path: Path, endings: tuple[str, ...] = ARCHIVES) -> tuple[Path, list[str]]:
     """Return the folder and the names of the archives that a pattern means, or a folder that holds nothing else; no names otherwise.
 
-    DatasetError when a pattern means none, or files that are not there.
+    DatasetError when a pattern means files that are not there.
     """
     text = address_of(path) or str(path)
     if is_pattern(text):
-        found = [name for each in _braces(text) for name in _matches(each)]
-        if not found:
-            raise DatasetError(f"{text}: no file is called so; expected archives such as shard-{{000..003}}.tar")
+        found = list(_braces(text))
         missing = [name for name in found if address_of(name) is None and not os.path.exists(name)]
         if missing:
             raise DatasetError(f"{text}: {len(missing)} of {len(found)} files are not there", first(missing, MOST))
@@ -74,17 +71,6 @@ def _braces(text: str) -> Iterator[str]:
         words = [f"{number:0{len(span[1])}d}" for number in range(int(span[1]), int(span[2]) + 1)]
     for word in words:
         yield from _braces(text[: found.start()] + word + text[found.end() :])
-
-
-def _matches(text: str) -> list[str]:
-    """Return the files that a name with `*` means; one without is itself."""
-    if "*" not in text:
-        return [text]
-    if address_of(text) is None:
-        return sorted(glob.glob(text))
-    system, name = file_system(text)
-    before = text.removesuffix(name.lstrip("/"))  # protocol and host, which some file systems leave out
-    return sorted(before + each.lstrip("/") for each in system.glob(name))
 
 
 def splits_of(names: Sequence[str]) -> list[str]:

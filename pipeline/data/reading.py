@@ -1,8 +1,7 @@
 """Which content each file has: read by a few threads, or known from the last time it was read.
 
-The stat cache says which content a file had. A file of the same size and times is trusted, unless its times are within two seconds
-of the scan that recorded it: then it may have changed once more within the clock's grain, and it is read again. The cache is a
-plain .npz; deleting it costs one reading of every file.
+A file of the same size and times as in the stat cache is trusted, unless its times are within two seconds of the scan that recorded
+it: then it may have changed once more within the clock's grain. Deleting the cache costs one reading of every file.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import io
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +29,6 @@ CHUNK = 64
 """Files per task: handing one over costs more than hashing a small image."""
 
 THREADS = 4
-FILES_PER_SECOND = 10_000
-"""A cautious guess; what takes no longer than that gets no bar."""
 
 CACHE_FILE = "stat-cache.npz"
 VERSION = 2
@@ -67,19 +63,14 @@ def read_digests(
     failures = []
     threads, size = (CONNECTIONS, 1) if address_of(root) else (THREADS, CHUNK)
     chunks = [range(len(paths))[start : start + size] for start in range(0, len(paths), size)]
-    takes_long = len(paths) > FILES_PER_SECOND * size // CHUNK
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        bar(len(paths), "files", "reading") if takes_long else nullcontext() as progress,
-    ):
+    with ThreadPoolExecutor(threads) as pool, bar(len(paths), "files", "reading", delay=1.0) as progress:
         for rows, results in zip(chunks, pool.map(lambda rows: list(map(read, rows)), chunks), strict=True):
             for row, result in zip(rows, results, strict=True):
                 if isinstance(result, Failure):
                     failures.append(result)
                 else:
                     ok[row], digests[row], stats[row] = True, np.frombuffer(result[0], dtype="<u8"), result[1]
-            if progress is not None:
-                progress.update(len(rows))
+            progress.update(len(rows))
     return ok, digests, stats, failures
 
 

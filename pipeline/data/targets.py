@@ -185,6 +185,10 @@ class Regression:
         whole = self._flat(np.asarray(standardised, dtype=np.float64)) * self.scale + self.centre
         return np.asarray(whole[:, 0] if self.width == 1 else whole)
 
+    def recalled(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Numbers, None]:
+        """Return what an estimator says of the rows that it was fitted on."""
+        return self.answers(estimator, X)[:2]
+
     def predict(self, estimator: Any, X: NDArray[np.float32], calibrate: Calibrate) -> tuple[Numbers, None]:
         """Return numbers; there are no probabilities."""
         return self.answers(estimator, X)[:2]

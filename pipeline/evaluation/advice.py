@@ -70,7 +70,7 @@ def signs_of(record: Record) -> dict[str, float]:
 
 
 def _written(name: str, value: float) -> str:
-    return SIGNS[name][1].format(value=value, points=100 * value, power=10**value)
+    return SIGNS[name][1].format(value=value, points=100 * value, power=10 ** min(value, 300.0))
 
 
 def _said(name: str, value: float) -> str:

@@ -317,10 +317,7 @@ def _adjusted(found: Mapping[str, Paired]) -> dict[str, Paired]:
     return {key: replace(found[key], p_value=p) for key, p in zip(found, adjusted, strict=True)}
 
 
-def _discordant(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> tuple[int, int]:
-    a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
-    if a.shape != b.shape or not len(a):
-        raise ValueError(f"a paired comparison needs the same images twice, got {a.shape} and {b.shape}")
+def _discordant(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> tuple[int, int]:
     return int(np.sum(a & ~b)), int(np.sum(b & ~a))
 
 

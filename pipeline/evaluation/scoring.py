@@ -8,7 +8,7 @@ other score a bootstrap. Images that are not independent count for as many as th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,9 @@ from scipy.special import expit, logit
 from sklearn.metrics import confusion_matrix as count_pairs
 from sklearn.metrics import precision_recall_fscore_support
 
+from pipeline.data.classes import MultiLabel
 from pipeline.evaluation.intervals import Interval, agreed, critical, effective_size, freedom, share_interval, wilson
-from pipeline.evaluation.metric import ACCURACY, Metric, bootstrap, metrics_for, unit_sums
+from pipeline.evaluation.metric import ACCURACY, METRICS, Metric, bootstrap, metrics_for, unit_sums
 from pipeline.evaluation.predictions import Predictions
 
 RESAMPLES = 1000
@@ -79,15 +80,20 @@ def _named(metric: str) -> str:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """One row of the per-class table; `interval` is Wilson's for the recall."""
+    """One row of the table of classes, or of several labels, which have an average precision and a threshold.
+
+    `interval` is of the recall, of labels of the average precision; None, as that is, of a label that no image has.
+    """
 
     label: str
     support: int
     predicted: int
     precision: float
     recall: float
-    interval: Interval
     f1: float
+    average_precision: float | None
+    interval: Interval | None
+    threshold: float | None
 
 
 def scores(predictions: Predictions, seed: int = 0, metric: Metric | None = None) -> Scores:
@@ -235,15 +241,24 @@ def confusion_matrix(predictions: Predictions) -> NDArray[np.int64]:
 
 
 def per_class(predictions: Predictions) -> tuple[ClassScores, ...]:
-    """Return precision, recall and F1 of every class, in their order; an undefined share is 0."""
-    truth, guess, units = predictions.y_true, predictions.y_pred, predictions.units
-    codes = np.arange(len(predictions.classes))
+    """Return precision, recall and F1 of every class, or of every label by itself, in their order; an undefined share is 0."""
+    truth, guess, units, target = predictions.y_true, predictions.y_pred, predictions.units, predictions.target
+    codes, p, made = np.arange(target.width), predictions.probabilities, []
     found = precision_recall_fscore_support(truth, guess, labels=codes, zero_division=0.0)
-    made = []
-    for code, precision, recall, f1, support in zip(codes, *found, strict=True):
-        rows = truth == code
-        within = None if units is None else units[rows]
-        interval = share_interval(guess[rows] == code, within) if support else (0.0, 1.0)
-        label, predicted = predictions.classes[code], int(np.sum(guess == code))
-        made.append(ClassScores(label, int(support), predicted, float(precision), float(recall), interval, float(f1)))
+    for code, label, precision, recall, f1, support in zip(codes, target.classes, *found, strict=True):
+        shares = float(precision), float(recall), float(f1)
+        scored: tuple[float | None, Interval | None] = (None, None)
+        if isinstance(target, MultiLabel):
+            predicted, threshold = guess[:, code], (target.thresholds or (0.5,) * target.width)[code]
+            if support and p is not None:
+                y, said, own = truth[:, [code]], guess[:, [code]], p[:, [code]]
+                alone = replace(
+                    predictions, y_true=y, y_pred=said, probabilities=own, scores=None, target=MultiLabel((label,))
+                )
+                scored = _scored(METRICS["mean_average_precision"], alone, 0)
+        else:
+            rows, predicted, threshold = truth == code, guess == code, None
+            within = None if units is None else units[rows]
+            scored = None, share_interval(predicted[rows], within) if support else (0.0, 1.0)
+        made.append(ClassScores(label, int(support), int(predicted.sum()), *shares, *scored, threshold))
     return tuple(made)

@@ -81,7 +81,8 @@ def choose(config: Config, files: Artifacts) -> Choice:
         When stages one and two have not been run, the leaderboard has no such embedding, or no linear head on it, or its target
         is of a kind that cannot be fine-tuned.
     """
-    if each := files.each_target():
+    each = files.each_target()
+    if "" not in each:
         folder = next(iter(each.values()))
         raise TrainingError(
             f"finetune: a network is trained for one target, the experiment has {len(each)}; give the config of one, such as {folder / 'config.yaml'}"

@@ -17,7 +17,6 @@ from torch import Tensor
 from pipeline.data.lineage import Lineage
 from pipeline.embed.weights import DIGEST_KEY, METADATA_KEY, weights_digest
 from pipeline.evaluation import ACCURACY, HeadPredictions, Paired, Predictions, counted, paired_answers
-from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.experiment import MADE_BY, Artifacts, made_by
 from pipeline.finetuning.batches import Data, Score
@@ -134,7 +133,10 @@ def judge(
     images, found = counted(len(tuned), tuned.units, "test images"), {}
     for name, row in {"best": choice.winner, "frozen": choice.frozen}.items():
         if row is not None:
-            other = _said_by(row, files, parts, tuned.units)
+            test = HeadPredictions.read(files.root / str(row.bundle) / FILE_NAME).test
+            place = {path: number for number, path in enumerate(np.asarray(test.paths).tolist())}
+            its = test.predicted[[place[str(path)] for path in parts.test.paths]]
+            other = Predictions.of(parts.test.labels, its, parts.target.classes, units=tuned.units)
             paired = paired_answers(ACCURACY, tuned, other, seed)
             found[name] = {
                 "row": row.key,
@@ -169,14 +171,6 @@ def transfer(files: Artifacts, choice: Choice, seed: int, held_out: bool = False
         f"{words}: {choice.frozen.key} ({ACCURACY.score(a):.2%}) against {choice.floor.key} ({ACCURACY.score(b):.2%}), the best without "
         f"any, {_told(paired, counted(len(a), a.units, 'training images' if held_out else 'test images'))}"
     )
-
-
-def _said_by(row: LeaderboardRow, files: Artifacts, parts: Parts, units: NDArray[np.int64] | None) -> Predictions:
-    """Return what a row of stage two said of the test images, in the order of `parts.test`; units : int64 of shape (n_test,)."""
-    test = HeadPredictions.read(files.root / str(row.bundle) / FILE_NAME).test
-    place = {path: number for number, path in enumerate(np.asarray(test.paths).tolist())}
-    said = test.predicted[[place[str(path)] for path in parts.test.paths]]
-    return Predictions.of(parts.test.labels, said, parts.target.classes, units=units)
 
 
 def verdict(paired: Paired, minutes: float, images: str) -> str:

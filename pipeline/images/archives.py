@@ -125,7 +125,7 @@ def open_archive(path: str) -> Archive:
 
 def forget(root: str) -> None:
     """Look anew at what is remote below a root, or matches a pattern: listings and archives are kept otherwise."""
-    if (address := address_of(re.split(r"[*{]", root)[0])) is not None:
+    if (address := address_of(root.partition("{")[0])) is not None:
         forget_listings(address)
         for path in [path for path in _OPEN if path.startswith(address)]:
             del _OPEN[path]

@@ -32,7 +32,7 @@ from typing import Final
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin, _imaging, features
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin, _imaging, features
 
 from pipeline.errors import DatasetError
 from pipeline.io.digests import content_digest, fingerprint
@@ -229,16 +229,7 @@ class TiffPixels:
 
 # ---- the policy
 
-_ORIENTATION_TAG = 0x0112
-_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_ORIENTATION = 0x0112
 _JPEG_FORMATS = frozenset({"JPEG", "MPO"})
 """MPO is a JPEG with more pictures behind it, as phones write it."""
 
@@ -255,9 +246,7 @@ NO_IMAGE: Final = f"it is not an image of a known format ({', '.join(READ)})"
 # limit on pixels, which only odd GIFs meet as `_open` does not ask for it, ends in an exception that `decode` makes such a problem.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-with suppress(
-    OSError, AttributeError
-):  # a Pillow that is built otherwise: then libtiff, which it brings, writes to the terminal
+with suppress(OSError, AttributeError):  # in a Pillow that is built otherwise libtiff writes to the terminal
     _library = ctypes.CDLL(_imaging.__file__)
     for _name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):
         getattr(_library, _name)(None)
@@ -280,7 +269,7 @@ def decode(data: bytes, *, max_pixels: int, at_least: int | None = None) -> NDAr
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DatasetError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True in this process: truncated images would pass as whole; leave it False"
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: truncated images would pass as whole; leave it False"
         )
     kind = kind_of(data[:START_BYTES])
     if kind is None:
@@ -345,11 +334,13 @@ def _require_modest(image: Image.Image, max_pixels: int) -> None:
 
 
 def _upright(pixels: NDArray[np.uint8], image: Image.Image) -> NDArray[np.uint8]:
-    try:
-        method = _ORIENTATIONS.get(int(image.getexif().get(_ORIENTATION_TAG, 1)))
-    except Exception:  # any damage to metadata is no reason to lose the pixels
-        method = None
-    return pixels if method is None else np.asarray(Image.fromarray(pixels).transpose(method))
+    """Turn pixels, uint8 (height, width, 3), as the EXIF data of their image say; any damage to those is no reason to lose the pixels."""
+    with suppress(Exception):
+        if (orientation := int(image.getexif().get(_ORIENTATION, 1))) != 1:
+            turned = Image.fromarray(pixels)
+            turned.getexif()[_ORIENTATION] = orientation
+            return np.asarray(ImageOps.exif_transpose(turned))
+    return pixels
 
 
 def _jpeg(data: bytes, image: Image.Image, at_least: int | None) -> NDArray[np.uint8] | None:

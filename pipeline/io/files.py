@@ -1,17 +1,14 @@
 """Writing files so that a name only ever shows whole, synced content.
 
-Every call of the project that changes the file system goes through `SYSTEM`, one table of functions. Tests replace its
-rows to make the n-th call fail, write half, or never return, and to record a trace that is replayed as a power loss.
-
-A file is written under a temporary name, synced, renamed, and its folder is synced: after a kill or a power loss the
-final name shows the old content or the new, never a part of it. A failed `fsync` is never repeated on the same
-descriptor, because the kernel may have thrown the unwritten pages away and would report success.
+A file is written under a temporary name, synced, renamed, and its folder is synced: after a kill or a power loss the final name shows
+the old content or the new. A failed `fsync` is never repeated on the same descriptor, as the kernel may have dropped the pages.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import signal
@@ -23,11 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 SYSTEM: dict[str, Callable[..., Any]] = {
     "open": os.open,
@@ -41,7 +33,7 @@ SYSTEM: dict[str, Callable[..., Any]] = {
     "rmdir": os.rmdir,
     "ftruncate": os.ftruncate,
 }
-"""Name -> the operating system's function; the seam at which tests inject faults."""
+"""Name -> the operating system's function: every call that changes the file system, so that tests can make it fail, or record it."""
 
 BytesLike = bytes | bytearray | memoryview
 
@@ -76,7 +68,7 @@ def refusal(error: OSError) -> str | None:
     return f"{where}: cannot be used ({error.strerror}); {REMEDIES[error.errno]}"
 
 
-_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 """Not waiting: a pipe that somebody put in place of a file would be waited for forever."""
 
 
@@ -127,7 +119,7 @@ def open_alone(path: Path, flags: int = 0) -> int:
     while True:
         if is_held(path):
             raise BlockingIOError(errno.EAGAIN, "This process has it already", str(path))
-        flags |= os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | _FLAGS
+        flags |= os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | _FLAGS
         descriptor = int(SYSTEM["open"](path, flags, 0o666))
         try:
             state = _require_ordinary(descriptor, path)
@@ -145,8 +137,6 @@ def open_alone(path: Path, flags: int = 0) -> int:
 
 
 def _lock(descriptor: int) -> None:
-    if fcntl is None:
-        return
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except PermissionError as error:  # what some systems say for EAGAIN
@@ -172,10 +162,10 @@ def is_held(path: Path) -> bool:
 
 def locked_elsewhere(path: Path) -> bytes | None:
     """Return what stands in a file that another process has by `open_alone`, its first 4 KB; None where none has it."""
-    if fcntl is None or is_held(path):  # closing a descriptor would give the lock up
+    if is_held(path):  # closing a descriptor would give the lock up
         return None
     with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | _FLAGS)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | _FLAGS)
         try:
             _lock(descriptor)
         except BlockingIOError:
@@ -303,7 +293,7 @@ def write_temporary(folder: Path, parts: Iterable[BytesLike], prefix: str = "") 
 
 def create(path: Path) -> int:
     """Create a file that must not exist yet; return a descriptor for writing."""
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     return int(SYSTEM["open"](path, flags, 0o666))
 
 
@@ -328,8 +318,6 @@ def sync(descriptor: int) -> None:
 
 def sync_folder(path: Path) -> None:
     """Wait until the names in a folder are on the disk."""
-    if os.name == "nt":  # a folder cannot be opened there; the rename itself is journaled
-        return
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         SYSTEM["fsync"](descriptor)

@@ -141,8 +141,8 @@ class Progress:
 
 
 @contextmanager
-def bar(total: int, unit: str, label: str, initial: int = 0) -> Iterator[Progress]:
-    """Show a bar on standard error for `total` pieces of work, `initial` of them done before."""
+def bar(total: int, unit: str, label: str, initial: int = 0, delay: float = 0.0) -> Iterator[Progress]:
+    """Show a bar on standard error for `total` pieces of work, `initial` of them done before; after `delay` seconds, if it takes as long."""
     live = sys.stderr.isatty()
     interval = 0.2 if live else LOG_SECONDS
     with tqdm(
@@ -153,7 +153,7 @@ def bar(total: int, unit: str, label: str, initial: int = 0) -> Iterator[Progres
         mininterval=interval,
         maxinterval=10.0 if live else LOG_SECONDS,
         dynamic_ncols=live,
-        leave=True,
+        delay=delay,
         disable=total <= initial,
     ) as raw:
         yield Progress(raw, interval)

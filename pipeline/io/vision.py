@@ -1,10 +1,8 @@
 """The one door to torchvision, open also where its compiled operators are missing.
 
-The torchvision wheel on PyPI is built for CUDA. Beside a CPU-only torch its compiled operators do not load and
-`import torchvision` fails with "operator torchvision::nms does not exist", because torchvision registers shape functions
-for operators that were never declared. Declaring the two of them first is enough for models, transforms and feature
-extraction, which need none of the compiled operators; `torchvision.io`'s decoders stay unavailable. Your own code opens it with
-`from pipeline.io.vision import torchvision`, also after an `import torchvision` that failed.
+PyPI's torchvision is built for CUDA. Beside a CPU-only torch its operators do not load, and `import torchvision` fails with "operator
+torchvision::nms does not exist". Declaring the two that it registers shapes for is enough for models, transforms and feature extraction.
+Your own code opens it with `from pipeline.io.vision import torchvision`, also after an `import torchvision` that failed.
 """
 
 from __future__ import annotations

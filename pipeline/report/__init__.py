@@ -30,7 +30,7 @@ def refresh(output: Path, anew: bool = False) -> Path:
     """Make them where they, or what they are made of, have changed, or all `anew`."""
     output = Path(output)
     each = Artifacts(output).each_target()
-    made = {name: refresh(folder, anew) for name, folder in each.items()}
+    made = {} if "" in each else {name: refresh(folder, anew) for name, folder in each.items()}
     if not anew and not made and is_current(output):
         return output / PAGE
     from pipeline.report import page
@@ -42,7 +42,7 @@ def is_current(output: Path) -> bool:
     """Whether all that `report.json` names is as it was then: what the page was made of, and what was made."""
     try:
         record = read_document(output / RECORD, REPORT)
-        made = digests(output, [output / name for name in record["files"]])
+        made = digests(output, map(output.joinpath, record["files"]))
     except (PipelineError, OSError, KeyError, TypeError):
         return False
     return bool(record["files"] == made and record.get("inputs") == digest_inputs(output))

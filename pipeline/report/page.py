@@ -48,7 +48,7 @@ def build(output: Path) -> Path:
     for name, data in made.items():
         make_folder((output / name).parent)
         write_atomic(output / name, data if isinstance(data, bytes) else data.encode("utf-8"))
-    files = digests(output, [output / name for name in made])
+    files = digests(output, map(output.joinpath, made))
     write_document(output / RECORD, REPORT, {"inputs": inputs, "files": files})
     return output / PAGE
 
@@ -123,11 +123,8 @@ def _environment() -> Environment:
         most_rows=MOST_ROWS,
         most_inside=pictures.MOST_INSIDE,
         curve_head=CURVE_HEAD.name,
-        apart_words=boards.apart_words,
-        repeated=boards.repeated,
-        cross_validated=boards.cross_validated,
         metrics_for=metrics_for,
-        test_text=boards.test_text,
+        boards=boards,
         span=_span,
         gap_end=_gap_end,
     )

@@ -112,7 +112,7 @@ def carried(material: Material, named: Iterable[str]) -> dict[str, Any] | None:
         "paths": paths,
         "splits": images.splits.tolist(),
         "labels": [images.said(row) if exclusive else in_words(images.said(row)) for row in range(len(images))],
-        "codes": [material.codes[path] for path in paths],
+        "codes": list(map(material.codes.get, paths)),
         "classes": list(kinds.classes),
         "said": answers,
         "right": right,

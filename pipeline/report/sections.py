@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import precision_recall_fscore_support
 
 from pipeline.data.classes import MultiLabel
 from pipeline.data.index import LABEL
@@ -25,7 +24,7 @@ from pipeline.evaluation.intervals import share_interval
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, Trials
 from pipeline.evaluation.leaderboard.recommendation import effects
 from pipeline.evaluation.metric import METRICS, metrics_for
-from pipeline.evaluation.scoring import ClassScores, confusion_matrix, per_class, scores
+from pipeline.evaluation.scoring import ClassScores, confusion_matrix, per_class
 from pipeline.experiment import BUNDLE, Artifacts, from_plain, read_document
 from pipeline.heads.layer_profile import gap, read_profiles, what_to_take
 from pipeline.report import charts
@@ -141,14 +140,13 @@ def _first(material: Material) -> Shown:
     }
 
 
-def known_least(test: Predictions) -> list[ClassScores | LabelScores]:
+def known_least(test: Predictions) -> list[ClassScores]:
     """Return the scores of classes, lowest recall first, or of labels, lowest average precision first; of numbers none."""
-    if test.target.exclusive:
-        return sorted((one for one in per_class(test) if one.support), key=lambda one: (one.recall, one.label))
-    if test.target.kind != "multilabel" or test.probabilities is None:
+    if test.target.kind == "regression" or (not test.target.exclusive and test.probabilities is None):
         return []
-    found = [(one.average_precision, one.label, one) for one in label_scores(test) if one.average_precision is not None]
-    return [one for *_, one in sorted(found, key=lambda each: each[:2])]
+    found = [one for one in per_class(test) if one.support]
+    exclusive = test.target.exclusive
+    return sorted(found, key=lambda one: (one.recall if exclusive else one.average_precision, one.label))
 
 
 def _leaderboard(material: Material) -> Shown:
@@ -304,44 +302,12 @@ def _told(material: Material, test: Predictions, rows: NDArray[np.intp]) -> dict
     return {"found": list(zip(paths, *words, strict=True)), "pictures": gallery(material.index, paths)}
 
 
-@dataclass(frozen=True)
-class LabelScores:
-    """One row of the table of labels; `average_precision` is None for a label that no image has."""
-
-    label: str
-    support: int
-    predicted: int
-    average_precision: float | None
-    interval: Interval | None
-    precision: float
-    recall: float
-    f1: float
-    threshold: float
-
-
-def label_scores(said: Predictions) -> list[LabelScores]:
-    """Return the scores of each label by itself, in the order of the labels; an undefined share is 0."""
-    target = said.target
-    assert isinstance(target, MultiLabel)
-    assert said.probabilities is not None
-    precision, recall, f1, support = precision_recall_fscore_support(said.y_true, said.y_pred, zero_division=0.0)
-    predicted, cuts = said.y_pred.sum(axis=0).tolist(), target.thresholds or (0.5,) * target.width
-    rows = []
-    for place, name in enumerate(target.classes):
-        y, guess, p = (part[:, [place]] for part in (said.y_true, said.y_pred, said.probabilities))
-        alone = replace(said, y_true=y, y_pred=guess, probabilities=p, scores=None, target=MultiLabel((name,)))
-        found = scores(alone).of(METRICS["mean_average_precision"]) if support[place] else (None, None)
-        shares = float(precision[place]), float(recall[place]), float(f1[place])
-        rows.append(LabelScores(name, int(support[place]), predicted[place], *found, *shares, cuts[place]))
-    return rows
-
-
 def _labels(material: Material) -> Shown | None:
     """Give how well each of several labels is known, and the images whose labels are furthest off."""
     best = material.best
     if best is None or best.test.probabilities is None or not isinstance(best.test.target, MultiLabel):
         return None
-    test, rows = best.test, label_scores(best.test)
+    test, rows = best.test, per_class(best.test)
     worst = sorted(rows, key=lambda row: 2.0 if row.average_precision is None else row.average_precision)
     missed = np.where(test.y_true != test.y_pred, np.abs(best.test.probabilities - test.y_true), 0.0).sum(axis=1)
     order = np.argsort(-missed, kind="stable")[: min(MOST_PICTURES, np.count_nonzero(missed))]

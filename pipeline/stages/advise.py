@@ -78,12 +78,13 @@ def run(config: Config) -> Advice:
     rule = advice.fit(list(cells.values()))
     outside = rule.outside(record)
     shown = material.gather(files.root)
-    ways = [
-        Way(STOP, 0.0, (0.0, 0.0)),
-        _label(shown.curve),
-        _other(shown.leaderboard, files, choice),
-        *_train(config, record, tried, parts, rule, outside),
-    ]
+    ways = [Way(STOP, 0.0, (0.0, 0.0)), _label(shown.curve), _other(shown.leaderboard, files, choice)]
+    expected = {} if outside else rule.expect(record)
+    for (name, arm), price in zip(TRAIN.items(), tried.minutes(config, parts), strict=True):
+        if outside:
+            ways.append(Way(name, minutes=price, basis="outside of what was measured"))
+        else:
+            ways.append(Way(name, expected[arm].gain, expected[arm].interval, price))
     made = Advice(
         choice.record.name,
         recommend(ways).name,
@@ -189,13 +190,3 @@ def _other(board: Leaderboard, files: Artifacts, choice: Choice) -> Way:
     several = len({row.embedding for row in board.rows if not row.baseline}) > 1
     none = "no other that was embedded is better" if several else "no other was embedded; see `manyheads shortlist`"
     return Way(OTHER, 0.0 if several else None, (0.0, 0.0) if several else None, basis=none)
-
-
-def _train(
-    config: Config, record: Mapping[str, Any], tried: Pilot, parts: Parts, rule: advice.Rule, outside: tuple[str, ...]
-) -> list[Way]:
-    prices = zip(TRAIN.items(), tried.minutes(config, parts), strict=True)
-    if outside:
-        return [Way(name, minutes=price, basis="outside of what was measured") for (name, _), price in prices]
-    expected = rule.expect(record)
-    return [Way(name, expected[arm].gain, expected[arm].interval, price) for (name, arm), price in prices]

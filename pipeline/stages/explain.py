@@ -93,7 +93,9 @@ def run(
                 codes, cells = _codes(labels[number], sure), list[NDArray[np.float64]]()
                 if maps is not None:
                     pixels = batch.pixels[model.places[0][0][0]][row].copy()
-                    cells = [_lead(maps[number], code) if target.exclusive else maps[number][code] for code in codes]
+                    cells = [maps[number][code] for code in codes]
+                    if target.exclusive:  # by how much the label leads the best other one
+                        cells[0] = cells[0] - np.delete(maps[number], codes[0], axis=0).max(axis=0)
                 else:
                     pixels = _shrunk(path, limit)
                     cells = [] if sure is None else list(_occlusion(model, lanes, pixels, codes))
@@ -141,14 +143,6 @@ def _codes(said: Any, sure: NDArray[np.float64] | None) -> list[int]:
     if np.ndim(said) == 0:
         return [int(said)]
     return np.flatnonzero(said).tolist() or ([] if sure is None else [int(sure.argmax())])
-
-
-def _lead(cells: NDArray[np.float64], code: int) -> NDArray[np.float64]:
-    """Return by how much the score of a class leads the best other one's at each place, float64 of shape (rows, columns).
-
-    cells : of all classes, float64 of shape (n_classes, rows, columns)
-    """
-    return cells[code] - np.delete(cells, code, axis=0).max(axis=0)  # type: ignore[no-any-return]
 
 
 def _activation(

@@ -62,7 +62,7 @@ def run(experiment: Path, files: Mapping[str, Path], row: str | None = None, tru
 def _rows(experiment: Path, row: str) -> dict[str, Path]:
     """Return the bundle of a row of the leaderboard, of each target by its name."""
     found = {}
-    for target, folder in (Artifacts(experiment).each_target() or {"": experiment}).items():
+    for target, folder in Artifacts(experiment).each_target().items():
         rows = read_leaderboard(folder).rows
         able = {each.key: folder / each.bundle for each in rows if each.bundle and not each.constant}
         if row not in able:
@@ -102,13 +102,17 @@ def test_images(bundle: Path) -> DatasetIndex:
 
 def photos(index: DatasetIndex, ways: Collection[Preprocessing]) -> Iterator[Photo]:
     """Yield the images that can be read, and then cuttings of them that have unusual sizes."""
-    read, problems = list[Photo](), list[str]()
+    read, problems, limit = list[Photo](), list[str](), DatasetConfig().max_pixels
     for row in np.unique(np.linspace(0, len(index) - 1, min(len(index), MOST_IMAGES)).astype(int)):
         try:
-            photo = _photo(str(index.paths[row]), open_file(index.root, str(index.paths[row])), ways)
+            data = open_file(index.root, str(index.paths[row]))
+            pixels = decode(data, max_pixels=limit)
+            # As `predict` prepares them, which may decode less of a large one.
+            small = {way: decode(data, max_pixels=limit, at_least=way.at_least) for way in ways if way.at_least}
         except ImageProblem as problem:
             problems.append(f"{index.paths[row]}: {problem.status}: {problem.reason}")
             continue
+        photo = Photo(str(index.paths[row]), pixels, {way: prepare(small.get(way, pixels), way) for way in ways})
         read = [*read, photo][: len(ODD_SIZES)]
         yield photo
     if not read:
@@ -122,11 +126,3 @@ def photos(index: DatasetIndex, ways: Collection[Preprocessing]) -> Iterator[Pho
         pixels = np.ascontiguousarray(photo.pixels[rows][:, columns])
         name = f"{photo.name}, tiled to {size[0]} x {size[1]} pixels"
         yield Photo(name, pixels, {way: prepare(pixels, way) for way in ways}, odd=True)
-
-
-def _photo(name: str, data: bytes, ways: Collection[Preprocessing]) -> Photo:
-    """Decode an image whole, and prepare it as `predict` does, which may decode less of a large one."""
-    limit = DatasetConfig().max_pixels
-    pixels = decode(data, max_pixels=limit)
-    small = {way: decode(data, max_pixels=limit, at_least=way.at_least) for way in ways if way.at_least}
-    return Photo(name, pixels, {way: prepare(small.get(way, pixels), way) for way in ways})

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, lineage
 from pipeline.data.targets import Classification
-from pipeline.embed.records import EmbeddingRecord, choose, read_asked_records, require_index
+from pipeline.embed.records import choose, read_asked_records, require_index
 from pipeline.errors import ConfigError, DatasetError, PipelineError
 from pipeline.evaluation import fewshot
 from pipeline.evaluation.fewshot import EpisodePlan, FewShot, LabelledFeatures
-from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.experiment import FEWSHOT, Artifacts, read_record, write_record
 from pipeline.io.digests import fingerprint
 from pipeline.io.process import bar
 from pipeline.store import FeatureStore
 
-log = logging.getLogger(__name__)
-
 SHOTS = (1, 2, 5, 10, 20)
 WAYS = 5
 LEAST_EPISODES = 20
-MOST_IMAGES = 50_000
-"""Looked at; of more, a stratified part."""
 VERSION = 1
 """Of the protocol: what was measured by another is measured again."""
 
@@ -63,7 +55,9 @@ def run(
     made_of = index.fingerprint()
     require_index(files.features, made_of)
     store = FeatureStore.open(files.find_store(record.store), record.fingerprint)
-    used = _usable(index, record, store, config.seed)
+    used, known = index.select("train", "validation", "test"), lineage.of(record.section, record.spec.trained_on)
+    # What the network's weights have learned from or were chosen by tells nothing of new classes.
+    used = used.rows(~store.missing(used.digests) & ~known.learned(used.digests) & ~known.chose(used.digests))
     target = Classification.of(used)
     plan = EpisodePlan(ways or min(WAYS, target.width), queries, episodes, config.seed)
     if plan.ways > target.width or min(plan.ways, target.width) < 2:
@@ -73,9 +67,9 @@ def run(
     shots = sorted({*shots})
     key = fingerprint({"version": VERSION, "index": made_of, "store": store.digest, "shots": shots, **asdict(plan)})
     with suppress(PipelineError, OSError):
-        known = read_record(files.few_shot, FEWSHOT, FewShot)
-        if known.key == key:
-            return FewShotRun(known, files)
+        before = read_record(files.few_shot, FEWSHOT, FewShot)
+        if before.key == key:
+            return FewShotRun(before, files)
     images = LabelledFeatures(store.read(used.digests), target.encode(used), used.fold_groups())
     points, notes = list[fewshot.Point](), list[str]()
     if record.spec.trained_on is not None:
@@ -96,15 +90,3 @@ def run(
     )
     write_record(files.few_shot, FEWSHOT, result)
     return FewShotRun(result, files)
-
-
-def _usable(index: DatasetIndex, record: EmbeddingRecord, store: FeatureStore, seed: int) -> DatasetIndex:
-    """Return the images in use that have a vector, without those that the network's weights have learned from or were chosen by."""
-    used = index.select("train", "validation", "test")
-    known = lineage.of(record.section, record.spec.trained_on)
-    kept = ~store.missing(used.digests) & ~known.learned(used.digests) & ~known.chose(used.digests)
-    used = used.rows(kept)
-    if len(used) > MOST_IMAGES:
-        log.info("episodes are drawn from %d of %d images", MOST_IMAGES, len(used))
-        used = used.rows(np.sort(stratified_order(used.labels.astype(str), seed)[:MOST_IMAGES]))
-    return used

@@ -47,8 +47,7 @@ class Run:
     @property
     def boards(self) -> dict[str, Leaderboard]:
         """The leaderboard of each of several targets by its name; '' for the one of a single target."""
-        each = Artifacts(self.output).each_target() or {"": self.output}
-        return {name: read_leaderboard(folder) for name, folder in each.items()}
+        return {name: read_leaderboard(folder) for name, folder in Artifacts(self.output).each_target().items()}
 
     @property
     def leaderboard(self) -> pd.DataFrame:
@@ -80,8 +79,8 @@ class Run:
 
         given = [images] if isinstance(images, (str, Path)) else images
         with tempfile.TemporaryDirectory() as folder:
-            output, trust = Path(options.pop("output", f"{folder}/predictions.csv")), options.pop("trust", False)
-            run = stage.run(self.output, [Path(image) for image in given], output=output, trust_code=trust, **options)
+            output = Path(options.pop("output", f"{folder}/predictions.csv"))
+            run = stage.run(self.output, [Path(image) for image in given], output=output, **options)
             found = pd.read_csv(run.output, dtype=str, keep_default_na=False)
         texts = {"path", "status", *(name for name, board in self.boards.items() if board.target.kind != "regression")}
         for name in found.columns:

@@ -176,7 +176,7 @@ def run(
     output: Path,
     top: int = 3,
     device: str = "auto",
-    trust_code: bool = False,
+    trust: bool = False,
     max_pixels: int | None = None,
     unknown: float | None = None,
     sets: float | None = None,
@@ -193,7 +193,7 @@ def run(
     except ValueError as error:
         raise ConfigError(f"--device: {error}") from None
     folders = find_bundles(bundle)
-    heads = {name: bundles.load(folder, trust_code=trust_code) for name, folder in folders.items()}
+    heads = {name: bundles.load(folder, trust_code=trust) for name, folder in folders.items()}
     require_place(output)
     taken = records_of(heads, folders)
     records = [record for own in taken.values() for record in own]
@@ -215,7 +215,7 @@ def run(
         given, images = _of_vectors(images, heads), []
     else:
         images = expanded(images)
-        given = _of_images(images, taken, limit, device, trust_code)
+        given = _of_images(images, taken, limit, device, trust)
     models = {name: LoadedHead(head, given.places[name], strangers[name]) for name, head in heads.items()}
     targets = {name: head.target for name, head in heads.items()}
     labels, agreement = {name: Counter[str]() for name in heads}, Agreement.of(images, bundle, targets)
@@ -298,7 +298,7 @@ def _of_vectors(files: Sequence[Path], heads: Mapping[str, ModelBundle]) -> ToLa
 
 
 def _of_images(
-    images: Sequence[Path], taken: Mapping[str, Sequence[EmbeddingRecord]], limit: int, device: str, trust_code: bool
+    images: Sequence[Path], taken: Mapping[str, Sequence[EmbeddingRecord]], limit: int, device: str, trust: bool
 ) -> ToLabel:
     """Return image files, and those in folders, as they come out of the networks of some embeddings."""
     walks = [Walk(path) for path in images if is_folder(path)]
@@ -306,7 +306,7 @@ def _of_images(
     unread, passed_over = _passed_over(walks)
     if not total and not unread:
         raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
-    embedders, places = open_networks(taken, device, trust_code=trust_code)
+    embedders, places = open_networks(taken, device, trust_code=trust)
     lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
     paths, ahead = tee(images_in(images, [Walk(walk.root) for walk in walks]))
     every = tuple(range(len(lanes)))
@@ -317,7 +317,7 @@ def _of_images(
 def find_bundles(path: Path) -> dict[str, Path]:
     """Return the bundle of each target of an experiment's output folder by its name; '' for one alone."""
     settings.require_there(path, expected="an experiment's output folder, or a bundle's folder in it")
-    return {name: find_bundle(folder) for name, folder in (Artifacts(path).each_target() or {"": path}).items()}
+    return {name: find_bundle(folder) for name, folder in Artifacts(path).each_target().items()}
 
 
 def records_of(heads: Mapping[str, ModelBundle], folders: Mapping[str, Path]) -> dict[str, list[EmbeddingRecord]]:
@@ -335,7 +335,10 @@ def find_bundle(path: Path) -> Path:
     """Return a bundle's folder: the path itself, or the best one of an experiment's output folder."""
     files = Artifacts(path)
     if files.refitted.exists():
-        return path / _first_refitted(files.refitted)
+        refitted = str(read_document(files.refitted, REFIT)["heads"][0]["bundle"])
+        if not {"..", ""}.isdisjoint(refitted.split("/")):
+            raise REFIT.damaged(files.refitted, f"the bundle {refitted!r} lies outside of its folder")
+        return path / refitted
     if (path / "bundle.json").exists() or not files.leaderboard.exists():
         return path
     board = read_leaderboard(path)
@@ -347,14 +350,6 @@ def find_bundle(path: Path) -> Path:
             "the best row is the constant guess, which looks at no image; labelling with the best head, %s", best.key
         )
     return path / best.bundle
-
-
-def _first_refitted(path: Path) -> str:
-    """Return the folder of the head that a `refit.json` says to use, which must lie beside it."""
-    bundle = str(read_document(path, REFIT)["heads"][0]["bundle"])
-    if not {"..", ""}.isdisjoint(bundle.split("/")):
-        raise REFIT.damaged(path, f"the bundle {bundle!r} lies outside of its folder")
-    return bundle
 
 
 def experiment_around(bundle: Path) -> Artifacts | None:

@@ -18,7 +18,6 @@ import numpy as np
 
 from pipeline.config import Config, unknown
 from pipeline.data.classes import class_columns, expand_scores
-from pipeline.data.targets import Target
 from pipeline.errors import BundleError, HeadError, PipelineError, number_of
 from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, compare, joined
 from pipeline.evaluation.comparison import Paired, paired_answers
@@ -229,7 +228,11 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
     said, old = HeadPredictions.read(folder / FILE_NAME), HeadPredictions.read(before / FILE_NAME)
     if old.out_of_fold is None or old.test.paths is None or said.out_of_fold is None:
         raise BundleError(f"{before}: does not say what it was fitted on; run `manyheads heads` again")
-    metric, added = METRICS[config.tuning.scoring], _added(old.test.target, said)
+    metric, added = METRICS[config.tuning.scoring], list[NewClass]()
+    for name in sorted({*said.classes} - {*old.classes}) if old.test.target.exclusive else ():
+        own, in_training = said.test.labels == name, said.out_of_fold.labels == name
+        images, test, right = own.sum() + in_training.sum(), own.sum(), said.test.correct[own].sum()
+        added.append(NewClass(name, int(images), int(test), int(right)))
     was, now = _same(old.test, said.test, row.key)
     train = len(old.out_of_fold), len(said.out_of_fold)
     journal = files.trials(embedding.name, head.name).with_suffix("")
@@ -245,7 +248,7 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
         before=metric.score(was),
         now=metric.score(now),
         change=paired_answers(metric, now, was, config.seed),
-        new_classes=added,
+        new_classes=tuple(added),
         expected=None if added else _expected(embedding, vectors, metric, train, journal, config.seed),
         **_beside(head, fixed, embedding, vectors, metric, journal, config.seed),
         sound=found.sound,
@@ -285,14 +288,6 @@ def _same(before: Predictions, now: Predictions, key: str) -> tuple[Predictions,
     if not equal.any():
         raise HeadError(f"{key}: none of its test images is one any more; run `manyheads heads` again")
     return before.rows(equal), now.rows(equal)
-
-
-def _added(before: Target, said: HeadPredictions) -> tuple[NewClass, ...]:
-    def new(name: str) -> NewClass:
-        own, in_training = said.test.labels == name, said.out_of_fold.labels == name  # type: ignore[union-attr]
-        return NewClass(name, int(own.sum() + in_training.sum()), int(own.sum()), int(said.test.correct[own].sum()))
-
-    return tuple(map(new, sorted(set(said.classes) - set(before.classes)) if before.exclusive else ()))
 
 
 def _expected(

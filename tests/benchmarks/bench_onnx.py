@@ -136,7 +136,7 @@ def main() -> None:
         export.MOST_IMAGES = usual
         whole, file = arguments.output / task, arguments.output / f"{task}.onnx"
         print(f"best{' of each' * (len(each) > 1)}: {proven(whole, None, file)}")
-        if file.exists() and not Artifacts(whole).each_target():
+        if file.exists() and "" in Artifacts(whole).each_target():
             print(f"  {speed(whole, file)}, one image at a time, by processor time of one thread", flush=True)
 
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,11 +39,11 @@ def recommend(leaderboard: Leaderboard, output: Path) -> Leaderboard:
         return leaderboard
     said = {key: found for key, found in read_predictions(leaderboard, output).items() if leaderboard.row(key).sound}
     best, metric, seed = leaderboard.best.key, leaderboard.metric, int(leaderboard.provenance.get("seed", 0))
-    held_out = _same_images({key: found.out_of_fold for key, found in said.items()}, best, metric, True)
+    held_out = _same_images(said, "out_of_fold", best, metric)
     if best not in held_out:
         return replace(leaderboard, recommendation=None)
     folds = {row.key: row.cv_scores for row in leaderboard.rows}
-    test = _same_images({key: found.test for key, found in said.items()}, best, metric)
+    test = _same_images(said, "test", best, metric)
     ordered = {row.key: held_out[row.key] for row in leaderboard.rows if row.key in held_out}
     differences = compare(ordered, best, test, folds, seed, metric)
     recommended, reason = _choose(leaderboard, differences, ordered[best])
@@ -84,18 +84,19 @@ def read_trials(leaderboard: Leaderboard, output: Path) -> dict[str, Trials]:
 
 
 def _same_images(
-    sets: Mapping[str, Predictions | None], best: str, metric: Metric, as_searched: bool = False
+    said: Mapping[str, HeadPredictions], which: Literal["test", "out_of_fold"], best: str, metric: Metric
 ) -> dict[str, Predictions]:
-    """Return the predictions of the rows that saw the best row's images in the same order.
+    """Return one part of the predictions of the rows that saw the best row's images in the same order.
 
-    A search that is scored by probabilities judges a head's own (`as_searched`); users get calibrated ones, which the test
+    A search that is scored by probabilities judges a head's own, out of fold; users get calibrated ones, which the test
     images are compared by. A row without what the metric looks at takes no part.
     """
-    reference, found = sets.get(best), dict[str, Predictions]()
-    for key, part in sets.items():
+    reference, found = getattr(said.get(best), which, None), dict[str, Predictions]()
+    for key, both in said.items():
+        part = both.test if which == "test" else both.out_of_fold
         if part is None or reference is None or not np.array_equal(np.asarray(part.paths), np.asarray(reference.paths)):
             continue
-        own = part.scores if as_searched else part.probabilities
+        own = part.probabilities if which == "test" else part.scores
         if own is not None or not metric.needs_probabilities:
             found[key] = replace(part, y_true=reference.y_true, probabilities=own, units=reference.units)
     return found

@@ -212,10 +212,10 @@ class Leaks:
 
         rows : the best row and, if it is another, the recommended one; metric : what the test is told by
         """
+        unit = metric.percent
 
         def told(key: str, without: float, score: float) -> str:
-            text, sign = metric.text, metric.percent
-            return f"{key} has {metric.title} {text(without)}{sign} in place of {text(score)}{sign}"
+            return f"{key} has {metric.title} {metric.text(without)}{unit} in place of {metric.text(score)}{unit}"
 
         tests, held_out = list[str](), list[str]()
         for row in rows:

@@ -114,7 +114,7 @@ class Leaderboard:
         """Return the whole leaderboard as JSON text."""
         record = {
             "best": self.best.key if self.rows else None,
-            "rows": [row.to_record() for row in self.rows],
+            "rows": list(map(LeaderboardRow.to_record, self.rows)),
             "verdict": asdict(self.recommendation) if self.recommendation else None,
             "leaks": asdict(self.leaks) if self.leaks else None,
             "provenance": self.provenance,
@@ -160,7 +160,7 @@ class Leaderboard:
         for line in self.warnings():
             lines += [f"> {line}", ""]
         lines += [self._table(self.ranked, "github"), ""]
-        lines += [f"- {line}" for line in self.notes()]
+        lines += map("- {}".format, self.notes())
         for rows in self.apart:
             title, words = apart_words(rows)
             lines += ["", f"## {title}", "", words, "", self._table(rows, "github")]
@@ -180,14 +180,14 @@ class Leaderboard:
         # Where everything else is accuracy too, the table need not say so.
         short = "" if metric is told_by is ACCURACY else " acc." if told_by is ACCURACY else f" {told_by.title}"
         asked = [name for name in ("nested", "seeds") if any(getattr(row, name) for row in rows)]
-        others = [other for other in metrics_for(self.target) if other.column and other is not told_by]
+        others = {other.column: other for other in metrics_for(self.target) if other.column and other is not told_by}
         headers = ["", "embedding", "head", f"CV {metric.title}", *asked, f"test{short} [95 %]"]
-        headers += [*(other.column or "" for other in others), "fit s", "pred. s", "trials", "note"]
+        headers += [*others, "fit s", "pred. s", "trials", "note"]
         for row in rows:
             cells = [self.mark(row), row.embedding, row.head, cross_validated(row, self.scoring)]
             cells += [repeated(row, name, metric)[0] for name in asked]
             cells.append(test_text(row.test, told_by))
-            for other in others:
+            for other in others.values():
                 value = None if row.test is None else row.test[other.name]
                 cells.append("" if value is None else other.user_text(value))
             cells += [seconds(row.fit_seconds), seconds(row.predict_seconds), str(row.trials), row.note]
@@ -211,9 +211,10 @@ class Leaderboard:
         """
         if not self.rows:
             return []
-        looked_at = [row for row in self.rows if row.key in (self.best.key, self.recommended.key)]
-        lines, warned, text = self.leaks.lines(looked_at, self.told_by) if self.leaks else [], [], self.metric.text
-        surprised: dict[str, list[str]] = {side: [] for side in SURPRISES}
+        looked_at = list(dict.fromkeys([self.best.key, self.recommended.key]))
+        lines, warned, text = [], [], self.metric.text
+        if self.leaks:
+            lines += self.leaks.lines(list(map(self.row, looked_at)), self.told_by)
         for row in self.rows:
             fit = row.last_fit
             if fit is not None and not (fit.sound and fit.tries == 1):
@@ -228,22 +229,19 @@ class Leaderboard:
                     told = ", ".join(f"{count} x {name}" for name, count in found.items())
                     warned.append(f"{row.key} {where} {told}")
             if row.surprise and row.test and row.expected_test:
-                low, high = row.expected_test
-                told = f"{row.key} {100 * row.test.accuracy:.1f}, expected {100 * low:.1f} to {100 * high:.1f}"
-                surprised[row.surprise].append(told)
-        lines += [
-            f"Test accuracy {side} the 99.9 % interval that cross-validation lets expect: {'; '.join(told)}: {SURPRISES[side]}."
-            for side, told in surprised.items()
-            if told
-        ]
+                score, low, high = map(ACCURACY.text, (row.test.accuracy, *row.expected_test))
+                lines.append(
+                    f"{row.key}: test accuracy {score} is {row.surprise} the 99.9 % interval that cross-validation lets expect, {low} to "
+                    f"{high}: {SURPRISES[row.surprise]}."
+                )
         return [*lines, f"Warnings while fitting: {'; '.join(warned)}."] if warned else lines
 
     def notes(self) -> list[str]:
         """Return what must be said beside the table, one sentence each."""
         if not self.rows:
             return ["No rows."]
-        notes = [*self._score_notes(), *self._recommendation_notes(), *self._row_notes()]
-        return notes + [str(note) for note in self.provenance.get("notes", ())]
+        of_run = map(str, self.provenance.get("notes", ()))
+        return [*self._score_notes(), *self._recommendation_notes(), *self._row_notes(), *of_run]
 
     def _score_notes(self) -> list[str]:
         """Say what the scores are."""
@@ -278,7 +276,7 @@ class Leaderboard:
         found, best, recommended, lines = self.recommendation, self.best, self.recommended, []
         if found is None:
             return []
-        others = sum(key != best.key for key in found.no_evidence)
+        others = len({*found.no_evidence} - {best.key})
         if others:
             lines.append(
                 f"~ marks {number_of(others, 'more row')} with no evidence of a difference from the best "
@@ -409,7 +407,7 @@ def leaderboard_of(record: Mapping[str, Any], path: Path) -> Leaderboard:
     """Return the leaderboard that a document holds; `path` names it in errors."""
     try:
         return Leaderboard(
-            tuple(LeaderboardRow.from_record(raw) for raw in record["rows"]),
+            tuple(map(LeaderboardRow.from_record, record["rows"])),
             record["provenance"],
             from_plain(Recommendation | None, record["verdict"]),
             from_plain(Leaks | None, record.get("leaks")),
@@ -420,7 +418,7 @@ def leaderboard_of(record: Mapping[str, Any], path: Path) -> Leaderboard:
 
 def seconds(value: float) -> str:
     """Return a duration in seconds with as many digits as it deserves."""
-    digits = sum(value < least for least in (100, 10, 0.095))
+    digits = (value < 100) + (value < 10) + (value < 0.095)
     return f"{value:.{digits}f}"
 
 

@@ -121,7 +121,7 @@ def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: in
         pipeline = fit_on_all(problem, params, y, jobs)
         seconds = time.perf_counter() - start
         with working_memory(problem.work_bytes):
-            parts = [problem.target.answers(pipeline, block)[:2] for _, block in blocks(problem.X)]
+            parts = [problem.target.recalled(pipeline, block) for _, block in blocks(problem.X)]
     labels, target = np.concatenate([labels for labels, _ in parts]), problem.target
     looked_at = metric.needs_probabilities or (metric.threshold and not target.exclusive)
     columns = np.concatenate([columns for _, columns in parts]) if looked_at else None
