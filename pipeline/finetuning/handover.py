@@ -43,12 +43,7 @@ UNSEEN_MARGIN = 10.0
 def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> Network:
     """Load the network behind an embedding, and check that the stored vectors are what enters its last layer.
 
-    Raises
-    ------
-    TrainingError
-        When they are not.
-    BackboneError
-        When the weights or a library have changed since.
+    TrainingError where they are not, BackboneError where the weights or a library have changed since.
     """
     record = choice.record
     trusted = record.section in config.sections
@@ -95,11 +90,7 @@ def starting_layer(config: Config, choice: Choice, store: FeatureStore, parts: P
 
     The head is fitted anew, with stage two's parameters, on the images that stage three learns from: stage two's own has
     seen the validation images, on which it would look better than it is.
-
-    Raises
-    ------
-    TrainingError
-        When the head was fitted for another target than the data have.
+    TrainingError where the head was fitted for another target than the data have.
     """
     linear, bundle, width = choice.linear, choice.head, parts.target.width
     if linear is None or bundle is None:

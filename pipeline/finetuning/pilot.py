@@ -96,11 +96,7 @@ def pilot(config: Config, network: Network, layer: Layer, parts: Parts, balanced
     """Train for a few steps on two parts of the training images, each time from the handed-over head.
 
     `network` is left trained; `balanced` is that of `Choice`.
-
-    Raises
-    ------
-    TrainingError
-        When an image cannot be read, or the loss is no number.
+    TrainingError where an image cannot be read, or the loss is no number.
     """
     began = time.perf_counter()
     target, settings, prepared = parts.target, config.finetune, network.preprocessing

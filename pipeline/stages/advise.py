@@ -51,10 +51,7 @@ EIGHTY = 1.2816 / 1.96
 def run(config: Config) -> Advice:
     """Advise what to do next, or read the advice that was given on the same features and rows.
 
-    Raises
-    ------
-    PipelineError
-        When stages one and two have not been run, or the target or embedding cannot be fine-tuned.
+    PipelineError where stages one and two have not been run, or the target or embedding cannot be fine-tuned.
     """
     files = Artifacts(config.output, config.store)
     choice = choose(config, files)

@@ -57,11 +57,7 @@ def run(config: Config) -> FinetuneRun | None:
     """Fine-tune a backbone of the leaderboard and say whether it was worth it; None where the advice is followed, and is against it.
 
     A finished run is kept; a stopped one goes on from its last checkpoint.
-
-    Raises
-    ------
-    PipelineError
-        When stages one and two have not been run, the target, embedding or head cannot be fine-tuned, or the plan is wrong.
+    PipelineError where stages one and two have not been run, the target, embedding or head cannot be fine-tuned, or the plan is wrong.
     """
     if config.finetune.unfreeze == "auto":
         advice = advise.run(config)
@@ -161,10 +157,7 @@ def _make_task(
 ) -> tuple[TrainingTask, Data]:
     """Bring network, plan and pixels together, and say what will be trained, while a mistake still costs nothing.
 
-    Raises
-    ------
-    TrainingError
-        When the plan cannot be followed or an image cannot be read.
+    TrainingError where the plan cannot be followed or an image cannot be read.
     """
     device, settings, prepared = resolve_device(config.extraction.device), config.finetune, network.preprocessing
     _, precision, reason = resolve_precision(config.extraction.precision, device)
