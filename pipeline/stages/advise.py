@@ -112,7 +112,7 @@ def signs(config: Config, choice: Choice) -> tuple[dict[str, Any], Pilot, Parts]
     )
     network = open_network(config, choice, store, parts)
     layer, _ = starting_layer(config, choice, store, parts)
-    tried = pilot(config, network, layer, parts, choice.balanced)
+    tried = pilot(config, choice, network, layer, parts)
     try:
         copies = len({pair.other for pair in read_findings(files.audit).near_duplicates})
     except PipelineError:
