@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config import ARCHIVES
-from pipeline.data.failures import noticed, shown
-from pipeline.data.walk import SPLIT_NAMES, Folder, Listing, Walk, is_hidden, is_image_name
+from pipeline.data.failures import shown
+from pipeline.data.walk import SPLIT_NAMES, Folder, Listing, is_hidden, is_image_name
 from pipeline.errors import DatasetError, first, number_of
 from pipeline.images import Refused, entries, forget, inside, open_archive, read_elsewhere
 from pipeline.io.remote import address_of
@@ -104,17 +104,12 @@ def list_folder(root: Path, labelled: bool = True) -> Listing:
         )
     if labelled and (archives or is_archive):
         return _list_archives(root, archives)
-    walk, listing = _begun(root, os.path.realpath(root))
+    listing = Listing(root, os.path.realpath(root))
     if labelled:
-        _add_layout(listing, walk)
+        _add_layout(listing)
     for start in () if labelled else [f"{name}/" for name in archives] or [""]:
-        _add_images(listing, walk, start, "")
+        _add_images(listing, start, "")
     return listing
-
-
-def _begun(root: Path, inside: str = "/") -> tuple[Walk, Listing]:
-    walk = Walk(root, inside)
-    return walk, Listing(root, entries=walk.entries, ignored=walk.ignored)
 
 
 def _list_archives(root: Path, names: Sequence[str]) -> Listing:
@@ -122,20 +117,19 @@ def _list_archives(root: Path, names: Sequence[str]) -> Listing:
     listing = Listing(root)
     if _add_web_dataset(listing, names or [""]):
         return listing
-    look = Walk(root)
-    walk, listing = _begun(root if names else root / _descend(look, ""))
+    look = Listing(root)
     if not names:
-        _add_layout(listing, walk)
-        return listing
+        listing = Listing(root / _descend(look, ""))
+        _add_layout(listing)
     for name, split in zip(names, splits_of(names), strict=True):
         if problem := open_archive(address_of(root / name) or f"{root}/{name}").problem:
-            walk.pass_over(name, "truncated", problem)
+            listing.pass_over(name, "truncated", problem)
         top = _descend(look, f"{name}/")
-        _add_classes(listing, walk, walk.read(top), top, split)
+        _add_classes(listing, listing.read(top), top, split)
     return listing
 
 
-def _descend(look: Walk, path: str) -> str:
+def _descend(look: Listing, path: str) -> str:
     """Return the folder in an archive that holds the classes: the one in it, where somebody has packed a folder as a whole."""
     while True:
         found = look.read(path)
@@ -145,52 +139,52 @@ def _descend(look: Walk, path: str) -> str:
         path += f"{found.folders[0]}/"
 
 
-def _add_layout(listing: Listing, walk: Walk) -> None:
-    """List the images below the root of a walk by its class folders, or splits above them."""
-    top = walk.read("")
+def _add_layout(listing: Listing) -> None:
+    """List the images below the root by its class folders, or splits above them."""
+    top = listing.read("")
     splits = [SPLIT_NAMES.get(name.lower(), "") for name in top.folders]
     if not top.folders or not all(splits):
-        _refuse_half_splits(walk.root, dict(zip(top.folders, splits, strict=True)))
-        _add_classes(listing, walk, top, "", "")
+        _refuse_half_splits(listing.root, dict(zip(top.folders, splits, strict=True)))
+        _add_classes(listing, top, "", "")
         return
-    _pass_over_images(walk, top, "")
+    _pass_over_images(listing, top, "")
     for name, split in zip(top.folders, splits, strict=True):
-        found = walk.read(f"{name}/")
+        found = listing.read(f"{name}/")
         if found.folders or found.images:
-            _add_classes(listing, walk, found, f"{name}/", split)
+            _add_classes(listing, found, f"{name}/", split)
 
 
-def _pass_over_images(walk: Walk, found: Folder, path: str) -> None:
+def _pass_over_images(listing: Listing, found: Folder, path: str) -> None:
     for name in found.images:
-        walk.pass_over(path + name, "not_in_a_class", "it is in no class folder, so it has no label")
+        listing.pass_over(path + name, "not_in_a_class", "it is in no class folder, so it has no label")
 
 
-def _add_classes(listing: Listing, walk: Walk, found: Folder, above: str, split: str) -> None:
+def _add_classes(listing: Listing, found: Folder, above: str, split: str) -> None:
     """List the images of the class folders in a folder; DatasetError where there are none."""
     if not found.folders:
-        place = f"{address_of(walk.root) or walk.root}/{above}".rstrip("/")
+        place = f"{address_of(listing.root) or listing.root}/{above}".rstrip("/")
         raise DatasetError(
             f"{place}: holds no class folders ({number_of(len(found.images), 'image')} at its top); put the images of each class in a "
             "folder of its own, or list them in a CSV manifest (path,label) with dataset.source: manifest; `manyheads embed` takes "
             "photos that have no labels yet",
-            [each.reason for each in walk.entries if each.status == "truncated"],
+            [each.reason for each in listing.entries if each.status == "truncated"],
         )
-    _pass_over_images(walk, found, above)
+    _pass_over_images(listing, found, above)
     for name in found.folders:
-        if not _add_images(listing, walk, f"{above}{name}/", unicodedata.normalize("NFC", name), split):
+        if not _add_images(listing, f"{above}{name}/", unicodedata.normalize("NFC", name), split):
             listing.warnings.append(f"class folder {shown(above + name)} holds no images")
 
 
-def _add_images(listing: Listing, walk: Walk, start: str, label: str, split: str = "") -> bool:
+def _add_images(listing: Listing, start: str, label: str, split: str = "") -> bool:
     """List all images from a folder down under one label; return whether there are any."""
     before = len(listing.images)
-    for path, found in walk.below(start):
+    for path, found in listing.below(start):
         plain = _is_text(path)
         for file, stat in found.images.items():
             if plain and (file.isascii() or _is_text(file)):
                 listing.images.append((path + file, label, split, "", "", stat))
             else:
-                walk.pass_over(path + file, "bad_name", "its name is not UTF-8 text; rename it")
+                listing.pass_over(path + file, "bad_name", "its name is not UTF-8 text; rename it")
     return len(listing.images) > before
 
 
@@ -202,7 +196,7 @@ def _is_text(name: str) -> bool:
 def _refuse_half_splits(root: Path, splits: Mapping[str, str]) -> None:
     """Classes called train and test that hold nothing but folders are splits with something else beside them."""
     named = [name for name, split in splits.items() if split]
-    look = Walk(root)  # the listing's own walk will say what is wrong in there
+    look = Listing(root)  # the listing's own walk will say what is wrong in there
     found = [look.read(f"{name}/") for name in named]
     if len(named) > 1 and all(folder.folders and not folder.images for folder in found):
         others = ", ".join(shown(name) for name in splits if name not in named)
@@ -226,16 +220,16 @@ def _add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
     for name, split in zip(names, splits_of(names), strict=True):
         archive = open_archive(places[name])
         if archive.problem:
-            listing.entries.append(noticed(name or listing.root.name, "truncated", archive.problem))
+            listing.pass_over(name or listing.root.name, "truncated", archive.problem)
         for files in found[name].values():
             label = _label(places[name], files)
             for image in filter(is_image_name, files.values()):
                 path, about = f"{name}/{image}".lstrip("/"), archive.members[image]
                 if isinstance(about, Refused):
-                    listing.entries.append(noticed(path, *about))
+                    listing.pass_over(path, *about)
                 elif not label:
                     told = "it has no label: no .cls, .json or .txt of its key says one"
-                    listing.entries.append(noticed(path, "not_in_a_class", told))
+                    listing.pass_over(path, "not_in_a_class", told)
                 else:
                     listing.images.append((path, label, split, "", "", about))
     return True

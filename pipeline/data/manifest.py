@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from pipeline.config import NO_LABELS, DatasetConfig, guess, parse
-from pipeline.data.failures import noticed, shown
+from pipeline.data.failures import shown
 from pipeline.data.folder import archives_of, splits_of
 from pipeline.data.index import EXCLUDED, LABEL, SEPARATOR
 from pipeline.data.walk import SPLIT_NAMES, ListedImage, Listing, is_folder
@@ -298,7 +298,7 @@ def _find_files(listing: Listing, images: Sequence[ListedImage]) -> None:
         except (OSError, UnicodeEncodeError) as error:
             found = Refused("unreadable", f"it cannot be read: {getattr(error, 'strerror', None) or error}")
         if isinstance(found, Refused):
-            listing.entries.append(noticed(path, *found))
+            listing.pass_over(path, *found)
         else:
             listing.images.append((path, *told, found))  # type: ignore[arg-type]
 

@@ -46,18 +46,6 @@ The label is a tuple where the source has several columns; split, group and doma
 """
 
 
-@dataclass
-class Listing:
-    """The images of a source as found by one walk, what was passed over, and what the columns of labels are called in the index."""
-
-    root: Path
-    images: list[ListedImage] = field(default_factory=list)
-    entries: list[Failure] = field(default_factory=list)
-    ignored: Counter[str] = field(default_factory=Counter)
-    warnings: list[str] = field(default_factory=list)
-    names: tuple[str, ...] = (LABEL,)
-
-
 def is_image_name(name: str) -> bool:
     """Whether a file name ends as an image's does, in any case."""
     return name.rpartition(".")[2].lower() in EXTENSIONS
@@ -92,17 +80,21 @@ class Folder:
 
 
 @dataclass
-class Walk:
-    """A walk below `root`, and what it passed over: `entries` has a line for each file, `ignored` counts of the rest.
+class Listing:
+    """What a source holds below `root`: its images, a line for each file that is passed over, and counts of the rest.
 
-    Paths are relative to the root; those of folders end in '/', and the root's own is ''. Symbolic links are followed to files below
-    `inside`. The root, or a folder in it, may be an archive, the root also remote.
+    Folders are walked with `below` or `read`, which take no image in by themselves. Paths are relative to the root; those of folders end
+    in '/', and the root's own is ''. Symbolic links are followed to files below `inside`. The root, or a folder in it, may be an archive,
+    the root also remote. `names` is what the columns of labels are called in the index.
     """
 
     root: Path
     inside: str = "/"
+    images: list[ListedImage] = field(default_factory=list)
     entries: list[Failure] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
+    warnings: list[str] = field(default_factory=list)
+    names: tuple[str, ...] = (LABEL,)
 
     def below(self, start: str = "") -> Iterator[tuple[str, Folder]]:
         """Yield every folder from `start` down with what it holds, in the order of their names."""
