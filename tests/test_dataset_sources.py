@@ -17,9 +17,8 @@ from PIL import Image
 from pipeline.config import DatasetConfig
 from pipeline.data import manifest
 from pipeline.data.failures import shown
-from pipeline.data.folder import list_folder
+from pipeline.data.folder import Listing, list_folder
 from pipeline.data.sources import torchvision_manifest, written_once
-from pipeline.data.walk import Listing
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.images import NO_IMAGE
 

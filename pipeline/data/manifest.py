@@ -25,9 +25,8 @@ import pyarrow.parquet
 
 from pipeline.config import NO_LABELS, DatasetConfig, guess, parse
 from pipeline.data.failures import shown
-from pipeline.data.folder import archives_of, splits_of
+from pipeline.data.folder import SPLIT_NAMES, ListedImage, Listing, archives_of, is_folder, splits_of
 from pipeline.data.index import EXCLUDED, LABEL, SEPARATOR
-from pipeline.data.walk import SPLIT_NAMES, ListedImage, Listing, is_folder
 from pipeline.errors import DatasetError, first, number_of
 from pipeline.images import Refused, Stat, entries, forget, image_columns, open_archive, opened, stat_of
 from pipeline.io.files import make_folder, write_atomic

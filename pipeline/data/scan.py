@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import NO_LABELS, DatasetConfig, unknown
 from pipeline.data.failures import REMARKS, Failure, noticed, read_failures, remembered, shown, write_failures
+from pipeline.data.folder import Listing
 from pipeline.data.index import (
     INDEX_FILE,
     SEPARATOR,
@@ -34,7 +35,6 @@ from pipeline.data.reading import StatCache, read_cache, read_digests
 from pipeline.data.sources import list_source
 from pipeline.data.splits import Copies, apply_leaks, find_copies, make_test_split, prior_sides
 from pipeline.data.targets import TARGETS, as_number, countable, kind_of
-from pipeline.data.walk import Listing
 from pipeline.errors import DatasetError, first, number_of
 from pipeline.images import inside
 from pipeline.io.remote import address_of

@@ -24,11 +24,10 @@ from numpy.typing import NDArray
 from pipeline.config import checked_device, names_vectors
 from pipeline.data import REMARKS, DatasetIndex, Failure
 from pipeline.data.failures import shown as as_named
-from pipeline.data.folder import archives_of, is_pattern
+from pipeline.data.folder import Listing, archives_of, is_folder, is_pattern
 from pipeline.data.index import INDEX_FILE
 from pipeline.data.scan import passed_over_lines
 from pipeline.data.targets import Target
-from pipeline.data.walk import Listing, is_folder
 from pipeline.embed.baselines import no_network
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord, Places, open_networks

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import DatasetIndex
-from pipeline.data.walk import Listing, is_folder
+from pipeline.data.folder import Listing, is_folder
 from pipeline.embed.records import EmbeddingRecord, choose, open_features, read_records
 from pipeline.embed.transformer import digests_of
 from pipeline.errors import DatasetError, PipelineError, first, number_of
