@@ -270,7 +270,7 @@ class TestManifest:
             self.write(tmp_path, "path,label\na/1.png,x\na/9.png,x\nq/1.png,y\na/dir.png,y\na/1.png/z,y\n")
         )
         assert rows(listing) == [("a/1.png", "x")]
-        assert [image[5] for image in listing.images] == [(7, *_times(tmp_path / "a/1.png"))]
+        assert [image[5:] for image in listing.images] == [(7, *_times(tmp_path / "a/1.png"))]
         assert entries(listing) == [
             ("a/1.png/z", "missing"),
             ("a/9.png", "missing"),

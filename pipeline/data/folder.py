@@ -46,8 +46,8 @@ SPLIT_NAMES = {
 _HIDDEN = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx"})
 
 
-ListedImage = tuple[str, str | tuple[str, ...], str, str, str, Stat]
-"""Path of an image below the root, label, split, group, domain, and what tells whether it was touched; a plain tuple, as there are many.
+ListedImage = tuple[str, str | tuple[str, ...], str, str, str, int, int, int]
+"""Path of an image below the root, label, split, group, domain, and the three numbers of its `Stat`; one plain tuple, as there are many.
 
 The label is a tuple where the source has several columns; split, group and domain are '' where it has none.
 """
@@ -372,7 +372,7 @@ def _add_images(listing: Listing, start: str, label: str, split: str = "") -> bo
         plain = _is_text(path)
         for file, stat in found.images.items():
             if plain and (file.isascii() or _is_text(file)):
-                listing.images.append((path + file, label, split, "", "", stat))
+                listing.images.append((path + file, label, split, "", "", *stat))
             else:
                 listing.pass_over(path + file, "bad_name", "its name is not UTF-8 text; rename it")
     return len(listing.images) > before
@@ -421,7 +421,7 @@ def _add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
                     told = "it has no label: no .cls, .json or .txt of its key says one"
                     listing.pass_over(path, "not_in_a_class", told)
                 else:
-                    listing.images.append((path, label, split, "", "", about))
+                    listing.images.append((path, label, split, "", "", *about))
     return True
 
 

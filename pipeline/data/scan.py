@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -144,9 +143,9 @@ def _read_changed(
     of shape (n, 3), the files that could not be read, and how many were.
     """
     images = sorted(listing.images, key=itemgetter(0))
-    columns: list[list[Any]] = [[image[place] for image in images] for place in range(6)]
-    names, labels, splits, groups, domains, touched = columns
-    paths, stats = texts(names), np.fromiter(chain.from_iterable(touched), np.int64, 3 * len(names)).reshape(-1, 3)
+    columns: list[list[Any]] = [[image[place] for image in images] for place in range(8)]
+    names, labels, splits, groups, domains, *touched = columns
+    paths, stats = texts(names), np.array(touched, dtype=np.int64).T.copy()
     known, digests = cache.known(paths, stats)
     if rehash:
         known[:] = False
