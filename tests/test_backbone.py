@@ -47,6 +47,31 @@ FAMILIES = {
 }
 
 
+STAGES = {
+    # name: the nodes at which stages end
+    "resnet18": ["bn1", "layer1.1.relu_1", "layer2.1.relu_1", "layer3.1.relu_1", "layer4.1.relu_1"],
+    "densenet121": ["features.norm0", *(f"features.denseblock{number}.cat" for number in (1, 2, 3)), "features.norm5"],
+    "convnext_tiny": [
+        "features.0.1.permute_1",
+        "features.1.2.add",
+        "features.3.2.add",
+        "features.5.8.add",
+        "features.7.2.add",
+    ],
+    "swin_t": ["features.0.2", "features.1.1.add_1", "features.3.1.add_1", "features.5.5.add_1", "norm"],
+    "vit_b_32": ["conv_proj", *(f"encoder.layers.encoder_layer_{number}.add_1" for number in range(11)), "encoder.ln"],
+    "squeezenet1_1": ["features.0", "features.4.cat", "features.7.cat", "features.12.cat"],
+    "efficientnet_lite0": [
+        "stem.act",
+        "stages.0.0.1.act",
+        "stages.1.1.add",
+        "stages.2.1.add",
+        "stages.4.2.add",
+        "head.act",
+    ],
+}
+
+
 @pytest.fixture
 def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
@@ -77,16 +102,22 @@ def small() -> backbone.Backbone:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_penultimate_is_the_input_of_the_classifier_in_every_family(name: str) -> None:
+def test_penultimate_is_the_input_of_the_classifier_in_every_family_and_stages_end_where_resolution_or_a_block_ends(
+    name: str,
+) -> None:
     # Without weights (meta tensors) the graph and its shapes are all that is computed, so the real architectures are cheap.
     model = weights.build_empty(name, {})
-    traced = graph.trace(model)
+    found = graph.trace(model)
+    if name in STAGES:
+        stages = graph.stage_ends(model, found, (224, 224))
+        assert list(stages) == ["stem", *(f"stage{number}" for number in range(1, len(stages)))]
+        assert list(stages.values()) == STAGES[name]
     expected, expected_node = FAMILIES[name]
-    (node,) = graph.resolve(traced, ["penultimate"])
+    (node,) = graph.resolve(found, ["penultimate"])
     assert node == expected_node
-    head = model.get_submodule(str(graph.classifier(traced[0]).target))
+    head = model.get_submodule(str(graph.classifier(found[0]).target))
     size = 299 if name == "inception_v3" else 224
-    cut = graph.cut(traced, [node])
+    cut = graph.cut(found, [node])
     with torch.inference_mode():
         (output,) = cut(torch.empty(2, 3, size, size, device="meta"))
     assert tuple(output.shape) == (2, *(expected if isinstance(expected, tuple) else (expected,)))
@@ -216,39 +247,6 @@ def test_all_wrong_poolings_of_all_layers_are_told_at_once() -> None:
     assert [line.split("'")[1] for line in caught.value.problems] == ["layer3.1.relu_1"] * 2 + [
         "layer4.1.relu_1"
     ] * 2 + ["flatten"] * 2
-
-
-STAGES = {
-    # name: the nodes at which stages end
-    "resnet18": ["bn1", "layer1.1.relu_1", "layer2.1.relu_1", "layer3.1.relu_1", "layer4.1.relu_1"],
-    "densenet121": ["features.norm0", *(f"features.denseblock{number}.cat" for number in (1, 2, 3)), "features.norm5"],
-    "convnext_tiny": [
-        "features.0.1.permute_1",
-        "features.1.2.add",
-        "features.3.2.add",
-        "features.5.8.add",
-        "features.7.2.add",
-    ],
-    "swin_t": ["features.0.2", "features.1.1.add_1", "features.3.1.add_1", "features.5.5.add_1", "norm"],
-    "vit_b_32": ["conv_proj", *(f"encoder.layers.encoder_layer_{number}.add_1" for number in range(11)), "encoder.ln"],
-    "squeezenet1_1": ["features.0", "features.4.cat", "features.7.cat", "features.12.cat"],
-    "efficientnet_lite0": [
-        "stem.act",
-        "stages.0.0.1.act",
-        "stages.1.1.add",
-        "stages.2.1.add",
-        "stages.4.2.add",
-        "head.act",
-    ],
-}
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_stages_end_in_every_family_where_its_resolution_or_its_block_ends(name: str) -> None:
-    module = weights.build_empty(name, {})
-    found = graph.stage_ends(module, graph.trace(module), (224, 224))
-    assert list(found) == ["stem", *(f"stage{number}" for number in range(1, len(found)))]
-    assert list(found.values()) == STAGES[name]
 
 
 def test_layers_and_poolings_are_embeddings_of_one_pass_and_what_is_a_vector_already_is_not_doubled(
@@ -578,10 +576,10 @@ def test_without_network_the_file_and_its_folder_are_named(hub: Path, monkeypatc
 
 def test_enum_weights_bring_their_own_preprocessing(hub: Path) -> None:
     hub.mkdir()
-    model = weights.build("squeezenet1_1", {})
-    torch.save(model.state_dict(), hub / "squeezenet1_1-b8a52dc0.pth")
-    made = backbone.load(BackboneConfig(name="squeezenet1_1", weights="IMAGENET1K_V1"), FP32, 0)
-    assert made.specs[0].name == "squeezenet1_1-IMAGENET1K_V1-penultimate"
+    model = weights.build("shufflenet_v2_x0_5", {})
+    torch.save(model.state_dict(), hub / "shufflenetv2_x0.5-f707e7126e.pth")
+    made = backbone.load(BackboneConfig(name="shufflenet_v2_x0_5", weights="IMAGENET1K_V1"), FP32, 0)
+    assert made.specs[0].name == "shufflenet_v2_x0_5-IMAGENET1K_V1-penultimate"
     assert not made.specs[0].untrained
     assert (made.preprocessing.resize, made.preprocessing.crop, made.preprocessing.mean) == (
         256,
@@ -613,9 +611,9 @@ def test_unknown_names_get_a_guess() -> None:
     with pytest.raises(BackboneError, match=r"squeezenet1_1 cannot be built with arguments {'width': 2}: .*width"):
         load("squeezenet1_1", arguments={"width": 2})
     with pytest.raises(
-        BackboneError, match=r"alexnet cannot take images of 32 x 32 pixels \(.*\); change preprocessing.crop"
+        BackboneError, match=r"squeezenet1_1 cannot take images of 8 x 8 pixels \(.*\); change preprocessing.crop"
     ):
-        load("alexnet")
+        load("squeezenet1_1", preprocessing=PreprocessingConfig(resize=8, crop=8))
 
 
 def test_a_section_is_checked_without_fetching_or_loading_anything(hub: Path) -> None:

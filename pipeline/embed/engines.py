@@ -7,7 +7,6 @@ network are, never by timing them, so that the same machine gives the same answe
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import ExtractionConfig
 from pipeline.errors import BackboneError, first_line
+from pipeline.io.process import version
 
 if TYPE_CHECKING:
     import torch
@@ -78,15 +78,6 @@ def cpu_flags() -> frozenset[str]:
 def native_bf16(flags: frozenset[str]) -> frozenset[str]:
     """Return those of a processor's flags by which bf16 is quicker than fp32: matrix units (AMX), or AVX512-BF16 but on Intel's."""
     return frozenset() if "GenuineIntel" in flags and "amx_bf16" not in flags else flags & NATIVE_BF16
-
-
-@cache
-def version(name: str) -> str | None:
-    """Return the version of an installed package; None where it is not."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def choice_inputs() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pipeline.config import (
     names_vectors,
 )
 from pipeline.embed import baselines
-from pipeline.embed.engines import choice_inputs, engine_at_hand, version
+from pipeline.embed.engines import choice_inputs, engine_at_hand
 from pipeline.embed.published import BUNDLED, about_stand_in, joined, require_permitted
 from pipeline.embed.spec import EMBED_VERSION, EmbeddingModel, EmbeddingSpec, embedding_name
 from pipeline.errors import BackboneError, PipelineError, StoreError
@@ -31,6 +31,7 @@ from pipeline.experiment import FEATURES, SPECS, Artifacts, from_plain, read_doc
 from pipeline.images import DECODE_MODES, DECODE_POLICY
 from pipeline.io.digests import fingerprint
 from pipeline.io.files import make_folder
+from pipeline.io.process import version
 from pipeline.store import FeatureStore, JoinedStores, differences
 
 logger = logging.getLogger(__name__)

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from pipeline.config import LOCAL_DIR, TIMM_NAMES, TIMM_PREFIX, names_timm
-from pipeline.embed.engines import version
 from pipeline.embed.graph import POOLED, UNPOOLED
 from pipeline.embed.published import NO_DOWNLOAD, UNKNOWN, Arguments, Family, Fetch, Published, tensors_digest
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
+from pipeline.io.process import version
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ A head takes *vectors*, so a bundle needs no torch; `predict` joins it to a back
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +50,7 @@ from pipeline.experiment import (
 )
 from pipeline.io.digests import bytes_digest
 from pipeline.io.files import write_atomic
-from pipeline.io.process import instead, look_in
+from pipeline.io.process import instead, look_in, version
 
 with instead({"sklearn.externals.array_api_compat.torch": None}):
     # skops lists scikit-learn's types by importing all its packages; this one would load torch, for which heads have no use.
@@ -160,7 +159,7 @@ def logits(raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64]:
 def versions() -> dict[str, str]:
     """The versions a fitted head depends on."""
     names = ("manyheads", "scikit-learn", "numpy", "scipy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: str(version(name)) for name in names}}
 
 
 def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None = None) -> None:
@@ -236,7 +235,7 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
     if file not in (SKOPS, JOBLIB, MEMBERS):
         raise BundleError(f"{folder}/bundle.json: incomplete (missing: a known head file); {BUNDLE.again}")
     # A fitted scikit-learn object is only promised to load with the release (major.minor) that wrote it.
-    here = importlib.metadata.version("scikit-learn")
+    here = str(version("scikit-learn"))
     if found.split(".")[:2] != here.split(".")[:2]:
         raise BundleError(f"{folder}: saved with scikit-learn {found}, this is {here}; install that, or {BUNDLE.again}")
     members = tuple(load(place, trust_code=trust_code) for place in places_of(folder, document))
