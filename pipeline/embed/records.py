@@ -166,7 +166,7 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
 
 
 def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], config: Config, whose: str) -> list[str]:
-    """Return a line for each setting and backbone of a config that something was not made of: `made` by what `whose` had `shared`."""
+    """Return a line for each setting and backbone that a config has and another, whose `shared` is `made`, had not; `whose` names it."""
     then = DatasetConfig().model_dump(mode="json", exclude=NOT_SHARED)
     made = {**made, "dataset": {**then, **made["dataset"]}}
     lines = differences(made, shared(config), whose, "this config")

@@ -88,7 +88,7 @@ def _token(network: str) -> dict[str, Any]:
 
 
 def create(found: TimmWeights, weights: Mapping[str, Any] | None = None) -> nn.Module:
-    """Construct a network that gives its own feature, at layer `pooled`; `weights` tells timm which to take, none where it is None."""
+    """Construct a network that gives its own feature, at layer `pooled`: of random weights, or those that `weights` tells timm to take."""
     arguments = dict(found.arguments)
     size = arguments.pop("image_size", None)
     if size is not None and found.cfg.get("fixed_input_size"):
