@@ -180,7 +180,7 @@ def test_no_two_types_have_one_name() -> None:
     for _, path in modules():
         for name in types(path):
             places.setdefault(name, []).append(str(path.relative_to(ROOT)))
-    assert {"DatasetIndex", "Embedder", "Target", "FeatureMatrix", "_DomainTask"} <= places.keys()
+    assert {"DatasetIndex", "Embedder", "Target", "FeatureMatrix", "_Images"} <= places.keys()
     twice = [f"{name}: {', '.join(found)}" for name, found in sorted(places.items()) if len(found) > 1]
     assert not twice, "a name means one type in the whole package; rename all but one of\n" + "\n".join(twice)
 

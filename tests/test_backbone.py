@@ -288,7 +288,7 @@ def test_unknown_layers_are_reported_together_with_a_guess() -> None:
     with pytest.raises(BackboneError) as error:
         load("resnet18", layers=("layer4.1.relu_2", "avgpol"))
     assert str(error.value).splitlines() == [
-        "layers that are not in the network; `manyheads layers MODEL` lists those that are",
+        "layers that are not in the network, which `manyheads layers MODEL` lists",
         "  no layer 'layer4.1.relu_2', did you mean 'layer4.1.relu_1'?",
         "  no layer 'avgpol', did you mean 'avgpool'?",
     ]
@@ -307,9 +307,7 @@ def test_layers_lists_those_of_the_bundled_network_and_of_a_weights_file(regnet:
 
 
 def test_a_vision_transformer_takes_its_own_image_size_and_no_other() -> None:
-    with pytest.raises(
-        BackboneError, match=r"vit_b_32 takes images of 224 x 224 pixels only, the config says preprocessing.crop: 32"
-    ):
+    with pytest.raises(BackboneError, match=r"vit_b_32 takes images of 224 pixels only; set preprocessing.crop: 224"):
         weights.fitting_preprocessing(
             BackboneConfig(name="vit_b_32", preprocessing=SMALL),
             weights.build_empty("vit_b_32", {}),
@@ -468,9 +466,7 @@ def test_weights_without_a_classifier_give_all_that_is_before_it(
     assert [line for line in caplog.messages if "no part of the network" in line] == [
         f"{tmp_path / 'beside.safetensors'}: tensors that are no part of the network are left out: 1, such as projector.0.weight"
     ]
-    with pytest.raises(
-        BackboneError, match=r"the weights have no classifier, so they give no fc; use layers: \[penultimate\]"
-    ):
+    with pytest.raises(BackboneError, match=r"the weights have no classifier, so no fc; use layers: \[penultimate\]"):
         load("shufflenet_v2_x0_5", weights=str(path), layers=("conv5", "fc"))
 
 
@@ -491,19 +487,15 @@ def test_every_misfit_of_a_file_is_told_at_once(tmp_path: Path) -> None:
 
 def test_a_file_with_code_or_without_tensors_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": Path("x")}}, tmp_path / "code.pth")
-    with pytest.raises(
-        BackboneError, match=r"cannot be read as tensors only .* save it with torch.save\(model.state_dict\(\)"
-    ):
+    with pytest.raises(BackboneError, match="cannot be read as a state dict"):
         load(weights=str(tmp_path / "code.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(BackboneError, match="holds no state dict; expected names with tensors"):
+    with pytest.raises(BackboneError, match="holds no tensors by name"):
         load(weights=str(tmp_path / "list.pth"))
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\x00\x00")
-    with pytest.raises(BackboneError, match="cannot be read as tensors only"):
+    with pytest.raises(BackboneError, match="cannot be read as a state dict"):
         load(weights=str(tmp_path / "cut.safetensors"))
-    with pytest.raises(
-        BackboneError, match=r"gone.pth does not exist; a path in a config is relative to the config's folder"
-    ):
+    with pytest.raises(BackboneError, match=r"gone.pth does not exist; a path in a config is relative to its folder"):
         load(weights=str(tmp_path / "gone.pth"))
 
 
@@ -543,7 +535,7 @@ def test_a_weights_file_of_this_project_describes_itself(
     assert spec.preprocessing["interpolation"] == "bicubic"
     assert made.preprocessing.size == (32, 32)
     assert made.embed(pixels)[0].shape == (9, 32)
-    with pytest.raises(BackboneError, match=r"holds a torchvision.models.regnet.RegNet, the config says resnet18"):
+    with pytest.raises(BackboneError, match=r"holds a torchvision.models.regnet.RegNet; write name"):
         backbone.load(BackboneConfig(name="resnet18", weights=str(path)), FP32, 0)
 
 
@@ -631,7 +623,7 @@ def test_a_section_is_checked_without_fetching_or_loading_anything(hub: Path) ->
         weights.check(BackboneConfig(name="resnet50", weights="IMAGENET1K_V9"))
     with pytest.raises(BackboneError, match="no layer 'layer5'"):
         weights.check(BackboneConfig(name="resnet50", layers=("layer5",)))
-    with pytest.raises(BackboneError, match=r"vit_b_32 takes images of 224 x 224 pixels only"):
+    with pytest.raises(BackboneError, match=r"vit_b_32 takes images of 224 pixels only"):
         weights.check(BackboneConfig(name="vit_b_32", preprocessing=SMALL))
 
 
@@ -664,7 +656,7 @@ def test_the_precision_follows_from_what_the_machine_is(
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(
         BackboneError,
-        match=r"device 'cuda' is not available here, found .*cpu and 0 GPUs; set extraction.device \(predict: --device\) to another",
+        match=r"device 'cuda' is not available; there are .*cpu and 0 GPUs",
     ):
         load(extraction=ExtractionConfig(device="cuda"))
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipeline import cli
 from pipeline import config as configuration
 from pipeline import data as dataset
 from pipeline.config import Config
@@ -292,12 +293,14 @@ def test_a_signal_ends_the_run_after_the_batch_in_hand(
 
     monkeypatch.setattr(work, "_store", interrupted)
     config = make(photos)
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt) as stop:
-        extract_features.run(config)
+    before = signal.signal(number, cli._terminate)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stop:
+            extract_features.run(config)
+    finally:
+        assert signal.signal(number, before) is cli._terminate
     assert stop.value.args == (number,)
     assert len(seen) == 1
-    assert signal.getsignal(number) is before
     monkeypatch.setattr(work, "_store", original)
     rest = extract_features.run(config)
     assert rest.work is not None

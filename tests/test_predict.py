@@ -116,7 +116,7 @@ def test_the_constant_guess_labels_nothing_and_is_passed_over_in_words(
 
 def test_an_embedding_this_machine_makes_otherwise_is_refused(experiment: Config, tmp_path: Path) -> None:
     files = Artifacts(experiment.output)
-    source = files.bundle("resnet18-random-penultimate", "logistic_regression")
+    source = files.bundle("squeezenet1_1-random-penultimate", "logistic_regression")
     bundle = shutil.copytree(source, tmp_path / "bundle")
     document = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
     document["embedding"]["spec"]["weights_digest"] = "0" * 64

@@ -105,8 +105,7 @@ def resolve_device(asked: str) -> torch.device:
     if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         found = ", ".join(kind for kind, available in there.items() if available)
         raise BackboneError(
-            f"device {asked!r} is not available here, found {found} and {torch.cuda.device_count()} GPUs; set "
-            "extraction.device (predict: --device) to another, or to 'auto'"
+            f"device {asked!r} is not available; there are {found} and {torch.cuda.device_count()} GPUs"
         )
     return device
 
@@ -153,9 +152,8 @@ def choose_engine(
 ) -> tuple[str, str]:
     """Return the engine and the reason for it; BackboneError when OpenVINO is asked for where it cannot be.
 
-    `images` is how many the data set has, `layer_norms` tells transformers and their kin from convolutional networks, `there` is
-    whether OpenVINO is installed. Measured in bf16 with AMX it is 1.4 to 2.5 times as fast as torch for ResNets and MobileNets, 0.7
-    times for ConvNeXt and ViT. torch.compile gives 1.2 to 1.5 after 20 to 120 s of compiling, and is not used.
+    `layer_norms` tells transformers and their kin. Measured in bf16 with AMX, OpenVINO is 1.4 to 2.5 times as fast as torch for ResNets
+    and MobileNets, 0.7 times for ConvNeXt and ViT; torch.compile gains 1.2 to 1.5 after 20 to 120 s, and is not used.
     """
     if asked == "torch":
         return asked, "asked for"

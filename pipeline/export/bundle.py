@@ -163,10 +163,9 @@ def versions() -> dict[str, str]:
 
 
 def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None = None) -> None:
-    """Write a bundle; a killed save leaves the previous bundle or none, never half of one.
+    """Write a bundle, with files `beside` it by name; a killed save leaves the previous bundle or none, never half of one.
 
     skops' format is used unless the head holds a type outside `TRUSTED_TYPES`; then joblib's, and `bundle.json` says so.
-    `beside` are further files of the folder, by name, whose digests stand in `bundle.json` too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     places = [folder / MEMBERS / str(number) for number in range(len(bundle.members))]
@@ -224,11 +223,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
-    """Load a bundle.
-
-    BundleError when it is damaged, was saved with another scikit-learn, or is a joblib file (which can run any code when it is
-    loaded) and `trust_code` is not given.
-    """
+    """Load a bundle; BundleError when it is damaged, of another scikit-learn, or a joblib file, which can run code, not trusted."""
     document = describe(folder)
     try:
         file, found = document["file"], str(document["versions"]["scikit-learn"])
@@ -242,10 +237,7 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
     # A fitted scikit-learn object is only promised to load with the release (major.minor) that wrote it.
     here = str(version("scikit-learn"))
     if found.split(".")[:2] != here.split(".")[:2]:
-        raise BundleError(
-            f"{folder}: saved with scikit-learn {found}, this is {here}; "
-            f"install scikit-learn {found} or make the bundle again with `manyheads heads`"
-        )
+        raise BundleError(f"{folder}: saved with scikit-learn {found}, this is {here}; install that, or {BUNDLE.again}")
     members = tuple(load(place, trust_code=trust_code) for place in places_of(folder, document))
     bundle = ModelBundle(
         **about,
@@ -274,18 +266,13 @@ def _load_head(path: Path, trust_code: bool) -> Any:
     """Load an estimator's file, in the safe format whatever it holds, else only if it is trusted."""
     data = bundle_file(path.parent, path.name)
     if path.name == JOBLIB and not trust_code:
-        raise BundleError(
-            f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
-        )
+        raise BundleError(f"{path}: can run any code when it is loaded; add --trust only if you know who made it")
     if path.name == JOBLIB:
         look_in(Path())
         try:
             return joblib.load(io.BytesIO(data))
         except (ImportError, AttributeError) as error:
-            raise BundleError(
-                f"{path}: its head is of a module of yours that cannot be imported ({first_line(error)}); "
-                "run the command in the folder where that module is"
-            ) from None
+            raise BundleError(f"{path}: cannot be loaded ({first_line(error)}); run it where your module is") from None
     try:
         require_modest(data)
         unknown = sorted(set(skops_io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))
