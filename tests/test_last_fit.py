@@ -98,7 +98,9 @@ def test_every_head_labels_with_the_likeliest_class(name, classes):
 
 def test_scikit_learns_centroids_contradict_themselves_and_ours_do_not(tmp_path):
     X, y = digits()
-    run = tune(HEADS["nearest_centroid"], X, y, make_folds(y, 3, 0), TuningConfig(trials=1), 0, tmp_path / "a.jsonl")
+    run = tune(
+        HEADS["nearest_centroid"], X, y, make_folds(y, 3, 0), TuningConfig(trials=1, jobs=1), 0, tmp_path / "a.jsonl"
+    )
     assert (run.pipeline.predict(X) != run.pipeline.predict_proba(X).argmax(axis=1)).any()
     assert np.array_equal(run.out_of_fold.y_pred, run.out_of_fold.scores.argmax(axis=1))
 
