@@ -18,7 +18,6 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from pipeline.errors import BundleError, DatasetError, HeadError, PipelineError, StoreError, first_line
 from pipeline.io.digests import bytes_digest, canonical_json, fingerprint
 from pipeline.io.files import NOT_ORDINARY, read_file, write_text_atomic
+from pipeline.io.process import version
 
 log = logging.getLogger(__name__)
 
@@ -263,21 +263,15 @@ def parse_document(data: bytes | str, kind: Kind, path: Path) -> dict[str, Any]:
 def _whole_document(data: bytes | str, kind: Kind, path: Path) -> dict[str, Any]:
     try:
         document = json.loads(data)
-        whole = isinstance(document, dict) and _is_whole(document)
+        if not isinstance(document, dict):
+            raise kind.damaged(path, f"it holds a {type(document).__name__}, expected an object")
+        has_digest = DIGEST in document or MADE_BY in document  # else written by release 0.1
+        content = {key: value for key, value in document.items() if key != DIGEST}
+        if has_digest and document.get(DIGEST) != fingerprint(content):
+            raise kind.damaged(path, "its content is not the one that its digest names")
     except (ValueError, RecursionError) as error:
         raise kind.damaged(path, f"it cannot be read as JSON ({first_line(error)})") from None
-    if not isinstance(document, dict):
-        raise kind.damaged(path, f"it holds a {type(document).__name__}, expected an object")
-    if not whole:
-        raise kind.damaged(path, "its content is not the one that its digest names")
     return document
-
-
-def _is_whole(document: Mapping[str, Any]) -> bool:
-    if DIGEST not in document and MADE_BY not in document:
-        return True  # written by release 0.1
-    content = {key: value for key, value in document.items() if key != DIGEST}
-    return bool(document.get(DIGEST) == fingerprint(content))
 
 
 def require_whole(path: Path) -> None:

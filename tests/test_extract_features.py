@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipeline import cli
 from pipeline import config as configuration
 from pipeline import data as dataset
 from pipeline.config import Config
@@ -124,26 +125,6 @@ def test_without_readable_hashes_there_are_none_and_it_is_said(photos: Path, cap
         snapshot.write_bytes(snapshot.read_bytes()[:-100])
     assert not audit.read_hashes(files, digests).any()
     assert caplog.messages[-1].startswith("near-duplicates are searched without perceptual hashes: ")
-
-
-def test_a_run_with_nothing_to_do_says_so_and_imports_no_torch(photos: Path) -> None:
-    config = make(photos)
-    extract_features.run(config)
-    path = photos.parent / "config.yaml"
-    path.write_text(configuration.dump_yaml(config, path.parent))
-    code = f"""
-import sys
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
-from pipeline import config, images
-from pipeline.stages import extract as extract_features
-images.decode = None
-run = extract_features.run(config.load(Path({str(path)!r})))
-assert run.work is None and "nothing to embed" in run.summary_lines()[-2], run.summary_lines()
-assert "torch" not in sys.modules and "skimage" not in sys.modules
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_added_and_changed_images_are_embedded_and_renamed_and_removed_ones_are_not(photos: Path) -> None:
@@ -312,12 +293,14 @@ def test_a_signal_ends_the_run_after_the_batch_in_hand(
 
     monkeypatch.setattr(work, "_store", interrupted)
     config = make(photos)
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt) as stop:
-        extract_features.run(config)
+    before = signal.signal(number, cli._terminate)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stop:
+            extract_features.run(config)
+    finally:
+        assert signal.signal(number, before) is cli._terminate
     assert stop.value.args == (number,)
     assert len(seen) == 1
-    assert signal.getsignal(number) is before
     monkeypatch.setattr(work, "_store", original)
     rest = extract_features.run(config)
     assert rest.work is not None

@@ -237,7 +237,7 @@ def test_racing_hardly_ever_drops_the_winner():
 
 def test_a_vague_warning_is_counted_by_its_first_sentence():
     with evaluation.counting_warnings(), evaluation.counted() as counts:
-        warnings.warn("self.width_ is 0 in a class.Inputs are identical.", stacklevel=1)
+        warnings.warn("self.width_ is 0 in a class. Inputs are identical.", stacklevel=1)
         warnings.warn("self.width_ is 0 in a class. More of it", stacklevel=1)
         warnings.warn("no full stop\nsecond line", RuntimeWarning, stacklevel=1)
         warnings.warn("soon gone", FutureWarning, stacklevel=1)

@@ -22,6 +22,7 @@ from pipeline.export import bundle as bundles
 from pipeline.images.preparing import Preprocessing, viewed
 from pipeline.stages import export, extract, maintenance, predict, train_heads
 from pipeline.stages.load import load
+from pipeline.stages.train_heads import apart
 from pipeline.stages.train_heads import views as stage
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -130,12 +131,11 @@ def test_no_view_of_an_image_that_is_judged_was_learned_from(done: Config, monke
     def stop(*given: object) -> None:
         raise StopIteration
 
-    monkeypatch.setattr(stage, "found_before", lambda *given: None)
+    monkeypatch.setattr(apart, "_found_before", lambda *given: None)
     monkeypatch.setattr(stage, "clone", lambda estimator: Watched())
     monkeypatch.setattr(stage, "_mean", stop)
-    board, files = read_leaderboard(Path(done.output)), Artifacts(done.output)
     with pytest.raises(StopIteration):
-        stage.with_views(board, asked.task, asked.stores, asked.records, files, done.seed)
+        stage.with_views(read_leaderboard(Path(done.output)), asked)
     train, held_out = asked.task.folds[0]
     names = [record.name for record in asked.records if record.kind != "baseline"]
 

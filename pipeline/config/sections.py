@@ -79,7 +79,7 @@ class Section(BaseModel):
     @classmethod
     def _within_reason(cls, value: Any) -> Any:
         # No file and no column can have such a name, and a terminal obeys some of them.
-        if isinstance(value, str) and any(ord(char) < 32 or ord(char) == 127 for char in value):
+        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f]", value):
             raise ValueError(f"holds a control character: {value[:40]!r}; leave it out")
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError(f"expected at most {LARGEST:,}, got a larger number")

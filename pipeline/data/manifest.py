@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 import re
 import stat
@@ -28,7 +27,6 @@ from pipeline.config import NO_LABELS, DatasetConfig, guess, parse
 from pipeline.data.failures import noticed, shown
 from pipeline.data.folder import archives_of, splits_of
 from pipeline.data.index import EXCLUDED, LABEL, SEPARATOR
-from pipeline.data.targets import as_number
 from pipeline.data.walk import SPLIT_NAMES, ListedImage, Listing, is_folder
 from pipeline.errors import DatasetError, first, number_of
 from pipeline.images import Refused, Stat, entries, forget, image_columns, open_archive, opened, stat_of
@@ -121,7 +119,6 @@ def _listing(
     inside = "the manifest's folder" if config.root is None else str(root)
     roots = {f"{address_of(root) or os.path.abspath(root)}/", f"{os.path.realpath(root)}/"}
     several = [kind == "multilabel" for kind in config.kinds]
-    alone = config.kinds[0] if len(config.kinds) == 1 else ""
     # Several columns that are one target say 0 or 1, and hold no lists.
     lists = any(several) and len(several) == len(config.label_columns)
     separator = config.label_separator or (SEPARATOR if lists else None)
@@ -141,12 +138,6 @@ def _listing(
         if labelled and not any(several) and not any(map(str.strip, labels)):
             found.append("the label is empty")
         found += ["a label holds a NUL character"] * any("\0" in label for label in labels)
-        if alone == "regression":
-            found += [
-                f"label {shown(text)!r} is no finite number"
-                for text in labels
-                if not math.isfinite(as_number(text.strip() or "0"))
-            ]
         name = "/".join(part for part in name.split("/") if part not in {"", "."})
         if not found and name in seen:
             found.append(f"path {shown(name)!r} is listed before, at {seen[name]}")

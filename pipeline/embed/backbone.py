@@ -209,12 +209,7 @@ def _spec(network: Network, row: graphs.EmbeddingRow, dim: int, arithmetic: Arit
 
 
 def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int = 0) -> Backbone:
-    """Build a backbone as the config asks, on its device and in its precision, ready to embed.
-
-    `seed` makes the weights of an untrained control (`weights: random`). `images` is how many the data set has: what
-    `engine: auto` goes by. BackboneError when the model, its weights, a layer, the pooling, the device or the precision is not to
-    be had.
-    """
+    """Build the backbone a config asks for; `seed` makes untrained weights, `engine: auto` goes by how many `images` there are."""
     device = resolve_device(extraction.device)
     network = load_network(config, seed)
     view = "" if config.view is None else config.view if config.view == "flip" else f"{config.view} {seed}"

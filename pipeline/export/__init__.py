@@ -69,10 +69,7 @@ class Export:
         """See that its packages are here; PipelineError with what to install."""
         missing = [name for name in self.packages if find_spec(name) is None]
         if missing:
-            raise PipelineError(
-                f"a file {self.ending} is written with {' and '.join(missing)}, not installed here; "
-                f"pip install 'manyheads[{self.extra}]'"
-            )
+            raise PipelineError(f"{self.ending} needs {' and '.join(missing)}; pip install 'manyheads[{self.extra}]'")
 
     @property
     def write(self) -> Callable[[Model, Iterable[Photo]], tuple[bytes, list[str]]]:

@@ -91,11 +91,7 @@ def open_strangers(folder: Path, bundle: ModelBundle, unknown: float | None, set
     if not asked:
         return Strangers(bundle, known, PROBABILITY, nothing, nothing, None, None)
     if not bundle.target.exclusive:
-        columns = bundle.target.csv_columns(0)
-        raise ConfigError(
-            f"{folder}: says {bundle.target.kind}; --unknown and --sets are for one class per image. How sure it is stands in its columns "
-            f"without them: {', '.join(columns[1:3])}, ..."
-        )
+        raise ConfigError(f"{folder}: says {bundle.target.kind}; --unknown and --sets are for one class per image")
     said = HeadPredictions.read(folder / FILE_NAME).out_of_fold
     p = None if said is None else said.probabilities
     score = str(bundles.describe(folder)["unknown"]["score"]) if known else PROBABILITY
@@ -105,9 +101,7 @@ def open_strangers(folder: Path, bundle: ModelBundle, unknown: float | None, set
     of_truth = nothing if p is None else p[np.arange(len(said)), said.y_true]
     least = 1 / (len(own) + 1)
     if unknown is not None and not least <= unknown < 1:
-        raise ConfigError(
-            f"--unknown: {unknown:g} is to be from {least:.2g} to 1: {number_of(len(own), 'training image')} tell no less"
-        )
+        raise ConfigError(f"--unknown: {unknown:g} is to be from {least:.2g}, what {len(own):,} images can tell, to 1")
     if sets is not None and not 0 < sets < 1:
         raise ConfigError(f"--sets: {sets:g} is to be between 0 and 1, such as 0.9")
     return Strangers(bundle, known, score, own, of_truth, unknown, sets)

@@ -41,7 +41,7 @@ UNSEEN_MARGIN = 10.0
 
 
 def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> Network:
-    """Load the network behind an embedding, having seen that the stored vectors are what enters its last layer.
+    """Load the network behind an embedding, and check that the stored vectors are what enters its last layer.
 
     Raises
     ------
@@ -125,7 +125,7 @@ def starting_layer(config: Config, choice: Choice, store: FeatureStore, parts: P
 
 
 def _fitted(estimator: Any, name: str, X: FeatureMatrix, y: NDArray[np.int64], seed: int) -> Pipeline:
-    """Fit stage two's head anew as stage two would: on fewer rows there may be fewer components, and X may be on disk."""
+    """Fit stage two's head anew, as stage two would: with fewer components where rows are fewer, on features that may stay on disk."""
     pca = dict(estimator.steps).get("pca")
     if not isinstance(pca, PCA):
         head = Head(name, lambda seed: clone(estimator), {}, {}, evaluator=HEADS[name].evaluator)

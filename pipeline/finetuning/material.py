@@ -90,7 +90,7 @@ def choose(config: Config, files: Artifacts) -> Choice:
     records = {record.name: record for record in read_asked_records(files.features, config)}
     board = read_leaderboard(files.root)
     if board.target.kind != SERVED:
-        raise TrainingError(refusal(board.target.kind))
+        raise TrainingError(f"finetune serves {SERVED}, and the target is {board.target.kind}")
     _require_of(board, config, files)
     require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
     start = config.finetune.start
@@ -120,11 +120,6 @@ def choose(config: Config, files: Artifacts) -> Choice:
         )
     saved = bundles.load(files.root / str(linear[0].bundle))
     return Choice(records[embedding], linear[0], saved, board.best, linear[0], floor)
-
-
-def refusal(kind: str) -> str:
-    """Return what is said of a kind of target that is not served."""
-    return f"finetune serves {SERVED}, and the target is {kind}"
 
 
 def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:

@@ -68,12 +68,12 @@ class Pilot:
     seconds: float
 
     def share(self, config: Config, parts: Parts) -> float:
-        """Return its passes over those of a whole run."""
+        """Return how many passes the pilot takes, as a share of those of a whole run."""
         trained, judged = config.finetune.batch_size * (2 * self.steps + 2), 3 * self.held_out
         return (PASSES * trained + judged) / full_passes(config, parts)
 
     def minutes(self, config: Config, parts: Parts) -> tuple[float, float]:
-        """Return what a whole run should take that trains the last stage, and one that trains everything."""
+        """Return how many minutes a whole run should take: training the last stage, and training everything."""
         steps = steps_of(config.finetune, len(parts.train))
         judged = _judged(parts) * self.image_seconds
         last, everything = ((steps * each + judged) / 60 for each in self.step_seconds)
@@ -81,14 +81,14 @@ class Pilot:
 
 
 def full_passes(config: Config, parts: Parts) -> int:
-    """Return how many passes of an image through the network a whole run takes that trains everything."""
+    """Return how many passes of an image through the network a run takes that trains everything."""
     settings = config.finetune
     trained = steps_of(settings, len(parts.train)) * settings.batch_size
     return trained * PASSES + _judged(parts) + len(parts.test)
 
 
 def _judged(parts: Parts) -> int:
-    """Validation images that a whole run judges, each as often as it does."""
+    """Return how many passes a whole run takes for judging validation images."""
     return (EVALUATIONS + RETURN_EVALUATIONS) * len(parts.validation)
 
 

@@ -116,7 +116,7 @@ def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int) -> N
 
 
 def fold_norms(network: nn.Module, images: Tensor) -> int:
-    """Let convolutions do the work of the BatchNorm right behind them, and return how many do; names and weights stay as they are.
+    """Let convolutions do the work of the BatchNorm right behind them, and return how many do; the network's state stays as it is.
 
     A frozen norm is a scale and a shift for each channel, which a convolution takes into its weights and its bias as it runs, so
     that neither way goes through the activations once more. Where the network then says something else, nothing is changed.
@@ -168,7 +168,7 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 
 
 def modules_below(network: nn.Module, stage: Stage, images: Tensor) -> tuple[nn.Module, ...]:
-    """Return the modules that have run when a stage begins; none where the network says something else with them left out.
+    """Return the modules that run before a stage begins; none where the outputs would change if these were left out.
 
     images : some, float32 of shape (n, 3, h, w), as the network takes them
     """
@@ -190,7 +190,7 @@ def modules_below(network: nn.Module, stage: Stage, images: Tensor) -> tuple[nn.
 
 @contextmanager
 def passing(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let modules pass on what they are given, as long as it lasts."""
+    """Let modules return what they are given, as long as the block lasts."""
     own = [vars(module).pop("forward", None) for module in modules]
     for module in modules:
         module.forward = MethodType(_passed, module)

@@ -178,7 +178,7 @@ def prepare(task: TrainingTask, data: Data) -> None:
 
 
 def keep_below(task: TrainingTask, data: Data) -> Data:
-    """Return data that hold what enters the lowest stage ever trained: what lies below stays, and is run once for each image.
+    """Run what lies below the lowest trained stage once for each image, and return data that hold what it gives.
 
     Of training images only where they are shown as they are. Nothing is kept of a network whose lower part cannot be left out.
     """
@@ -295,7 +295,7 @@ def evaluate(
     device: torch.device,
     precision: str = "fp32",
 ) -> Score:
-    """Return the score of a network on images, in evaluation mode, which it leaves it in."""
+    """Return the score of a network on images, and leave it in evaluation mode."""
     kept = labelled.entering
     with passing(() if kept is None else data.below):
         images = labelled.pixels if kept is None else kept

@@ -27,8 +27,7 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
     """
     heads = TABLES[kind].known
     if ":" not in config.name and config.name not in heads:
-        known = any(config.name in table.known for table in TABLES.values())
-        what = f"head for {kind}" if known else "head"
+        what = "head" if kind == "classification" else f"head for {kind}"
         raise HeadError(unknown(what, config.name, tuple(heads), ", or package.module:ATTRIBUTE"))
     head = load_own(config.name) if ":" in config.name else heads[config.name]
     if head.name in TABLES[kind].optional:

@@ -72,7 +72,7 @@ def _rows(experiment: Path, row: str) -> dict[str, Path]:
 
 
 def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
-    """Open the networks of some heads, each once, and also in torch's float32 those that `predict` has in bf16 or by OpenVINO."""
+    """Open the networks of some heads, each once; those that `predict` runs in bf16 or by OpenVINO also in torch's float32."""
     records = records_of(heads, dict.fromkeys(heads, Path("this head")))
     if any(record.kind == VIEW for own in records.values() for record in own):
         raise BundleError(

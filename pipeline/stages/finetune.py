@@ -54,7 +54,7 @@ class FinetuneRun:
 
 
 def run(config: Config) -> FinetuneRun | None:
-    """Fine-tune a backbone of the leaderboard and say whether it was worth it; None where the advice is followed, and is not to.
+    """Fine-tune a backbone of the leaderboard and say whether it was worth it; None where the advice is followed, and is against it.
 
     A finished run is kept; a stopped one goes on from its last checkpoint.
 
@@ -127,7 +127,7 @@ def run(config: Config) -> FinetuneRun | None:
 
 
 def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> str:
-    """Name everything that determines the result."""
+    """Return a fingerprint of everything that determines the result."""
     linear = choice.linear
     divided = (parts.train, parts.validation, parts.test)
     parameters = [] if linear is None else sorted((key, str(value)) for key, value in linear.params.items())

@@ -97,28 +97,24 @@ class Table:
 
 @dataclass(frozen=True)
 class SegmentEntry:
-    """A segment as the snapshot knows it."""
+    """A segment as the snapshot knows it; the digest is of its head, which says all else."""
 
     digest: str
     rows: int
-    bytes: int
 
     def path(self, store: Path) -> Path:
         """Where the segment's file is."""
         return store / SEGMENTS / f"{self.digest}.h5"
 
     def open(self, store: Path, store_type: StoreType, data: mmap.mmap | None = None) -> StoreFile:
-        """Open the segment, and compare it with what the snapshot says about it."""
+        """Open the segment; StoreError when it is missing, or another."""
         path = self.path(store)
         try:
-            file = open_segment(path, store_type, self.digest, data)
+            return open_segment(path, store_type, self.digest, data)
         except FileNotFoundError:
             raise StoreError(
                 f"{path}: is missing with {self.rows} features; put it back, or run 'manyheads store repair'"
             ) from None
-        if (len(file.bulk), file.size) != (self.rows, self.bytes):
-            raise StoreError(f"{path}: has {len(file.bulk)} rows in {file.size} bytes, the snapshot says {self}")
-        return file
 
 
 def open_segment(
@@ -159,7 +155,7 @@ class FeatureStore:
         try:
             if path.is_file() if address_of(path) is None else path.suffix in PACKED:
                 file = open_file(path, "pack")
-                entry = SegmentEntry(file.digest, len(file.bulk), file.size)
+                entry = SegmentEntry(file.digest, len(file.bulk))
                 store = FeatureStore(path, file, _identity(file), (entry,), {0: file})
             else:
                 store = _open_folder(path)
@@ -314,8 +310,8 @@ def open_snapshot(path: Path) -> FeatureStore:
     names = [digest.tobytes().hex() for digest in file.arrays["segment_digest"]]
     if len(set(names)) != len(names):
         raise StoreError(f"{path}: not a valid feature store file: a segment is named twice")
-    sizes = zip(names, file.arrays["segment_rows"].tolist(), file.arrays["segment_bytes"].tolist(), strict=True)
-    return FeatureStore(path.parent, file, _identity(file), tuple(SegmentEntry(*each) for each in sizes))
+    segments = map(SegmentEntry, names, file.arrays["segment_rows"].tolist())
+    return FeatureStore(path.parent, file, _identity(file), tuple(segments))
 
 
 def _identity(file: StoreFile) -> dict[str, Any]:

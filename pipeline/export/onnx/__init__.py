@@ -37,10 +37,7 @@ NamedOutputs = Mapping[str, NDArray[Any]]
 
 
 def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
-    """Return the content of the file, the same for the same model and photos, and lines on what it is and was proven to be.
-
-    PipelineError when a part of it cannot be written as ONNX, or does not say what `predict` says of the photos.
-    """
+    """Return a file, the same for the same model and photos, and lines on it; PipelineError where it cannot be written or proven."""
     g = Graph()
     ways = dict.fromkeys(embedder.preprocessing for embedder in model.exact.embedders)
     entries = {way: f"prepared.{number}" for number, way in enumerate(ways)}
@@ -55,9 +52,7 @@ def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
     whole = g.model({IMAGES: (UINT8, ["n", "height", "width", 3])}, outputs)
     inner = g.model({name: (FLOAT, ["n", 3, *way.size]) for way, name in entries.items()}, outputs)
     if whole.ByteSize() > MOST_BYTES:
-        raise BundleError(
-            f"it is {whole.ByteSize() / 1e9:.1f} GB, and an ONNX file holds 2; export a head of a smaller network"
-        )
+        raise BundleError("the network has more than the 2 GB that an ONNX file holds; export a head of a smaller one")
     proof = prove(model, photos, whole.SerializeToString(), inner.SerializeToString(), entries)
     onnx.helper.set_model_props(whole, _metadata(model, proof))
     shapes = f"{number_of(proof.images, 'image')} and {number_of(proof.odd_sizes, 'odd size')}"
@@ -179,10 +174,8 @@ def _compare(
         largest = max(largest, float(far.max()))
         for place in np.flatnonzero(~(far <= most) | (wrong & sure)):
             says = "another label" if wrong[place] and far[place] <= most else f"{far[place]:.2g}, more than {most:g}"
-            raise BundleError(
-                f"nothing was written: from {way} the file is not as `predict` says of {batch[place].name}"
-                f"{f', target {name}' if name else ''}: {says}"
-            )
+            photo = f"{batch[place].name}, target {name}" if name else batch[place].name
+            raise BundleError(f"nothing was written: from {way} the file is not as `predict` says of {photo}: {says}")
     return largest
 
 

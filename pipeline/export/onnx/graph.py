@@ -41,10 +41,7 @@ class Graph:
     parts: int = 0
 
     def __call__(self, operator: str, *inputs: Any, outputs: int = 1, named: str = "", **attributes: Any) -> Any:
-        """Add a node; an input is the name of another's output, '' for one left out, or the value of a constant.
-
-        Returns the name of the output, `named` where that is given; of several outputs a list.
-        """
+        """Add a node; return its output's name, a list of several. An input is a name, '' for one left out, or the value of a constant."""
         names = [named or f"{operator}.{len(self.nodes)}" + f".{place}" * (place > 0) for place in range(outputs)]
         given = [each if isinstance(each, str) else self.constant(np.asarray(each)) for each in inputs]
         self.nodes.append(helper.make_node(operator, given, names, **attributes))
@@ -121,9 +118,7 @@ _FILTERS: Mapping[str, tuple[float, Callable[[Graph, str], str]]] = {
 def add_prepared(g: Graph, images: str, preprocessing: Preprocessing) -> str:
     """Add what `prepare` does to images, uint8 (n, height, width, 3): 0 to 255, float32 (n, 3, *size); BundleError where ONNX cannot."""
     if preprocessing.interpolation not in _FILTERS:
-        raise BundleError(
-            f"its images are resized by {preprocessing.interpolation!r}, which has no form in ONNX here; {', '.join(_FILTERS)} have"
-        )
+        raise BundleError(f"ONNX resizes images by {', '.join(_FILTERS)} here, not by {preprocessing.interpolation}")
     sides = g("Slice", g("Shape", images), [1], [3])
     resized = _resized(g, sides, preprocessing)
     crop = np.array(preprocessing.size)

@@ -44,7 +44,6 @@ from pipeline.stages.extract.work import (
     fill,
     hash_store,
     note_failures,
-    stop_requested,
 )
 from pipeline.stages.targets import write_experiments
 from pipeline.store import FeatureStore
@@ -195,16 +194,12 @@ def _embed(
     engine: Engine | None = None,
     place: str | None = None,
 ) -> tuple[Work, Pool | None]:
-    """Embed into the stores, here or by an engine's workers, whose parts are merged whatever happens.
-
-    From the first store that is opened until the last is closed a signal only sets a flag.
-    """
+    """Embed into the stores, here or by an engine's workers, whose parts are merged whatever happens."""
     images = contents.part(~contents.failed)
     pending = [replace(target, pending=target.pending[~contents.failed]) for target in pending]
     pool = None
     if engine is None:
-        with stop_requested() as stopped:
-            work = embed(pending, images, config, hash_store(files), StoreWriter.open, stopped)
+        work = embed(pending, images, config, hash_store(files), StoreWriter.open)
     else:
         try:
             work, pool = embed_on(pending, images, config, place or os.path.abspath(files.parts), engine)

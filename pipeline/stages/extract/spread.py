@@ -5,8 +5,8 @@ images moves none. It can be killed and run again, and run twice at once: parts 
 content once.
 
 A worker on Ray loads the networks once and is given digests and paths. No pixels and no vectors go through Ray, so its object store
-stays empty; images and parts must be where all nodes see them. A worker is given work when it asks for it, and a piece that died with
-its worker is given to others in halves, so that an image that kills its reader is found. How many nodes there are is Ray's business.
+stays empty; images and parts must be where all nodes see them. A worker is given work when it asks for it. What becomes of workers
+that die, and how many nodes there are, is Ray's business.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import re
 import resource
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from shlex import quote
@@ -38,7 +37,7 @@ from pipeline.io.files import make_folder
 from pipeline.io.process import bar, look_in
 from pipeline.io.remote import Engine, connected
 from pipeline.stages.extract.targets import Contents, EmbeddingTarget, find_targets, require_permitted, resolve
-from pipeline.stages.extract.work import Work, embed, hash_store, note_failures, stop_requested
+from pipeline.stages.extract.work import Work, embed, hash_store, note_failures
 from pipeline.store import differences, lock
 from pipeline.store.share import PartWriter
 
@@ -51,8 +50,8 @@ CORES = 4
 MOST_IMAGES = 4096
 """In one piece of work: what a worker that dies costs at most."""
 
-DEATHS = 3
-"""As often may each worker end before any was ready."""
+RETRIES = 3
+"""As often is a piece of work given to a worker again that ended with it."""
 
 
 # ---- shards
@@ -123,8 +122,7 @@ def run_shard(config: Config, shard: Shard, place: str | None = None, *, rehash:
     pending = [target for target in find_targets(sources, mine, files) if target.pending.any()]
     work = Work()
     if pending:
-        with stop_requested() as stopped:
-            work = embed(pending, mine, config, hash_store(files), partial(PartWriter, where), stopped)
+        work = embed(pending, mine, config, hash_store(files), partial(PartWriter, where))
         with lock.held(files.dataset, PATIENCE):
             note_failures(work, files, config)
     merge = f"manyheads store merge {quote(str(files.stores))} {quote(where)}, then " if place else ""
@@ -177,35 +175,33 @@ class Worker:
     """What runs in each of Ray's actors: the networks, loaded once."""
 
     def __init__(self, targets: Sequence[EmbeddingTarget], config: Config, place: str, working: str) -> None:
-        self._targets, self._config, self._place = list(targets), config, place
+        sources = {id(target.source): replace(target.source, load=cache(target.source.load)) for target in targets}
+        self._targets = [replace(target, source=sources[id(target.source)]) for target in targets]
+        self._config, self._place = config, place
         os.chdir(working)  # paths of a config may be relative
         look_in(Path(working))
 
-    def ready(self) -> int:
-        """Load the networks; return the bytes that this process takes. BackboneError when they are not those of the driver's machine."""
-        loaded = {}
-        for source in {id(target.source): target.source for target in self._targets}.values():
-            loaded[id(source)] = replace(source, load=cache(source.load))
-            for spec, own in zip(source.specs, loaded[id(source)].load().specs, strict=True):
+    def load(self) -> None:
+        """Load the networks, once; BackboneError when they do not make the vectors that the driver's machine would."""
+        for target in self._targets:
+            for spec, own in zip(target.source.specs, target.source.load().specs, strict=True):
                 if spec.fingerprint() != own.fingerprint():
                     raise BackboneError(
                         f"{spec.name}: a worker makes other vectors than the driver's machine would; give all nodes the same versions and "
                         "kind of processor, or set extraction.engine, precision and device",
                         differences(spec.identity(), own.identity(), "the driver", "the worker"),
                     )
-        self._targets = [replace(target, source=loaded[id(target.source)]) for target in self._targets]
-        return _most_bytes()
 
-    def embed(self, images: Contents, pending: NDArray[np.bool_]) -> tuple[Work, int]:
-        """Embed k images, for each of t targets those that are pending, bool of shape (t, k); return what was done, and the most bytes."""
+    def embed(self, images: Contents, pending: NDArray[np.bool_]) -> tuple[int, Work, int]:
+        """Embed k images, for each of t targets those that are pending, bool of shape (t, k).
+
+        Returns how many there were, what was done, and the most bytes that this process took.
+        """
+        self.load()  # again in one that takes the place of one that died
         targets = [replace(target, pending=own) for target, own in zip(self._targets, pending, strict=True)]
-        opened = partial(PartWriter, self._place, look=False)
-        work = embed(targets, images, self._config, Path(HASH_STORE), opened, lambda: None)  # Ray stops its workers
-        return work, _most_bytes()
-
-
-def _most_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        work = embed(targets, images, self._config, Path(HASH_STORE), partial(PartWriter, self._place, look=False))
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return len(images.digests), work, most
 
 
 def embed_on(
@@ -213,95 +209,45 @@ def embed_on(
 ) -> tuple[Work, Pool]:
     """Embed the pending ones of n images into parts in `place`, on all of a cluster.
 
-    PipelineError when there is no cluster, its workers cannot load the networks, or none stays alive. Finished parts stay.
+    Ray starts a worker anew that died, and gives it its piece again. PipelineError when there is no cluster, its workers cannot load
+    the networks, or one ends with the same piece again and again. Finished parts stay.
     """
     began = time.perf_counter()
-    with connected(engine.address) as ray, stop_requested() as stopped:  # in this order: Ray has handlers of its own
+    with connected(engine.address) as ray:
+        from ray.util import ActorPool
+
         pool = Pool.of(ray.cluster_resources(), engine.workers)
         if config.extraction.workers == "auto":
             extraction = config.extraction.model_copy(update={"workers": pool.cores})
             config = config.model_copy(update={"extraction": extraction})
         sources = {id(target.source): target.source.elsewhere(config) for target in targets}
         light = [replace(each, source=sources[id(each.source)], pending=np.zeros(0, np.bool_)) for each in targets]
-        actor = ray.remote(num_cpus=pool.cores, num_gpus=pool.gpus, max_restarts=0)(Worker)
-        make = partial(actor.remote, light, config, place, os.getcwd())
+        needs = {"num_cpus": pool.cores, "num_gpus": pool.gpus, "max_restarts": -1, "max_task_retries": RETRIES}
+        actor = ray.remote(**needs)(Worker)
         pending = np.stack([target.pending for target in targets])
         needed = np.flatnonzero(pending.any(axis=0))
         batch = choose_batch_size(config.extraction.batch_size, "cuda" if pool.gpus else "cpu")
         size = max(min(MOST_IMAGES, len(needed) // (8 * pool.workers)) // batch * batch, batch)
-        pieces = deque(np.array_split(needed, range(size, len(needed), size)))
+        pieces = np.array_split(needed, range(size, len(needed), size))
         work = Work(workers=pool.workers * pool.cores)
-        driver = _Driver(ray, make, images, pending, pieces, pool, work, began)
-        driver.run(stopped)
-    return work, pool
 
+        def give(worker: Any, piece: NDArray[np.int64]) -> Any:
+            return worker.embed.remote(images.part(piece), pending[:, piece])
 
-@dataclass
-class _Driver:
-    """Who has what to do: `todo` are pieces, the places of k images, int64 of shape (k,), in the columns of `pending`, (targets, n)."""
-
-    ray: Any
-    make: Callable[[], Any]
-    images: Contents
-    pending: NDArray[np.bool_]
-    todo: deque[NDArray[np.int64]]
-    pool: Pool
-    work: Work
-    began: float
-    at_work: dict[Any, tuple[Any, NDArray[np.int64] | None]] = field(default_factory=dict)
-    """What Ray is to give us -> the worker, and its piece; None while it loads the networks."""
-    early_deaths: int = 0
-
-    def run(self, stopped: Callable[[], None]) -> None:
-        """Give away all pieces and take what is made of them."""
-        count = sum(map(len, self.todo))
-        for _ in range(min(self.pool.workers, len(self.todo))):
-            self._hire()
-        with bar(count, "images", f"embedding on {self.pool.workers} workers") as progress:
-            while self.todo or any(piece is not None for _, piece in self.at_work.values()):
-                stopped()
-                for made in self.ray.wait(list(self.at_work), timeout=1.0)[0]:
-                    progress.update(self._met(made))
-        self.work.loop_seconds = time.perf_counter() - self.began - self.pool.ready_seconds
-        self.work.seconds["start-up"] = self.pool.ready_seconds
-
-    def _hire(self) -> None:
-        worker = self.make()
-        self.at_work[worker.ready.remote()] = worker, None
-
-    def _met(self, made: Any) -> int:
-        """Take what a worker has to say, and give it more to do; return how many images are done with."""
-        worker, piece = self.at_work.pop(made)
+        workers = [actor.remote(light, config, place, os.getcwd()) for _ in pieces[: pool.workers]]
         try:
-            answer = self.ray.get(made)
-        except self.ray.exceptions.RayTaskError as error:
+            ray.get(ray.wait([worker.load.remote() for worker in workers])[0])  # others may wait for a node
+            pool.ready_seconds = time.perf_counter() - began
+            with bar(len(needed), "images", f"embedding on {pool.workers} workers") as progress:
+                for count, done, size in ActorPool(workers).map_unordered(give, pieces):
+                    work.add(done)
+                    pool.bytes = max(pool.bytes, size)
+                    progress.update(count)
+        except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, PipelineError) else error from None
-        except self.ray.exceptions.RayError as error:
-            return self._lost(piece, error)
-        if piece is None:
-            self.pool.ready_seconds = self.pool.ready_seconds or time.perf_counter() - self.began
-            size = answer
-        else:
-            done, size = answer
-            self.work.add(done)
-        self.pool.bytes = max(self.pool.bytes, size)
-        if self.todo:
-            following = self.todo.popleft()
-            made = worker.embed.remote(self.images.part(following), self.pending[:, following])
-            self.at_work[made] = worker, following
-        return 0 if piece is None else len(piece)
-
-    def _lost(self, piece: NDArray[np.int64] | None, error: Exception) -> int:
-        """Hire another worker for one that died, and give away what it had; return how many images are given up."""
-        self._hire()
-        if piece is None:
-            self.early_deaths += 1
-            if self.early_deaths >= DEATHS * self.pool.workers and not self.work.images:
-                found = " ".join(str(error).split())[:300]
-                raise BackboneError(f"the engine's workers end before they are ready: {found}")
-        elif len(piece) > 1:
-            self.todo.extendleft(np.array_split(piece, 2))
-        else:
-            self.work.unavailable.append(f"{self.images.paths[piece[0]]}: a worker ended while it embedded it")
-            return 1
-        return 0
+        except ray.exceptions.RayError as error:
+            found = " ".join(str(error).split())[:300]
+            raise BackboneError(f"the engine's workers end, and end again with the same images: {found}") from None
+        work.loop_seconds = time.perf_counter() - began - pool.ready_seconds
+        work.seconds["start-up"] = pool.ready_seconds
+    return work, pool

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +25,7 @@ from pipeline.errors import StoreError, first, number_of
 from pipeline.experiment import Artifacts
 from pipeline.images import HASH_BYTES, HASH_IDENTITY, HASH_STORE, policy_key
 from pipeline.io.digests import digests_to_hex
-from pipeline.io.files import STOPS
+from pipeline.io.files import undisturbed
 from pipeline.io.process import bar, keep_freed_memory
 from pipeline.io.remote import absolute
 from pipeline.stages.extract.targets import Contents, EmbeddingTarget
@@ -110,15 +107,14 @@ def embed(
     config: Config,
     hashes: Path,
     opened: Callable[..., AbstractContextManager[StoreWriter | PartWriter]],
-    stopped: Callable[[], None],
 ) -> Work:
     """Embed what some targets miss of n images: digests and paths in, immutable files of vectors out.
 
-    This is what a run does, a shard, and each worker of an engine. Whatever it raises, all finished rows are committed before.
+    This is what a run does, a shard, and each worker of an engine. Whatever it raises, all finished rows are committed before; a signal
+    waits while they are.
 
     opened : `StoreWriter.open`, or a `PartWriter`; what is not `pending` is left to the first to find out
     hashes : the store of perceptual hashes
-    stopped : raises KeyboardInterrupt with the signal's number when the work is to end, after the batch in hand
     """
     began = time.perf_counter()
     keep_freed_memory()
@@ -160,24 +156,23 @@ def embed(
             work.seconds["write"] += time.perf_counter() - began
 
         try:
-            stopped()
             with bar(len(needed), "images", "embedding") as progress:
                 made = embedded(lanes, items, images.root, config.dataset.max_pixels, work.workers, hashed=True)
                 for batch, parts in made:
-                    batch.store_hashes(hashed, images.digests)
-                    _store(batch, parts, outputs, images, work)
-                    if any(writer.due for writer in everything):
-                        commit()
+                    with undisturbed():
+                        batch.store_hashes(hashed, images.digests)
+                        _store(batch, parts, outputs, images, work)
+                        if any(writer.due for writer in everything):
+                            commit()
                     progress.update(len(batch.items))
-                    stopped()
         finally:
-            # Also after an error or a signal: what was embedded is not to be embedded again.
-            commit()
+            with undisturbed():  # also after an error or a signal: what was embedded is not to be embedded again
+                commit()
         write_began = time.perf_counter()
-        stack.close()  # compacts
+        with undisturbed():
+            stack.close()  # compacts
         work.seconds["write"] += time.perf_counter() - write_began
         work.loop_seconds = time.perf_counter() - began
-        stopped()
     return work
 
 
@@ -227,32 +222,6 @@ def _store(
             keep = wanted & finite
             work.vectors[name] += output.writer.append(images.digests[numbers[keep]], vectors[keep])
     work.seconds["write"] += time.perf_counter() - began
-
-
-@contextmanager
-def stop_requested() -> Iterator[Callable[[], None]]:
-    """Turn the first SIGINT or SIGTERM into a request to stop, which the yielded function meets; a second one stops at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt(number)
-        logger.info("stopping after the batch in hand ...")
-
-    def meet() -> None:
-        if received:
-            raise KeyboardInterrupt(received[0])
-
-    if threading.current_thread() is not threading.main_thread():
-        yield meet
-        return
-    before = {number: signal.signal(number, handle) for number in STOPS}
-    try:
-        yield meet
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---- vectors of the user's own, by the paths of the images or in the order of the manifest
