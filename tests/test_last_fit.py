@@ -203,8 +203,8 @@ def test_a_last_fit_that_raises_is_a_reason_and_no_traceback(tmp_path):
 
 def test_warnings_of_the_last_fit_and_of_the_chosen_trial_are_kept(tmp_path):
     run = run_unlucky(unlucky(1, warn=True), tmp_path)
-    assert run.last_fit.warnings == {"RuntimeWarning: hard going": 1}
-    assert run.last_fit.fold_warnings == {"RuntimeWarning: hard going": 4}
+    assert run.last_fit.warnings == {"RuntimeWarning: hard going.": 1}
+    assert run.last_fit.fold_warnings == {"RuntimeWarning: hard going.": 4}
 
 
 def test_the_promise_allows_for_more_rows_and_for_chance():
