@@ -529,11 +529,12 @@ def test_permuted_labels_have_few_false_winners_in_other_metrics():
             scores = {head: metric.score(said) for head, said in heads.items()}
             best = max(scores, key=lambda head: scores[head])
             wrong[name] += any(not row.no_evidence for row in metrics.compare(heads, best, seed=run, metric=metric))
-            added = {head: metric.contributions(row) for head, row in heads.items()}
-            gaps = [added[best] - other for head, other in added.items() if head != best]
-            naive[name] += any(gap.mean() > 1.96 * gap.std() / np.sqrt(140) for gap in gaps)
+            if run % 4 == 0:
+                added = {head: metric.contributions(row) for head, row in heads.items()}
+                gaps = [added[best] - other for head, other in added.items() if head != best]
+                naive[name] += any(gap.mean() > 1.96 * gap.std() / np.sqrt(140) for gap in gaps)
     assert max(wrong.values()) <= 10
-    assert min(naive.values()) > 20, "without the correction for picking the simulation would have no teeth"
+    assert min(naive.values()) > 5, "without the correction for picking the simulation would have no teeth"
 
 
 def test_heads_are_compared_in_the_metric_and_not_in_accuracy():

@@ -29,7 +29,7 @@ FOREST = replace(HEADS["random_forest"], fixed={"n_estimators": 64})
 def whole_search(tmp_path_factory):
     """A search of small forests: its arguments, what it found, and its fits."""
     X, y = network(90, 12, 3)
-    arguments = (FOREST, X, y, make_folds(y, 3, 0), TuningConfig(strategy="random", trials=8, jobs=1), 0)
+    arguments = (FOREST, X, y, make_folds(y, 3, 0), TuningConfig(strategy="random", trials=4, jobs=1), 0)
     journal = tmp_path_factory.mktemp("whole") / "trials.jsonl"
     run = tune(*arguments, journal)
     events = map(json.loads, journal.read_text().splitlines())
@@ -283,7 +283,7 @@ def test_the_choice_is_that_of_full_fits_within_noise(tmp_path):
 def test_a_search_of_forests_that_is_interrupted_among_those_that_go_on_ends_the_same(
     whole_search, tmp_path, monkeypatch
 ):
-    (arguments, whole, _), stop_after = whole_search, 27
+    (arguments, whole, _), stop_after = whole_search, 14
     append, seen = Journal.append, []
 
     def dying(self, events):
@@ -304,7 +304,7 @@ def test_a_search_of_forests_that_is_interrupted_among_those_that_go_on_ends_the
 
 def test_the_number_of_jobs_does_not_change_forests(whole_search, tmp_path):
     (head, X, y, folds, _, seed), whole, _ = whole_search
-    tuning = TuningConfig(strategy="random", trials=8, jobs=3)
+    tuning = TuningConfig(strategy="random", trials=4, jobs=3)
     run = tune(head, X, y, folds, tuning, seed, tmp_path / "trials.jsonl")
     assert summary(run) == summary(whole)
     assert np.array_equal(run.out_of_fold.scores, whole.out_of_fold.scores)
