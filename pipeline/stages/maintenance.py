@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, failed_digests, read_failures
@@ -384,9 +385,5 @@ def merge(target: Path, sources: Sequence[str]) -> list[str]:
 
 def _size(path: Path) -> str:
     """The bytes of a file, or of all in a folder, for people."""
-    size = float(sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()))
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+    size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+    return str(tqdm.format_sizeof(size, "B"))

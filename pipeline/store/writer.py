@@ -375,11 +375,7 @@ class StoreWriter:
         """
         self._require_open()
         digests = np.ascontiguousarray(digests, np.uint64).reshape(-1, 2)
-        features = np.asarray(features)
-        if features.shape != (len(digests), self.store_type.dim):
-            raise ValueError(
-                f"features of shape {features.shape} for {len(digests)} digests of dim {self.store_type.dim}"
-            )
+        features = np.asarray(features).reshape(len(digests), self.store_type.dim)
         bad = ~storable(features, self.store_type)
         if bad.any():
             raise StoreError(
