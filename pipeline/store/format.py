@@ -124,15 +124,6 @@ def slices(count: int, row_bytes: int, most_bytes: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-@dataclass(frozen=True)
-class Composed:
-    """A file ready to be written: its bytes from first to last, the digest that names it, its size in bytes."""
-
-    parts: Iterator[bytes | memoryview]
-    digest: str
-    size: int
-
-
 def differences(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], one: str = "the store", other: str = "this run"
 ) -> list[str]:
@@ -160,8 +151,11 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def compose(
     kind: str, store_type: StoreType, rows: int, arrays: Mapping[str, NDArray[Any]], chunks: Chunks, **others: str | int
-) -> Composed:
-    """Lay out one file: `rows` in the bulk dataset that `chunks` gives, the small datasets, and attributes of this kind alone."""
+) -> tuple[str, Iterator[bytes | memoryview]]:
+    """Lay out one file: `rows` in the bulk dataset that `chunks` gives, the small datasets, and attributes of this kind alone.
+
+    Returns the digest that names it, and its bytes from first to last.
+    """
     dtype, shape = ("<u8", (4, rows)) if kind == "snapshot" else (store_type.dtype, (rows, store_type.dim))
     blocks = block_digests(chunk.reshape(-1).view(np.uint8) for chunk in map(np.ascontiguousarray, chunks()))
     attributes: dict[str, str | int] = {
@@ -184,7 +178,7 @@ def compose(
             yield np.ascontiguousarray(chunk).data.cast("B") if chunk.size else b""
         yield trailer
 
-    return Composed(parts(), trailer[-32:].hex(), len(head) + prod(shape) * np.dtype(dtype).itemsize + len(trailer))
+    return trailer[-32:].hex(), parts()
 
 
 def origin(identity: Mapping[str, Any], probe: NDArray[np.float32] | None, dim: int) -> dict[str, NDArray[Any]]:

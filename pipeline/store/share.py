@@ -66,14 +66,14 @@ def pack(
             if (longest := max(map(len, encoded), default=0)) > MAX_TEXT:
                 raise StoreError(f"{name}: a text has {longest} bytes, at most {MAX_TEXT} can be packed")
             others[COLUMNS[name]] = np.array(encoded, f"S{max(1, longest)}")
-    composed = compose(
+    _, parts = compose(
         "pack",
         store.store_type,
         len(content),
         {"content": content, **others},
         lambda: (features.astype(store.dtype) for _, features in store.pieces(content)),
     )
-    _write(path, composed.parts)
+    _write(path, parts)
     return FeatureStore.open(path)
 
 
@@ -269,13 +269,13 @@ class PartWriter:
             return
         content, vectors = zip(*self._waiting, strict=True)
         arrays = {"content": np.concatenate(content), **self._origin}
-        composed = compose("pack", self.store_type, len(arrays["content"]), arrays, lambda: vectors)
-        path = f"{self.folder}/{composed.digest}.h5"
+        digest, parts = compose("pack", self.store_type, len(arrays["content"]), arrays, lambda: vectors)
+        path = f"{self.folder}/{digest}.h5"
         if address_of(path):
             with explained(Path(self.folder)):
-                write_remote(path, b"".join(composed.parts))
+                write_remote(path, b"".join(parts))
         else:
-            _write(Path(path), composed.parts)
+            _write(Path(path), parts)
         self._waiting, self._waiting_bytes = [], 0
 
     def __enter__(self) -> PartWriter:
