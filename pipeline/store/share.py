@@ -228,7 +228,7 @@ class PartWriter:
         self.store_type = StoreType(fingerprint(dict(identity)), dim, np.dtype(dtype).str)
         self._origin = origin(identity, probe, dim)
         self._waiting: list[tuple[Digests, NDArray[Any]]] = []
-        self._waiting_bytes, self._since = 0, time.monotonic()
+        self._since = time.monotonic()
         heads = map(self._head, part_files(place, store.stem) if look else ())
         found = [file.arrays["content"] for file in heads if file is not None]
         self._known = digest_keys(np.concatenate([np.zeros((0, 2), np.uint64), *found]))
@@ -252,15 +252,14 @@ class PartWriter:
     def append(self, digests: Digests, features: NDArray[Any]) -> int:
         """Add vectors, float of shape (n, dim), of n distinct digests, uint64 of shape (n, 2); return how many."""
         if len(digests):
-            vectors = np.ascontiguousarray(features, self.store_type.dtype)
-            self._waiting.append((np.ascontiguousarray(digests, "<u8"), vectors))
-            self._waiting_bytes += vectors.nbytes
+            self._waiting.append((digests, np.ascontiguousarray(features, self.store_type.dtype)))
         return len(digests)
 
     @property
     def due(self) -> bool:
         """Whether it is time to finish a part."""
-        return self._waiting_bytes >= PART_BYTES or time.monotonic() - self._since >= PART_SECONDS
+        waiting = sum(vectors.nbytes for _, vectors in self._waiting)
+        return waiting >= PART_BYTES or time.monotonic() - self._since >= PART_SECONDS
 
     def commit(self) -> None:
         """Finish a part of what was appended since the last one."""
@@ -276,7 +275,7 @@ class PartWriter:
                 write_remote(path, b"".join(parts))
         else:
             _write(Path(path), parts)
-        self._waiting, self._waiting_bytes = [], 0
+        self._waiting = []
 
     def __enter__(self) -> PartWriter:
         return self

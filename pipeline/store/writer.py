@@ -238,7 +238,6 @@ class StoreWriter:
         """Rows of the journal, in the order they were appended."""
         self._new: set[bytes] = set()
         self._waiting: list[tuple[Digests, NDArray[Any]]] = []
-        self._waiting_bytes = 0
         self._last_commit = time.monotonic()
         self._next_group = 1
 
@@ -387,7 +386,6 @@ class StoreWriter:
         if fresh.any():
             kept, vectors = digests[fresh], np.ascontiguousarray(features[fresh], self.store_type.dtype)
             self._waiting.append((kept, vectors))
-            self._waiting_bytes += vectors.nbytes
             self._new.update(digest_keys(kept).tolist())
         if self.due:
             self.commit()
@@ -396,7 +394,8 @@ class StoreWriter:
     @property
     def due(self) -> bool:
         """Whether it is time to commit."""
-        return self._waiting_bytes >= GROUP_BYTES or time.monotonic() - self._last_commit >= GROUP_SECONDS
+        waiting = sum(vectors.nbytes for _, vectors in self._waiting)
+        return waiting >= GROUP_BYTES or time.monotonic() - self._last_commit >= GROUP_SECONDS
 
     def commit(self) -> None:
         """Make everything appended so far safe from a kill and a power loss."""
@@ -411,7 +410,7 @@ class StoreWriter:
         with explained(self.path):
             _write(self.path, parts, path)
         self._next_group += 1
-        self._waiting, self._waiting_bytes = [], 0
+        self._waiting = []
         self._sources.append(FileRows.all(open_segment(path, self.store_type, digest)))
 
     def compact(self) -> None:
