@@ -18,7 +18,6 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from pipeline.errors import BundleError, DatasetError, HeadError, PipelineError, StoreError, first_line
 from pipeline.io.digests import bytes_digest, canonical_json, fingerprint
 from pipeline.io.files import NOT_ORDINARY, read_file, write_text_atomic
+from pipeline.io.process import version
 
 log = logging.getLogger(__name__)
 

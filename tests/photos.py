@@ -53,7 +53,7 @@ def small_config(photos: Path, output: Path) -> Config:
     raw = {
         "output": str(output),
         "dataset": {"source": "folder", "path": str(photos)},
-        "backbones": [{"name": "resnet18", "preprocessing": {"resize": 32, "crop": 32}}],
+        "backbones": [{"name": "squeezenet1_1", "preprocessing": {"resize": 32, "crop": 32}}],
         "baselines": ["majority", "pixels"],
         "heads": ["logistic_regression", "nearest_centroid"],
         "tuning": {"trials": 3, "folds": 3},

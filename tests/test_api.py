@@ -22,7 +22,7 @@ from pipeline.store import FeatureStore
 from pipeline.store.share import pack
 from pipeline.store.writer import StoreWriter
 
-BACKBONE = "resnet18-random-penultimate"
+BACKBONE = "squeezenet1_1-random-penultimate"
 
 
 def stored(config: Config, *splits: str) -> tuple[np.ndarray, DatasetIndex]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+from pipeline.config import Config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pipeline"
@@ -177,7 +180,7 @@ def test_no_two_types_have_one_name() -> None:
     for _, path in modules():
         for name in types(path):
             places.setdefault(name, []).append(str(path.relative_to(ROOT)))
-    assert {"DatasetIndex", "Embedder", "Target", "FeatureMatrix", "_DomainTask"} <= places.keys()
+    assert {"DatasetIndex", "Embedder", "Target", "FeatureMatrix", "_Images"} <= places.keys()
     twice = [f"{name}: {', '.join(found)}" for name, found in sorted(places.items()) if len(found) > 1]
     assert not twice, "a name means one type in the whole package; rename all but one of\n" + "\n".join(twice)
 
@@ -201,7 +204,11 @@ def test_only_the_cli_prints() -> None:
         assert module == "cli" or not prints, f"{path}:{prints} prints; log or return the text instead"
 
 
-def test_nothing_is_imported_before_it_is_used_and_stage_two_and_the_baselines_need_no_torch() -> None:
+def test_nothing_is_imported_before_it_is_used_and_stage_two_and_the_baselines_need_no_torch(
+    experiment: Config, tmp_path: Path
+) -> None:
+    """Neither does a run of stage one that has nothing to embed."""
+    copy = shutil.copytree(Path(experiment.output).parent, tmp_path / "copy")
     code = f"""
 {NO_TORCH}
 def loaded(*names):
@@ -215,12 +222,18 @@ loaded("numpy", "sklearn", "h5py")
 import pipeline.evaluation, pipeline.report
 loaded("matplotlib", "plotly")
 import {", ".join(f"pipeline.{name}" for name in WITHOUT_TORCH)}
+done = manyheads.features({str(copy / "output")!r})
+print(done.work, done.summary_lines()[-2])
+loaded("skimage")
 print(len(pipeline.embed.baselines.load('hog').probe))
 """
-    nothing, help, *others = run(code).split("[]\n")
+    nothing, help, without, done, hog = run(code).split("[]\n")
     assert nothing == ""
     assert "store      Care for the feature stores" in help
-    assert others == ["", "1"]
+    assert without == ""
+    assert done.startswith("None ")
+    assert "nothing to embed" in done
+    assert hog == "1"
 
 
 def run(code: str) -> str:

@@ -67,7 +67,4 @@ def test_features_of_images_decoded_in_a_way_that_is_gone_are_refused_in_a_line(
     made = replace(spec, preprocessing={**spec.preprocessing, "decode": decode})
     with pytest.raises(BackboneError) as caught:
         open_record(EmbeddingRecord("pixels", made, "pixels.store", "", None, 0), "cpu")
-    assert str(caught.value) == (
-        "pixels: its images were decoded in the way 'gpu', which this version does not have; run `manyheads features` and "
-        "`manyheads heads` again"
-    )
+    assert str(caught.value) == "pixels: images are no longer decoded by 'gpu'; run `manyheads features` again"

@@ -127,26 +127,6 @@ def test_without_readable_hashes_there_are_none_and_it_is_said(photos: Path, cap
     assert caplog.messages[-1].startswith("near-duplicates are searched without perceptual hashes: ")
 
 
-def test_a_run_with_nothing_to_do_says_so_and_imports_no_torch(photos: Path) -> None:
-    config = make(photos)
-    extract_features.run(config)
-    path = photos.parent / "config.yaml"
-    path.write_text(configuration.dump_yaml(config, path.parent))
-    code = f"""
-import sys
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
-from pipeline import config, images
-from pipeline.stages import extract as extract_features
-images.decode = None
-run = extract_features.run(config.load(Path({str(path)!r})))
-assert run.work is None and "nothing to embed" in run.summary_lines()[-2], run.summary_lines()
-assert "torch" not in sys.modules and "skimage" not in sys.modules
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 def test_added_and_changed_images_are_embedded_and_renamed_and_removed_ones_are_not(photos: Path) -> None:
     config = make(photos)
     extract_features.run(config)

@@ -35,9 +35,9 @@ from pipeline.stages.estimators import Classifier, best_estimator
 from pipeline.stages.train_heads import layers
 from pipeline.store import FeatureStore, StoredRows
 
-NETWORK = "resnet18-random-penultimate"
-GROUPS = ((NETWORK, "resnet18-random-stage2"), ("pixels", NETWORK))
-NAMES = ("resnet18-random-penultimate+stage2", "pixels+resnet18-random-penultimate")
+NETWORK = "squeezenet1_1-random-penultimate"
+GROUPS = ((NETWORK, "squeezenet1_1-random-stage2"), ("pixels", NETWORK))
+NAMES = ("squeezenet1_1-random-penultimate+stage2", "pixels+squeezenet1_1-random-penultimate")
 
 
 def asking(config: Config, *groups: tuple[str, ...]) -> Config:
@@ -68,13 +68,13 @@ def test_every_head_is_compared_on_them_and_no_vector_is_stored_twice(
     board = gather(files.root).leaderboard
     keys = {row.key for row in board.rows}
     assert keys >= {f"{name}/nearest_centroid" for name in NAMES}
-    assert [record.name for record in records] == [NETWORK, "resnet18-random-stage2", "pixels"]
+    assert [record.name for record in records] == [NETWORK, "squeezenet1_1-random-stage2", "pixels"]
     stores = [path.name.rsplit("-", 1)[0] for path in files.stores.glob("*.store")]
     assert sorted(stores) == sorted([*(record.name for record in records), "hashes"])
     row = board.row(f"{NAMES[0]}/nearest_centroid")
-    assert row.dim == 512 + 128
+    assert row.dim == 512 + 256
     assert row.untrained
-    assert row.layer == "flatten+layer2.1.relu_1"
+    assert row.layer == "classifier.0+features.7.cat"
     licenses = [
         concatenated(GROUPS, [replace(each, spec=replace(each.spec, license=license)) for each in records])
         for license in ("", NO_WEIGHTS, "mit")
@@ -124,7 +124,7 @@ def test_predict_says_what_the_saved_predictions_say_with_one_pass_of_each_netwo
             assert [row["label"] for row in csv.DictReader(file)] == list(said.predicted)
     assert Classifier.load(folder).predict(photos).tolist() == list(said.predicted)
     assert best_estimator(folder, store=files.stores).predict(photos).tolist() == list(said.predicted)
-    assert loaded.count("resnet18") == len(loaded)
+    assert loaded.count("squeezenet1_1") == len(loaded)
 
 
 def test_a_bundle_names_its_parts_and_one_that_leads_out_is_refused(finished: Config) -> None:
@@ -138,15 +138,15 @@ def test_a_bundle_names_its_parts_and_one_that_leads_out_is_refused(finished: Co
 
 
 def test_unknown_names_are_told_together_before_anything_is_embedded(finished: Config) -> None:
-    config = asking(finished, (NETWORK, "pixel"), ("resnet18-random-stage3", "pixels"))
+    config = asking(finished, (NETWORK, "pixel"), ("squeezenet1_1-random-stage3", "pixels"))
     for run in (check.run, extract.run, train_heads.run):
         with pytest.raises(PipelineError) as caught:
             run(config)
         told = [line for line in caught.value.problems if line.startswith("concat")]
-        there = {NETWORK, "resnet18-random-stage2", "pixels"}
+        there = {NETWORK, "squeezenet1_1-random-stage2", "pixels"}
         assert [line.partition(";")[0] for line in told] == [
             "concat: no embedding 'pixel', did you mean 'pixels'?",
-            "concat: no embedding 'resnet18-random-stage3', did you mean 'resnet18-random-stage2'?",
+            "concat: no embedding 'squeezenet1_1-random-stage3', did you mean 'squeezenet1_1-random-stage2'?",
         ]
         assert set(told[0].partition("there are ")[2].split(", ")) == there
     assert check.run(asking(finished, *GROUPS))[-1] == "the config is valid and the data can be used"
@@ -321,7 +321,7 @@ def test_heads_writes_it_the_report_draws_it_and_the_command_prints_it(finished:
     files.layers.write_text("damaged", encoding="utf-8")
     assert not maintenance.verify_files(finished)[0]
     lines = layers.run(finished)
-    assert lines[0] == ("resnet18-random: ridge on each layer, 30 training images, 3 folds, accuracy out of fold")
+    assert lines[0] == ("squeezenet1_1-random: ridge on each layer, 30 training images, 3 folds, accuracy out of fold")
     assert read_profiles(files.layers) == (found,)
     board = gather(files.root)
     other = replace(board.leaderboard, rows=tuple(replace(row, task="another") for row in board.leaderboard.rows))

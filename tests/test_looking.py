@@ -34,7 +34,7 @@ from pipeline.store.rows import Nearest
 from pipeline.store.share import read_vectors
 from pipeline.store.writer import StoreWriter
 
-EMBEDDING = "resnet18-random-penultimate"
+EMBEDDING = "squeezenet1_1-random-penultimate"
 
 
 def read(path: Path) -> list[dict[str, str]]:

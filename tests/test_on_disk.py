@@ -17,7 +17,6 @@ from sklearn.preprocessing import MinMaxScaler
 from test_tuning_solvers import network
 
 from pipeline import config as configuration
-from pipeline import report
 from pipeline.config import Config, HeadConfig, TuningConfig
 from pipeline.data import DatasetIndex
 from pipeline.data.classes import Classification
@@ -200,18 +199,18 @@ except MemoryError:
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts allocations on Linux")
 def test_features_of_several_times_the_limit_are_tuned_within_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    y = np.arange(20_000) % 3
+    y = np.arange(12_000) % 3
     centres = 0.2 * rng.normal(size=(3, 256))
     digests = digests_from_hex(content_digest(str(number).encode()).hex() for number in range(len(y)))
-    with StoreWriter.open(tmp_path / "store", {"test": "large"}, 256) as writer:  # 20 MB
-        for start in range(0, len(y), 5000):
-            part = slice(start, start + 5000)
-            rows = rng.standard_normal((5000, 256), dtype=np.float32) + centres[y[part]].astype(np.float32)
+    with StoreWriter.open(tmp_path / "store", {"test": "large"}, 256) as writer:  # 12 MB
+        for start in range(0, len(y), 3000):
+            part = slice(start, start + 3000)
+            rows = rng.standard_normal((3000, 256), dtype=np.float32) + centres[y[part]].astype(np.float32)
             writer.append(digests[part], rows)
     np.save(tmp_path / "y.npy", y)
     np.save(tmp_path / "digests.npy", digests)
     made = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path), "9"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", LIMITED, str(tmp_path), "5"], capture_output=True, text=True, check=False
     )
     assert made.returncode == 0, made.stderr[-2000:]
     lines = dict(line.rsplit(" ", 1) for line in made.stdout.splitlines())
@@ -282,7 +281,6 @@ def test_stage_two_ends_with_the_same_table_and_bundles_less_what_cannot_work_on
         "ridge, logistic_regression, linear_svm",
     ]
     assert not any("disk" in note for note in here.notes())
-    assert "net / decision_tree: left out" in report.build(tmp_path / "disk").read_text(encoding="utf-8")
     bundles_predict_what_the_leaderboard_says(tmp_path / "disk", disk)
 
 

@@ -160,7 +160,7 @@ def test_inner_layers_and_poolings_are_those_of_any_network_where_it_can_be_trac
     assert load("maps").preprocessing.mean == (0.0, 0.0, 0.0)
     with pytest.raises(BackboneError, match=r"no layer 'network\.conv'"):
         load("branches", layers=["network.conv"])
-    with pytest.raises(BackboneError, match="the weights have no classifier, so they give no classifier"):
+    with pytest.raises(BackboneError, match="the weights have no classifier, so no classifier"):
         load("net", layers=["classifier"])
 
 
@@ -188,20 +188,19 @@ def test_the_identity_sees_weights_text_and_source_and_nothing_else(nets: Callab
 @pytest.mark.parametrize(
     ("function", "told"),
     [
-        ("no_network", "my_nets:no_network: returns str, expected a torch.nn.Module, or (module, transform)"),
+        ("no_network", "my_nets:no_network: returns str, expected a torch.nn.Module, or it and a transform"),
         (
             "mapping",
-            "my_nets:mapping: gives a dict for 2 images, expected a tensor with a vector for each, such as (2, 512)",
+            "my_nets:mapping: gives a dict for 2 images, expected vectors, such as (2, 512)",
         ),
         (
             "scalar",
-            "my_nets:scalar: gives (2,) for 2 images, expected a tensor with a vector for each, such as (2, 512)",
+            "my_nets:scalar: gives (2,) for 2 images, expected vectors, such as (2, 512)",
         ),
-        ("missing_file", "my_nets:missing_file: fails with arguments {}: FileNotFoundError: weights.pt"),
+        ("missing_file", "my_nets:missing_file: fails with {}: FileNotFoundError: weights.pt"),
         (
             "untrained",
-            "my_nets:untrained: has other weights each time it is called; load trained ones in it, or say weights: random, an "
-            "untrained control",
+            "my_nets:untrained: has other weights each time; load trained ones in it, or say weights: random",
         ),
         (
             "odd_transform",
@@ -210,7 +209,7 @@ def test_the_identity_sees_weights_text_and_source_and_nothing_else(nets: Callab
         ),
         (
             "nett",
-            "backbone 'my_nets:nett': 'my_nets' has no function 'nett', did you mean 'net'?",
+            "my_nets:nett: 'my_nets' has no function 'nett', did you mean 'net'?",
         ),
         (
             "wants_32",
@@ -292,7 +291,7 @@ def test_from_images_to_a_finetuned_network_and_a_strangers_experiment_is_refuse
     assert made.specs[0].trained_on is not None
     assert weights.license_of(section("net", weights=str(tuned.weights))) == "mit"
     with pytest.raises(
-        BackboneError, match="holds a network of code, my_nets:net, which can do anything when it is built"
+        BackboneError, match="holds a network of code; write name: my_nets:net only if you know whose it is"
     ):
         backbone.load(BackboneConfig(name="mine", weights=str(tuned.weights)), FP32, 0)
     nets(NETS.replace("torch.relu", "torch.sigmoid"))

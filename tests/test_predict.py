@@ -116,7 +116,7 @@ def test_the_constant_guess_labels_nothing_and_is_passed_over_in_words(
 
 def test_an_embedding_this_machine_makes_otherwise_is_refused(experiment: Config, tmp_path: Path) -> None:
     files = Artifacts(experiment.output)
-    source = files.bundle("resnet18-random-penultimate", "logistic_regression")
+    source = files.bundle("squeezenet1_1-random-penultimate", "logistic_regression")
     bundle = shutil.copytree(source, tmp_path / "bundle")
     document = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
     document["embedding"]["spec"]["weights_digest"] = "0" * 64
@@ -225,7 +225,7 @@ def test_a_folder_is_walked_as_a_data_set_is_and_nothing_goes_without_a_row_or_a
     assert result.unreadable == 5
     assert result.summary_lines()[-5:-1] == [
         "5 images could not be read; their `status` says why",
-        "1 file not used (not an image):",
+        "not an image: 1 file",
         f"  {photos}/notes.txt: {NO_IMAGE}",
         "ignored hidden files and folders: 1",
     ]

@@ -46,7 +46,7 @@ def make_config(root: Path, **dataset: object) -> Config:
     }  # fmt: skip
     raw = {
         "output": str(root / "output"), "dataset": manifest,
-        "backbones": [{"name": "resnet18", "preprocessing": {"resize": 32, "crop": 32}}],
+        "backbones": [{"name": "squeezenet1_1", "preprocessing": {"resize": 32, "crop": 32}}],
         "baselines": ["majority", "pixels"], "heads": ["nearest_centroid", "ridge"], "tuning": {"trials": 1, "folds": 3},
     }  # fmt: skip
     return configuration.parse(raw, "test")
@@ -73,7 +73,7 @@ def test_each_target_is_an_experiment_on_the_same_split_and_store(several: tuple
         assert (len(index), index.names) == (images, ("label",))
         assert index.splits.tolist() == whole.rows(whole.column(name) != "").splits.tolist()
         board = read_leaderboard(each[name])
-        assert f"resnet18-random-penultimate/{own}" in {row.key for row in board.rows}
+        assert f"squeezenet1_1-random-penultimate/{own}" in {row.key for row in board.rows}
         assert board.scoring == ("mae" if name == SIZE else "accuracy")
         assert pipeline.load(each[name], embedding="pixels").X.shape == (images, 768)
     stores = {json.loads(Artifacts(root).features.read_text())["embeddings"][0]["digest"] for root in each.values()}

@@ -31,7 +31,7 @@ from pipeline.store import FeatureStore, lock
 from pipeline.store.writer import StoreWriter
 
 GOLDEN = Path(__file__).parent / "golden" / "experiment-0.1.tar.xz"
-BACKBONE = "resnet18-random-penultimate"
+BACKBONE = "squeezenet1_1-random-penultimate"
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_a_kill_after_a_store_was_moved_loses_nothing(old: Config) -> None:
     Path("features").mkdir()
     for path in sorted(Path("output/features").iterdir())[:1]:
         path.rename(Path("features") / path.name)
-    for name in (BACKBONE, "pixels"):
+    for name in ("resnet18-random-penultimate", "pixels"):
         assert len(vectors(old, name)) == len(before)
     assert extract_features.run(old).work is None
     np.testing.assert_array_equal(vectors(old), before)

@@ -37,12 +37,12 @@ from pipeline.stages.load import load
 from pipeline.store import FeatureStore
 from pipeline.store.writer import StoreWriter
 
-BACKBONE = "resnet18-random-penultimate"
+BACKBONE = "squeezenet1_1-random-penultimate"
 SMALL = {"weights": "random", "preprocessing": {"resize": 32, "crop": 32}}
 
 
 def small(**more: Any) -> Embedder:
-    return Embedder("resnet18", **{**SMALL, **more})
+    return Embedder("squeezenet1_1", **{**SMALL, **more})
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def only_store(folder: Path, name: str = "resnet18") -> FeatureStore:
+def only_store(folder: Path, name: str = "squeezenet1_1") -> FeatureStore:
     (path,) = folder.glob(f"{name}*.store")
     return FeatureStore.open(path)
 
@@ -95,13 +95,13 @@ def test_each_image_is_embedded_once_in_whatever_fold(photos, here: Path) -> Non
     assert cross_val_score(pipeline, paths, y, cv=3).mean() > 0.9
     after_folds = only_store(here / "kept")
     assert (after_folds.rows, after_folds.generation) == (36, 3)  # training and test images of the first fold
-    search = GridSearchCV(pipeline, {"embedder__layer": ["penultimate", "layer3"]}, cv=2).fit(paths, y)
-    assert search.best_estimator_[0].layer in ("penultimate", "layer3")
+    search = GridSearchCV(pipeline, {"embedder__layer": ["penultimate", "stage2"]}, cv=2).fit(paths, y)
+    assert search.best_estimator_[0].layer in ("penultimate", "stage2")
     again = FeatureStore.open(after_folds.path)
     assert again.generation == 3
-    assert {path.name.rpartition("-")[0] for path in (here / "kept").glob("resnet18*")} == {
+    assert {path.name.rpartition("-")[0] for path in (here / "kept").glob("squeezenet1_1*")} == {
         BACKBONE,
-        "resnet18-random-layer3",
+        "squeezenet1_1-random-stage2",
     }
     columns = {path.stem for path in (here / "kept").glob("*.json")}
     assert columns == {"specs"}
@@ -208,15 +208,15 @@ def test_it_is_cloned_and_pickled_as_its_parameters_alone(photos, here: Path) ->
 def test_columns_have_names_and_pandas_is_given_where_asked(photos, here: Path) -> None:
     paths = pd.Series(photos[0][:4], index=[7, 5, 3, 1])
     table = small(store="kept").set_output(transform="pandas").transform(paths)
-    assert table.columns[[0, -1]].tolist() == ["resnet18_0", "resnet18_511"]
+    assert table.columns[[0, -1]].tolist() == ["squeezenet1_1_0", "squeezenet1_1_511"]
     assert table.index.tolist() == [7, 5, 3, 1]
     union = FeatureUnion([("net", small(store="kept")), ("hog", Embedder("hog", store="kept"))])
-    assert union.get_feature_names_out()[[0, -1]].tolist() == ["net__resnet18_0", "hog__hog_1763"]
+    assert union.get_feature_names_out()[[0, -1]].tolist() == ["net__squeezenet1_1_0", "hog__hog_1763"]
 
 
 def test_vectors_of_another_identity_than_the_head_was_fitted_on_are_refused(photos, here: Path) -> None:
     embedder = small(store=None, seed=1, fingerprint=small(store=None)._spec().fingerprint())
-    with pytest.raises(BackboneError, match="are no longer those that the head was fitted on"):
+    with pytest.raises(BackboneError, match="its vectors are not those of the head now"):
         embedder.transform(photos[0][:1])
 
 

@@ -26,7 +26,7 @@ from pipeline.stages import fit, settings, similar, train_heads
 from pipeline.stages.train_heads import Pass, next_trials, trials_within
 
 SMALL: dict[str, Any] = {
-    "backbones": [{"name": "resnet18", "preprocessing": {"resize": 32, "crop": 32}}],
+    "backbones": [{"name": "squeezenet1_1", "preprocessing": {"resize": 32, "crop": 32}}],
     "baselines": ["majority", "pixels"],
     "heads": ["ridge", "nearest_centroid"],
     "tuning": {"trials": 2, "folds": 3},
@@ -151,7 +151,7 @@ def test_in_a_terminal_it_looks_tunes_and_says_what_next(
     lines = found.stdout.splitlines()
     assert lines[:3] == [
         "2 heads: ridge, nearest_centroid",
-        "1 backbone: resnet18 (random)",
+        "1 backbone: squeezenet1_1 (random)",
         "27 images in 3 classes: 21 train, 6 test",
     ]
     assert "4 of 4 rows were finished before and kept." in lines

@@ -491,44 +491,48 @@ def test_without_stage_one_it_says_what_to_run(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path}/features.json: missing; run `manyheads features` first"
 
 
-def heads_command(config: Config, before: str = "") -> list[str]:
-    path = Path(config.output) / "test.yaml"
-    path.write_text(configuration.dump_yaml(config, path.parent), encoding="utf-8")
-    code = (
-        f"{before}\nimport sys; sys.argv = ['manyheads', 'heads', {str(path)!r}]\nfrom pipeline.cli import main\nmain()"
-    )
-    return [sys.executable, "-c", code]
+KILLED_AND_AGAIN = f"""
+import os, signal, sys
+
+class NoTorch:
+    @staticmethod
+    def find_spec(name, *_):
+        if name.partition(".")[0] in ("torch", "torchvision"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, NoTorch)
+{QUICK_PAGES}
+from pipeline.cli import cli
+from pipeline.heads.tuning.journal import Journal
+from pipeline.stages import train_heads
+
+words, leaderboard = ["heads", sys.argv[1]], sys.argv[2]
+child = os.fork()
+if child == 0:
+    append, count = Journal.append, [0]
+    def dying(self, events):
+        append(self, events)
+        count[0] += 1
+        if count[0] == 5:  # right after the fifth fit is on disk
+            os.kill(os.getpid(), signal.SIGKILL)
+    Journal.append = dying
+    cli.main(words)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), os.path.exists(leaderboard))
+cli.main(words)
+"""
 
 
 def test_a_killed_run_goes_on_where_torch_cannot_be_imported_and_ends_with_the_same_results(
     finished: tuple[Config, train_heads.HeadsRun], tmp_path: Path
 ) -> None:
     stage_one(tmp_path)
-    config = make_config(tmp_path)
-    # The process dies by SIGKILL right after its fifth fit is on disk.
-    die = (
-        "import os, signal, pipeline.heads.tuning.journal as journal\n"
-        "append, count = journal.Journal.append, [0]\n"
-        "def dying(self, events):\n"
-        "    append(self, events); count[0] += 1\n"
-        "    if count[0] == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "journal.Journal.append = dying"
-    )
-    killed = subprocess.run(heads_command(config, die), capture_output=True, check=False, timeout=600)
-    assert killed.returncode == -signal.SIGKILL
-    assert not Artifacts(tmp_path).leaderboard.exists()
-    blocked = (
-        "import sys\n"
-        "class NoTorch:\n"
-        "    @staticmethod\n"
-        "    def find_spec(name, *_):\n"
-        "        if name.partition('.')[0] in ('torch', 'torchvision'): raise ImportError(name)\n"
-        "sys.meta_path.insert(0, NoTorch)" + QUICK_PAGES
-    )
-    found = subprocess.run(heads_command(config, blocked), capture_output=True, text=True, check=True, timeout=600)
-    assert "Best by cross-validation: net-random/" in found.stdout
-    mine = without_clocks(Artifacts(tmp_path).leaderboard)
-    assert mine == without_clocks(Artifacts(finished[0].output).leaderboard)
+    path, leaderboard = tmp_path / "test.yaml", Artifacts(tmp_path).leaderboard
+    path.write_text(configuration.dump_yaml(make_config(tmp_path), tmp_path), encoding="utf-8")
+    command = [sys.executable, "-c", KILLED_AND_AGAIN, str(path), str(leaderboard)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert found.startswith(f"{-signal.SIGKILL} False\n")
+    assert "Best by cross-validation: net-random/" in found
+    assert without_clocks(leaderboard) == without_clocks(Artifacts(finished[0].output).leaderboard)
 
 
 def test_rows_survive_a_round_trip(finished: tuple[Config, train_heads.HeadsRun]) -> None:

@@ -338,7 +338,7 @@ def test_a_foreign_file_is_set_aside_and_an_unwritable_place_is_told(tmp_path, c
     journal = tmp_path / "trials.jsonl"
     journal.write_text('{"some": "thing"}\n')
     tune(counting(), X, y, make_folds(y, 3, 0), TuningConfig(trials=1), 0, journal)
-    assert "because the file has another format" in caplog.text
+    assert "a new search begins, because " in caplog.text
     (tmp_path / "file").write_text("")
     with pytest.raises(HeadError, match="the trials cannot be written down there"):
         tune(counting(), X, y, make_folds(y, 3, 0), TuningConfig(trials=1), 0, tmp_path / "file" / "trials.jsonl")

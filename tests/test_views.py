@@ -22,6 +22,7 @@ from pipeline.export import bundle as bundles
 from pipeline.images.preparing import Preprocessing, viewed
 from pipeline.stages import export, extract, maintenance, predict, train_heads
 from pipeline.stages.load import load
+from pipeline.stages.train_heads import apart
 from pipeline.stages.train_heads import views as stage
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -81,7 +82,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Config:
     extract.run(with_views(config, "flip"))
     work = extract.run(with_views(config, "flip", "crop")).work
     assert work is not None
-    assert dict(work.vectors) == {"resnet18-random-penultimate-crop": 36}
+    assert dict(work.vectors) == {"squeezenet1_1-random-penultimate-crop": 36}
     train_heads.run(with_views(config, "flip", "crop"))
     return with_views(config, "flip", "crop")
 
@@ -89,9 +90,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def test_each_view_is_a_store_of_its_own_and_nothing_is_embedded_twice(done: Config):
     records = read_records(Artifacts(done.output).features)
     assert [(record.name, record.kind) for record in records] == [
-        ("resnet18-random-penultimate", "backbone"),
-        ("resnet18-random-penultimate-flip", "view"),
-        ("resnet18-random-penultimate-crop", "view"),
+        ("squeezenet1_1-random-penultimate", "backbone"),
+        ("squeezenet1_1-random-penultimate-flip", "view"),
+        ("squeezenet1_1-random-penultimate-crop", "view"),
     ]
     assert len({record.fingerprint for record in records}) == 3
     assert extract.run(done).work is None
@@ -110,6 +111,9 @@ def test_rows_with_views_stand_apart_and_say_what_they_brought_and_cost(done: Co
     assert [row.head for row in board.ranked] == ["logistic_regression", "most_frequent"]
     ((*rows,),) = board.apart
     assert sorted(row.head.partition("+")[2] for row in rows) == sorted(stage.WAYS)
+    plain = board.ranked[0].embed_seconds or 0.0
+    assert sorted((row.embed_seconds or 0.0) > 2 * plain for row in rows) == [False, True, True]
+    assert all((row.embed_seconds or 0.0) >= plain > 0 for row in rows)
     assert all(len(row.cv_scores) == 3 and row.test is not None and row.test.n == rows[0].test.n for row in rows)  # type: ignore[union-attr]
     text = board.to_text()
     assert "With views of the images: the best head of a network" in text
@@ -130,12 +134,11 @@ def test_no_view_of_an_image_that_is_judged_was_learned_from(done: Config, monke
     def stop(*given: object) -> None:
         raise StopIteration
 
-    monkeypatch.setattr(stage, "found_before", lambda *given: None)
+    monkeypatch.setattr(apart, "_found_before", lambda *given: None)
     monkeypatch.setattr(stage, "clone", lambda estimator: Watched())
     monkeypatch.setattr(stage, "_mean", stop)
-    board, files = read_leaderboard(Path(done.output)), Artifacts(done.output)
     with pytest.raises(StopIteration):
-        stage.with_views(board, asked.task, asked.stores, asked.records, files, done.seed)
+        stage.with_views(read_leaderboard(Path(done.output)), asked)
     train, held_out = asked.task.folds[0]
     names = [record.name for record in asked.records if record.kind != "baseline"]
 

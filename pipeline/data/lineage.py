@@ -1,18 +1,17 @@
 """Lineage: which images a network's weights have learned from and been chosen by, so that nobody cross-validates on them.
 
-A head on features of a network that was fine-tuned on the same labelled images is told the answers: its folds are no
-longer unseen. On images that only chose among weights it looks better than it is. The weights file therefore carries the
-content digests of both. Needs no torch.
+A head on features of a network that was fine-tuned on the same labelled images is told the answers, and on images that only chose
+among weights it looks better than it is. The weights file therefore carries the content digests of both. Needs no torch.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from pipeline.config import BackboneConfig
 from pipeline.errors import TrainingError
@@ -103,13 +102,11 @@ def _among(digests: Digests, known: frozenset[str]) -> NDArray[np.bool_]:
 
 
 def _header(weights: Path) -> dict[str, str]:
-    """The text part of a safetensors header: 8 bytes of length, then JSON."""
+    """Return the text part of a safetensors header."""
     if weights.exists() and not weights.is_file():
         raise TrainingError(f"{weights}: is no ordinary file, expected a safetensors file")
     try:
-        with weights.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            metadata = json.loads(file.read(min(length, 1 << 30))).get("__metadata__", {})
-    except (OSError, ValueError, AttributeError) as error:
+        with safe_open(weights, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
         raise TrainingError(f"{weights}: cannot be read as a safetensors file ({error})") from None
-    return {str(key): str(value) for key, value in metadata.items()}

@@ -117,17 +117,17 @@ class Walk:
         """Read one folder."""
         found = Folder()
         try:
-            self._read(path, found)
-        except NotADirectoryError:
-            self._read_elsewhere(path, found)
+            if address_of(self.root) is None and (self.root / path).is_dir():
+                self._read(path, found)
+            else:
+                self._read_elsewhere(path, found)
         except OSError as error:  # also a disk that fails in the middle of it
-            self.pass_over(path.rstrip("/"), "unreadable", f"the folder cannot be read to its end: {error.strerror}")
+            told = f"the folder cannot be read to its end: {error.strerror or error}"
+            self.pass_over(path.rstrip("/"), "unreadable", told)
         found.folders.sort()
         return found
 
     def _read(self, path: str, found: Folder) -> None:
-        if address_of(self.root) is not None:
-            raise NotADirectoryError
         descriptor = os.open(self.root / path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             with os.scandir(descriptor) as entries:
@@ -153,23 +153,20 @@ class Walk:
     def _read_elsewhere(self, path: str, found: Folder) -> None:
         """Read a folder inside an archive, or a remote one."""
         full = f"{self.root}/{path}".rstrip("/")
-        try:
-            archive = open_archive(place[0]) if (place := inside(full)) else None
-            if archive is not None and archive.problem and path == "":
-                self.pass_over(self.root.name, "truncated", archive.problem)
-            for name, entry in sorted(entries(full).items()):
-                if is_hidden(name):
-                    self.ignored["hidden files and folders"] += 1
-                elif entry is None:
-                    found.folders.append(name)
-                elif not isinstance(entry, Refused):
-                    self._take(path, name, entry, found, archive is not None and archive.holds_images)
-                elif is_image_name(name):
-                    self.pass_over(path + name, *entry)
-                else:
-                    self.ignored["files in archives that are no images"] += 1
-        except OSError as error:
-            self.pass_over(path.rstrip("/"), "unreadable", f"it cannot be read: {error.strerror or error}")
+        archive = open_archive(place[0]) if (place := inside(full)) else None
+        if archive is not None and archive.problem and path == "":
+            self.pass_over(self.root.name, "truncated", archive.problem)
+        for name, entry in sorted(entries(full).items()):
+            if is_hidden(name):
+                self.ignored["hidden files and folders"] += 1
+            elif entry is None:
+                found.folders.append(name)
+            elif not isinstance(entry, Refused):
+                self._take(path, name, entry, found, archive is not None and archive.holds_images)
+            elif is_image_name(name):
+                self.pass_over(path + name, *entry)
+            else:
+                self.ignored["files in archives that are no images"] += 1
 
     def pass_over(self, path: str, status: str, reason: str) -> None:
         """Add a line."""

@@ -7,7 +7,6 @@ network are, never by timing them, so that the same machine gives the same answe
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import ExtractionConfig
 from pipeline.errors import BackboneError, first_line
+from pipeline.io.process import version
 
 if TYPE_CHECKING:
     import torch
@@ -80,15 +80,6 @@ def native_bf16(flags: frozenset[str]) -> frozenset[str]:
     return frozenset() if "GenuineIntel" in flags and "amx_bf16" not in flags else flags & NATIVE_BF16
 
 
-@cache
-def version(name: str) -> str | None:
-    """Return the version of an installed package; None where it is not."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def choice_inputs() -> dict[str, Any]:
     """Return what device, precision and engine depend on, learnt without importing torch: the key under which a choice is kept."""
     return {
@@ -114,8 +105,7 @@ def resolve_device(asked: str) -> torch.device:
     if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         found = ", ".join(kind for kind, available in there.items() if available)
         raise BackboneError(
-            f"device {asked!r} is not available here, found {found} and {torch.cuda.device_count()} GPUs; set "
-            "extraction.device (predict: --device) to another, or to 'auto'"
+            f"device {asked!r} is not available; there are {found} and {torch.cuda.device_count()} GPUs"
         )
     return device
 
@@ -162,9 +152,8 @@ def choose_engine(
 ) -> tuple[str, str]:
     """Return the engine and the reason for it; BackboneError when OpenVINO is asked for where it cannot be.
 
-    `images` is how many the data set has, `layer_norms` tells transformers and their kin from convolutional networks, `there` is
-    whether OpenVINO is installed. Measured in bf16 with AMX it is 1.4 to 2.5 times as fast as torch for ResNets and MobileNets, 0.7
-    times for ConvNeXt and ViT. torch.compile gives 1.2 to 1.5 after 20 to 120 s of compiling, and is not used.
+    `layer_norms` tells transformers and their kin. Measured in bf16 with AMX, OpenVINO is 1.4 to 2.5 times as fast as torch for ResNets
+    and MobileNets, 0.7 times for ConvNeXt and ViT; torch.compile gains 1.2 to 1.5 after 20 to 120 s, and is not used.
     """
     if asked == "torch":
         return asked, "asked for"

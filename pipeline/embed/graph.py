@@ -71,10 +71,9 @@ TracedNetwork = tuple[fx.GraphModule | Taps, dict[str, fx.Node | None]]
 
 
 def trace(model: nn.Module, probe: torch.Tensor | None = None) -> TracedNetwork:
-    """Return the network as a graph in eval mode, and its nodes by name in the order they run.
+    """Return a network in eval mode as a graph, and its nodes by name in the order they run; as it is, with its modules, where that fails.
 
-    Where it cannot be traced, or its graph gives another result for the images `probe`, float32 of shape (n, 3, height, width), it is
-    run as it is, and its layers are its modules.
+    probe : images, float32 of shape (n, 3, height, width), of which a graph has to give the same
     """
     try:
         module, names = traced(model.eval())
@@ -156,9 +155,7 @@ def classifier(module: nn.Module) -> fx.Node:
         for node in calls:
             if isinstance(modules[str(node.target)], kind):
                 return node
-    raise BackboneError(
-        "the network has neither a linear nor a convolutional layer, so it has no penultimate layer; name one under layers"
-    )
+    raise BackboneError("a network without a linear or convolutional layer has no penultimate one; name a layer")
 
 
 def classifier_name(model: nn.Module, graph: TracedNetwork) -> str:
@@ -175,10 +172,9 @@ def resolve(
     has_classifier: bool = True,
     stages: Callable[[], Mapping[str, str]] = dict,
 ) -> list[str]:
-    """Return the node name of each layer asked for; `penultimate` is the network's own feature, or the input of the classifier.
+    """Return the node of each layer: `penultimate` is the network's own feature, or its classifier's input; a stage one of `stages`.
 
-    `stages` gives `stage_ends`, where a layer is no name of the network's own. BackboneError with one line for every unknown layer,
-    or for those that are not before a classifier that the weights lack.
+    BackboneError with a line for every unknown layer, or for those that are not before a classifier that the weights lack.
     """
     module, names = graph
     by_node = {node: name for name, node in names.items()}
@@ -192,17 +188,13 @@ def resolve(
         known = [PENULTIMATE, *by_stage, *names]
         unknown = [f"no layer {layer!r}{guess(layer, known)}" for layer, end in found.items() if end is None]
         if unknown:
-            raise BackboneError(
-                "layers that are not in the network; `manyheads layers MODEL` lists those that are", unknown
-            )
+            raise BackboneError("layers that are not in the network, which `manyheads layers MODEL` lists", unknown)
     if not has_classifier and POOLED not in names:
         order = [*names]
         last = order.index(by_node[classifier(module)])
         late = [layer for layer, end in found.items() if order.index(str(end)) >= last]
         if late:
-            raise BackboneError(
-                f"the weights have no classifier, so they give no {', '.join(late)}; use layers: [{PENULTIMATE}]"
-            )
+            raise BackboneError(f"the weights have no classifier, so no {', '.join(late)}; use layers: [{PENULTIMATE}]")
     return [str(found[layer]) for layer in asked]
 
 
@@ -387,10 +379,7 @@ def tokens_of(model: nn.Module) -> Tokens:
 
 
 def source(layer: str, pooling: str, tokens: Tokens) -> str:
-    """Return the layer that a pooling is taken of: at `penultimate`, one vector already, the tokens it was made of.
-
-    `own`, and `map` and `cls` where the network pools so by itself, are the network's own vector.
-    """
+    """Return the layer that a pooling is taken of: at `penultimate` the tokens before it, unless that is how the network pools."""
     own = pooling in {"own", "map"} or (pooling == "cls" and tokens.own == "token")
     return UNPOOLED if layer == PENULTIMATE and tokens.own and not own else layer
 
@@ -526,11 +515,9 @@ def rows(
 def effective(
     run: Callable[[], Sequence[object]], rows: Sequence[EmbeddingRow], tokens: Tokens, name: str, size: tuple[int, int]
 ) -> list[EmbeddingRow]:
-    """Return the rows with the pooling that applies, having run two images through before the work starts.
+    """Return the rows with the pooling that applies, by what `run` gives for two images; warn of poolings that have no meaning.
 
-    `run` gives the network's outputs for the two, with weights or on torch's meta device. Of several poolings of a layer those
-    that have no meaning there are left out, with a warning. BackboneError when the network does not take the images; with a line
-    for every pooling of the layers that have none.
+    BackboneError when the network does not take the images, or with a line for every pooling of a layer that has none.
     """
     try:
         with torch.inference_mode():
@@ -546,9 +533,7 @@ def effective(
     for row in rows:
         output = outputs[row.output]
         if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != 2:
-            raise BackboneError(
-                f"layer {row.node!r} does not give a tensor per image; `manyheads layers` lists those that do"
-            )
+            raise BackboneError(f"layer {row.node!r} gives no tensor per image; `manyheads layers` lists those that do")
         try:
             pooling = effective_pooling(output, row.pooling, tokens, row.node)
         except BackboneError as error:

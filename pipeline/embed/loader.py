@@ -180,10 +180,9 @@ def embed(
     workers: int | str = "auto",
     hashed: bool = False,
 ) -> Iterator[tuple[Batch, list[Part | None]]]:
-    """Read images and send them through the networks: yield the items in order, in batches.
+    """Read images and send them through the networks: yield batches of them in order, and what every lane made of each.
 
-    Of each batch there is what every lane made of it, by the lane's place; None where it wanted none of the images, or none
-    could be read. BackboneError when not even one image fits into memory.
+    That is None where a lane wanted none of the images, or none could be read. BackboneError when not even one fits into memory.
     """
     preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
     loader = Loader(root, max_pixels, preprocessings, max(lane.limit for lane in lanes), threads(workers), hashed)

@@ -37,11 +37,7 @@ AS_FAMILIES_DO = ("torch", "torchvision", "timm")
 
 
 class OwnNetwork(nn.Module):
-    """A module of the user's with a last layer of zeros behind it.
-
-    `code` is what beside its tensors makes its vectors: digests of its text, as torch prints it, and of the source it is from.
-    `leaf_modules` are those that are not traced into: all of it where the traced graph does not compute the same.
-    """
+    """A module of the user's with a last layer of zeros behind it; `code` is digests of its text and of the source it is from."""
 
     def __init__(self, name: str, network: nn.Module, preprocessing: Preprocessing, num_classes: int) -> None:
         super().__init__()
@@ -60,9 +56,7 @@ class OwnNetwork(nn.Module):
         """Score the classes, for `finetune`: images (n, 3, height, width) to (n, num_classes), both of the network's float dtype."""
         vectors = self.network(images)
         if isinstance(vectors, torch.Tensor) and vectors.ndim != 2:
-            raise BackboneError(
-                f"{self.name}: gives {tuple(vectors.shape[1:])} for an image, and a last layer needs one vector; pool in its forward"
-            )
+            raise BackboneError(f"{self.name}: gives {tuple(vectors.shape[1:])} for an image; pool it in its forward")
         scores: torch.Tensor = self.classifier(vectors)
         return scores
 
@@ -80,7 +74,7 @@ class OwnNetwork(nn.Module):
         if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != len(images):
             what = tuple(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
             raise BackboneError(
-                f"{self.name}: gives {what} for {len(images)} images, expected a tensor with a vector for each, such as (2, 512)"
+                f"{self.name}: gives {what} for {len(images)} images, expected vectors, such as (2, 512)"
             )
         return output
 
@@ -94,9 +88,7 @@ def _function(name: str) -> Callable[..., Any]:
     module = users_module(module_name, f"backbone {name!r}", BackboneError)
     found = getattr(module, attribute, None)
     if not callable(found):
-        raise BackboneError(
-            f"backbone {name!r}: {module_name!r} has no function {attribute!r}{guess(attribute, [*vars(module)])}"
-        )
+        raise BackboneError(f"{name}: {module_name!r} has no function {attribute!r}{guess(attribute, [*vars(module)])}")
     return found  # type: ignore[no-any-return]
 
 
@@ -111,13 +103,11 @@ def _call(name: str, arguments: Arguments) -> tuple[nn.Module, Preprocessing]:
         with torch.device("cpu"):
             made = function(**given)
     except Exception as error:  # a user's function may fail in any way
-        raise BackboneError(
-            f"{name}: fails with arguments {given}: {type(error).__name__}: {first_line(error)}"
-        ) from None
+        raise BackboneError(f"{name}: fails with {given}: {type(error).__name__}: {first_line(error)}") from None
     network, transform = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(network, nn.Module):
         raise BackboneError(
-            f"{name}: returns {type(network).__name__}, expected a torch.nn.Module, or (module, transform)"
+            f"{name}: returns {type(network).__name__}, expected a torch.nn.Module, or it and a transform"
         )
     try:
         if transform is None:
@@ -145,9 +135,7 @@ def _load(name: str, arguments: Arguments) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # which a seed in the user's function would change for all that follows
         network, (again, _) = _build(name, arguments), _call(name, arguments)
     if tensors_digest(network.network.state_dict()) != tensors_digest(again.state_dict()):
-        raise BackboneError(
-            f"{name}: has other weights each time it is called; load trained ones in it, or say weights: random, an untrained control"
-        )
+        raise BackboneError(f"{name}: has other weights each time; load trained ones in it, or say weights: random")
     return network
 
 

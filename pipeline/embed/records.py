@@ -23,7 +23,7 @@ from pipeline.config import (
     names_vectors,
 )
 from pipeline.embed import baselines
-from pipeline.embed.engines import choice_inputs, engine_at_hand, version
+from pipeline.embed.engines import choice_inputs, engine_at_hand
 from pipeline.embed.published import BUNDLED, about_stand_in, joined, require_permitted
 from pipeline.embed.spec import EMBED_VERSION, EmbeddingModel, EmbeddingSpec, embedding_name
 from pipeline.errors import BackboneError, PipelineError, StoreError
@@ -31,6 +31,7 @@ from pipeline.experiment import FEATURES, SPECS, Artifacts, from_plain, read_doc
 from pipeline.images import DECODE_MODES, DECODE_POLICY
 from pipeline.io.digests import fingerprint
 from pipeline.io.files import make_folder
+from pipeline.io.process import version
 from pipeline.store import FeatureStore, JoinedStores, differences
 
 logger = logging.getLogger(__name__)
@@ -64,9 +65,7 @@ class EmbeddingRecord:
     def __post_init__(self) -> None:
         parts = {*self.store.split("/"), *self.name.split("/")}
         if parts & {"", ".", ".."} or {"\0", "\\"} & {*self.store, *self.name} or "/" in self.name:
-            raise StoreError(
-                f"embedding {self.name!r}: its store {self.store!r} lies outside of its experiment; not opened"
-            )
+            raise StoreError(f"embedding {self.name!r}: its store {self.store!r} lies outside of its experiment")
 
     @property
     def asked(self) -> BackboneConfig | None:
@@ -135,17 +134,11 @@ def _records_of(document: Mapping[str, Any], path: Path) -> tuple[EmbeddingRecor
     try:
         return cast(tuple[EmbeddingRecord, ...], from_plain(tuple[EmbeddingRecord, ...], document["embeddings"]))
     except MALFORMED:
-        raise PipelineError(
-            f"{path}: was written by another version of this package; run `manyheads features` again"
-        ) from None
+        raise PipelineError(f"{path}: is of another version; run `manyheads features` again") from None
 
 
 def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...]:
-    """Read those of the embeddings in `features.json` that a config asks for.
-
-    PipelineError when stage one has not been run for this config, with every setting that is another and every embedding that is
-    missing; or when the config's `licenses` does not allow those of their weights.
-    """
+    """Read the embeddings in `features.json` that a config asks for; PipelineError with all that is another, missing, or not licensed."""
     document = read_document(path, FEATURES)
     records = _records_of(document, path)
     asked = from_plain(tuple[BackboneConfig, ...], document["backbones"])
@@ -294,10 +287,10 @@ def load(
 
 
 def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = False) -> tuple[EmbeddingModel, int]:
-    """Make an embedding's embedder again; return it and which of its outputs the embedding is.
+    """Make an embedding's embedder again, and say which of its outputs the embedding is.
 
-    `trust_code` says that the user, and not only the record, names the code of a network that is somebody's own. BackboneError where
-    it is not trusted, or where weights, preprocessing or a library have changed, so that its vectors would not be comparable.
+    `trust_code` says that the user names a network of code, and not only the record. BackboneError where that is not so, or where
+    weights, preprocessing or a library have changed, so that its vectors would not be comparable.
     """
     spec, section = record.spec, record.section
     if section is not None and names_vectors(section.name):
@@ -310,8 +303,7 @@ def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = Fals
     decode = spec.preprocessing["decode"]["mode"]
     if decode not in DECODE_MODES:
         raise BackboneError(
-            f"{record.name}: its images were decoded in the way {decode!r}, which this version does not have; run `manyheads "
-            "features` and `manyheads heads` again"
+            f"{record.name}: images are no longer decoded by {decode!r}; run `manyheads features` again"
         )
     engine = spec.engine if section is None else engine_at_hand(spec.engine, device)
     if engine != spec.engine:

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from pipeline.config import LOCAL_DIR, TIMM_NAMES, TIMM_PREFIX, names_timm
-from pipeline.embed.engines import version
 from pipeline.embed.graph import POOLED, UNPOOLED
 from pipeline.embed.published import NO_DOWNLOAD, UNKNOWN, Arguments, Family, Fetch, Published, tensors_digest
 from pipeline.errors import BackboneError, first_line
 from pipeline.images import Preprocessing
+from pipeline.io.process import version
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,7 @@ def find(name: str, arguments: Arguments) -> TimmWeights:
             cfg, network, given = models._hub.load_model_config_from_path(folder)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             reason = first_line(error)
-            raise BackboneError(
-                f"{folder} holds no network of timm ({reason}); expected its config.json and its weights"
-            ) from None
+            raise BackboneError(f"{folder}: expected config.json and weights of a network of timm ({reason})") from None
         tag = f"{network}.{cfg['tag']}" if cfg.get("tag") else network
         return TimmWeights(tag, cfg, {**_token(network), **given, **arguments})
     tag = TIMM_NAMES.get(name, name.removeprefix(TIMM_PREFIX))
@@ -87,10 +85,7 @@ def _token(network: str) -> dict[str, Any]:
 
 
 def create(found: TimmWeights, weights: Mapping[str, Any] | None = None) -> nn.Module:
-    """Construct a network that gives its own feature, with random weights or with those that `weights` tells timm to take.
-
-    Its layers `unpooled` and `pooled` are what timm's `forward_features` and `forward_head(pre_logits=True)` give.
-    """
+    """Construct a network that gives its own feature, at layer `pooled`; `weights` tells timm which to take, none where it is None."""
     arguments = dict(found.arguments)
     size = arguments.pop("image_size", None)
     if size is not None and found.cfg.get("fixed_input_size"):
@@ -121,9 +116,7 @@ def preprocessing(found: TimmWeights) -> Preprocessing:
     data = library().data.resolve_data_config({"img_size": size} if size else {}, pretrained_cfg=found.cfg)
     channels, height, width = data["input_size"]
     if channels != 3 or height != width:
-        raise BackboneError(
-            f"{found.tag} takes images of {height} x {width} pixels and {channels} channels, expected squares in RGB"
-        )
+        raise BackboneError(f"{found.tag} takes {channels} x {height} x {width} pixels, expected squares in RGB")
     return Preprocessing(
         resize=math.floor(height / data["crop_pct"]),
         crop=height,
@@ -159,9 +152,7 @@ def _load(found: TimmWeights, name: str, weights: Mapping[str, Any]) -> nn.Modul
         prints.append({key: tensors_digest({key: value}) for key, value in module.state_dict().items()})
     random = [key for key, digest in prints[0].items() if prints[1][key] != digest]
     if random:
-        raise BackboneError(
-            f"{name}: {len(random)} of {len(prints[0])} tensors are not in the weights and would be random, such as {random[0]}"
-        )
+        raise BackboneError(f"{name}: tensors that are not in the weights: {len(random)}, such as {random[0]}")
     return module
 
 

@@ -189,10 +189,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
                     write_specs(path, known)
             (spec,) = known[key]
         if self.fingerprint not in (None, spec.fingerprint()):
-            raise BackboneError(
-                f"{spec.name}: its vectors are no longer those that the head was fitted on: its weights, or a library, have changed; "
-                "run `manyheads features` and `manyheads heads` again"
-            )
+            raise BackboneError(f"{spec.name}: its vectors are not those of the head now; run `manyheads heads` again")
         return spec
 
     def _network(self) -> specs.EmbeddingModel:

@@ -144,14 +144,9 @@ order; what lies beside them is of the training, such as a projection head."""
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a weights file: its tensors, of the shapes and dtypes they have there, and the description a file of this project carries.
-
-    BackboneError when the file is missing, damaged, or holds more than tensors.
-    """
+    """Read a file's tensors, of the shapes and dtypes they have there, and its description; BackboneError where it holds more."""
     if not path.is_file():
-        raise BackboneError(
-            f"weights file {path} does not exist; a path in a config is relative to the config's folder"
-        )
+        raise BackboneError(f"weights file {path} does not exist; a path in a config is relative to its folder")
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
@@ -160,9 +155,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise
     except Exception as error:  # the readers raise almost anything on damaged files
         reason = first_line(error)
-        raise BackboneError(
-            f"weights file {path} cannot be read as tensors only ({reason}); save it with torch.save(model.state_dict(), ...)"
-        ) from None
+        raise BackboneError(f"weights file {path} cannot be read as a state dict ({reason})") from None
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -174,9 +167,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     description = json.loads(metadata.get(METADATA_KEY, "{}"))
     ours = DIGEST_KEY in metadata or MADE_BY in description
     if ours and metadata.get(DIGEST_KEY) != weights_digest(state, metadata):
-        raise BackboneError(
-            f"weights file {path} is damaged: its content is not the one that its digest names; make it anew, or fetch it again"
-        )
+        raise BackboneError(f"weights file {path} is damaged: its content is not the one that its digest names")
     return _tensors(state, path), description
 
 
@@ -193,7 +184,7 @@ def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
     usable = isinstance(content, Mapping) and all(isinstance(value, torch.Tensor) for value in content.values())
     if not usable or not content:
         raise BackboneError(
-            f"weights file {path} holds no state dict; expected names with tensors, at the top or under 'state_dict' or 'model'"
+            f"weights file {path} holds no tensors by name, at the top or under 'state_dict' or 'model'"
         )
     state, others = dict(content), list[str]()
     while prefix := next((found for found in WRAPPERS if any(name.startswith(found) for name in state)), None):
@@ -294,13 +285,10 @@ def _from_state(
 ) -> Network:
     architecture = description.get("architecture", config.name)
     if description and config.name != architecture and config.name in network_names():
-        raise BackboneError(
-            f"{origin} holds a {architecture}, the config says {config.name}; write name: {description.get('name', architecture)}"
-        )
+        raise BackboneError(f"{origin} holds a {architecture}; write name: {description.get('name', architecture)}")
     if names_code(architecture) and architecture != config.name:
         raise BackboneError(
-            f"{origin} holds a network of code, {architecture}, which can do anything when it is built; write name: {architecture} "
-            "only if you know who wrote that"
+            f"{origin} holds a network of code; write name: {architecture} only if you know whose it is"
         )
     if names_code(architecture) and not any(name.startswith("network.") for name in state):
         state = {f"network.{name}": tensor for name, tensor in state.items()}  # of the user's module alone
@@ -335,9 +323,7 @@ def fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Pr
     asked = config.preprocessing
     if asked is not None:
         if size not in (None, asked.crop):
-            raise BackboneError(
-                f"{config.name} takes images of {size} x {size} pixels only, the config says preprocessing.crop: {asked.crop}"
-            )
+            raise BackboneError(f"{config.name} takes images of {size} pixels only; set preprocessing.crop: {size}")
         return Preprocessing(**asked.model_dump())
     default = getattr(module, "preprocessing", None) or default or _usual_preprocessing(config.name)
     if size is not None and default.size != (size, size):
@@ -348,11 +334,7 @@ def fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Pr
 def _fill(
     architecture: str, arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor], origin: object
 ) -> tuple[nn.Module, bool]:
-    """Build a network from a state dict; the number of classes is the file's, and each tensor gets the dtype of the network's.
-
-    Returned with whether the file has the network's last layer, which is zero otherwise. BackboneError with what is missing, left
-    over or of another shape.
-    """
+    """Build a network from a state dict, and say whether that has its last layer, which is zero otherwise; BackboneError for a misfit."""
     state = {name: value for name, value in state.items() if not name.startswith(torchvision_models.AUXILIARY)}
     empty = build_empty(architecture, arguments)
     head = f"{classifier_name(empty, trace(empty))}."

@@ -22,6 +22,8 @@ NEIGHBOURS = 5
 """Which nearest training image is looked at: one alone may be an odd one."""
 BLOCK_NUMBERS = 1 << 22
 """Cosines that are held at once."""
+PROBABILITY = "probability"
+"""The strangeness that is told by the head's own probabilities; all others are distances."""
 
 
 STORED = {"mean": np.float32, "references": np.float16, "distances": np.float64, "lengths": np.float32}

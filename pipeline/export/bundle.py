@@ -12,7 +12,6 @@ A head takes *vectors*, so a bundle needs no torch; `predict` joins it to a back
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +50,7 @@ from pipeline.experiment import (
 )
 from pipeline.io.digests import bytes_digest
 from pipeline.io.files import write_atomic
-from pipeline.io.process import instead, look_in
+from pipeline.io.process import instead, look_in, version
 
 with instead({"sklearn.externals.array_api_compat.torch": None}):
     # skops lists scikit-learn's types by importing all its packages; this one would load torch, for which heads have no use.
@@ -160,14 +159,13 @@ def logits(raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64]:
 def versions() -> dict[str, str]:
     """The versions a fitted head depends on."""
     names = ("manyheads", "scikit-learn", "numpy", "scipy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: str(version(name)) for name in names}}
 
 
 def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None = None) -> None:
-    """Write a bundle; a killed save leaves the previous bundle or none, never half of one.
+    """Write a bundle, with files `beside` it by name; a killed save leaves the previous bundle or none, never half of one.
 
     skops' format is used unless the head holds a type outside `TRUSTED_TYPES`; then joblib's, and `bundle.json` says so.
-    `beside` are further files of the folder, by name, whose digests stand in `bundle.json` too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     places = [folder / MEMBERS / str(number) for number in range(len(bundle.members))]
@@ -225,11 +223,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
-    """Load a bundle.
-
-    BundleError when it is damaged, was saved with another scikit-learn, or is a joblib file (which can run any code when it is
-    loaded) and `trust_code` is not given.
-    """
+    """Load a bundle; BundleError when it is damaged, of another scikit-learn, or a joblib file, which can run code, not trusted."""
     document = describe(folder)
     try:
         file, found = document["file"], str(document["versions"]["scikit-learn"])
@@ -241,12 +235,9 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
     if file not in (SKOPS, JOBLIB, MEMBERS):
         raise BundleError(f"{folder}/bundle.json: incomplete (missing: a known head file); {BUNDLE.again}")
     # A fitted scikit-learn object is only promised to load with the release (major.minor) that wrote it.
-    here = importlib.metadata.version("scikit-learn")
+    here = str(version("scikit-learn"))
     if found.split(".")[:2] != here.split(".")[:2]:
-        raise BundleError(
-            f"{folder}: saved with scikit-learn {found}, this is {here}; "
-            f"install scikit-learn {found} or make the bundle again with `manyheads heads`"
-        )
+        raise BundleError(f"{folder}: saved with scikit-learn {found}, this is {here}; install that, or {BUNDLE.again}")
     members = tuple(load(place, trust_code=trust_code) for place in places_of(folder, document))
     bundle = ModelBundle(
         **about,
@@ -275,18 +266,13 @@ def _load_head(path: Path, trust_code: bool) -> Any:
     """Load an estimator's file, in the safe format whatever it holds, else only if it is trusted."""
     data = bundle_file(path.parent, path.name)
     if path.name == JOBLIB and not trust_code:
-        raise BundleError(
-            f"{path}: a joblib file, which can run any code when it is loaded; add --trust only if you know who made it"
-        )
+        raise BundleError(f"{path}: can run any code when it is loaded; add --trust only if you know who made it")
     if path.name == JOBLIB:
         look_in(Path())
         try:
             return joblib.load(io.BytesIO(data))
         except (ImportError, AttributeError) as error:
-            raise BundleError(
-                f"{path}: its head is of a module of yours that cannot be imported ({first_line(error)}); "
-                "run the command in the folder where that module is"
-            ) from None
+            raise BundleError(f"{path}: cannot be loaded ({first_line(error)}); run it where your module is") from None
     try:
         require_modest(data)
         unknown = sorted(set(skops_io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))

@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from pipeline.errors import BundleError, ConfigError, number_of
 from pipeline.evaluation import HeadPredictions, wilson
 from pipeline.evaluation.predictions import FILE_NAME
-from pipeline.evaluation.strangeness import Reference, alike, label_sets, unsureness
+from pipeline.evaluation.strangeness import PROBABILITY, Reference, alike, label_sets, unsureness
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 
-PROBABILITY = "probability"
-"""The strangeness that is told by the head's own probabilities; all others are distances."""
 FAR = 0.05
 """Share of the training images, each held out, that a batch without drift has farther away as well."""
 
@@ -91,11 +89,7 @@ def open_strangers(folder: Path, bundle: ModelBundle, unknown: float | None, set
     if not asked:
         return Strangers(bundle, known, PROBABILITY, nothing, nothing, None, None)
     if not bundle.target.exclusive:
-        columns = bundle.target.csv_columns(0)
-        raise ConfigError(
-            f"{folder}: says {bundle.target.kind}; --unknown and --sets are for one class per image. How sure it is stands in its columns "
-            f"without them: {', '.join(columns[1:3])}, ..."
-        )
+        raise ConfigError(f"{folder}: says {bundle.target.kind}; --unknown and --sets are for one class per image")
     said = HeadPredictions.read(folder / FILE_NAME).out_of_fold
     p = None if said is None else said.probabilities
     score = str(bundles.describe(folder)["unknown"]["score"]) if known else PROBABILITY
@@ -105,9 +99,7 @@ def open_strangers(folder: Path, bundle: ModelBundle, unknown: float | None, set
     of_truth = nothing if p is None else p[np.arange(len(said)), said.y_true]
     least = 1 / (len(own) + 1)
     if unknown is not None and not least <= unknown < 1:
-        raise ConfigError(
-            f"--unknown: {unknown:g} is to be from {least:.2g} to 1: {number_of(len(own), 'training image')} tell no less"
-        )
+        raise ConfigError(f"--unknown: {unknown:g} is to be from {least:.2g}, what {len(own):,} images can tell, to 1")
     if sets is not None and not 0 < sets < 1:
         raise ConfigError(f"--sets: {sets:g} is to be between 0 and 1, such as 0.9")
     return Strangers(bundle, known, score, own, of_truth, unknown, sets)

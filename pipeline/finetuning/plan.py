@@ -25,10 +25,7 @@ Plan = tuple[tuple[float, int], ...]
 def stages_of(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
     """Return the stages of a classification network for images of `size`, height and width in pixels, the stem first.
 
-    Raises
-    ------
-    TrainingError
-        When the network has no linear layer at its end.
+    TrainingError where the network has no linear layer at its end.
     """
     return find_stages(network, size, last_linear(network))
 
@@ -61,10 +58,7 @@ def stage_of_parameters(network: nn.Module, stages: Sequence[Stage]) -> dict[str
 def check_plan(plan: Sequence[tuple[float, str]], stages: Sequence[Stage]) -> Plan:
     """Return a plan of (share of the steps, scope) with the lowest stage that each scope trains.
 
-    Raises
-    ------
-    TrainingError
-        When a step closes a stage that one before opened, or names one the network does not have.
+    TrainingError where a step closes a stage that one before opened, or names one the network does not have.
     """
     top = len(stages) - 1
     known = {"head": top, "last_stage": top - 1, "all": 0, **{stage.name: place for place, stage in enumerate(stages)}}
@@ -116,7 +110,7 @@ def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int) -> N
 
 
 def fold_norms(network: nn.Module, images: Tensor) -> int:
-    """Let convolutions do the work of the BatchNorm right behind them, and return how many do; names and weights stay as they are.
+    """Let convolutions do the work of the BatchNorm right behind them, and return how many do; the network's state stays as it is.
 
     A frozen norm is a scale and a shift for each channel, which a convolution takes into its weights and its bias as it runs, so
     that neither way goes through the activations once more. Where the network then says something else, nothing is changed.
@@ -168,7 +162,7 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 
 
 def modules_below(network: nn.Module, stage: Stage, images: Tensor) -> tuple[nn.Module, ...]:
-    """Return the modules that have run when a stage begins; none where the network says something else with them left out.
+    """Return the modules that run before a stage begins; none where the outputs would change if these were left out.
 
     images : some, float32 of shape (n, 3, h, w), as the network takes them
     """
@@ -190,7 +184,7 @@ def modules_below(network: nn.Module, stage: Stage, images: Tensor) -> tuple[nn.
 
 @contextmanager
 def passing(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let modules pass on what they are given, as long as it lasts."""
+    """Let modules return what they are given, as long as the block lasts."""
     own = [vars(module).pop("forward", None) for module in modules]
     for module in modules:
         module.forward = MethodType(_passed, module)

@@ -49,7 +49,7 @@ class ReturnPath:
 def return_path(
     task: TrainingTask, data: Data, start: Weights, end: Weights, end_score: Score | None = None
 ) -> ReturnPath:
-    """Score weights between two states of a network on the validation images, closer around the best, and put the best into it.
+    """Score the weights on the line between two states of a network, closer around the best, and put the best into it.
 
     The smallest alpha wins a tie, so training has to earn every step away from the hand-over, and what is chosen is never
     below the hand-over on these images. Wortsman et al. 2022, "Robust fine-tuning" (WiSE-FT), there for CLIP.
@@ -95,7 +95,7 @@ def write_weights(
     lineage: Lineage | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Write a weights file in one move, with how to build its network and where the weights come from, which is returned.
+    """Write a weights file in one move, and return the description in it: how to build its network, where the weights come from.
 
     `preprocessing` has the keys of that section of a config; `lineage` names the images that the weights have learned from, on
     which their features must not be cross-validated. Shapes and dtypes of tensors stay as they are.

@@ -113,11 +113,7 @@ def train(task: TrainingTask, data: Data, folder: Path, identity: str) -> State:
     """Train a network in place, put the weights into it that did best on the validation images, and return how it went.
 
     `folder` gets the checkpoint and the log; a checkpoint in it of the same `identity` is continued.
-
-    Raises
-    ------
-    TrainingError
-        When the loss is no number, the precision is not to be had on the device, or the folder holds another run.
+    TrainingError where the loss is no number, the precision is not to be had on the device, or the folder holds another run.
     """
     _check(task, data)
     prepare(task, data)
@@ -178,7 +174,7 @@ def prepare(task: TrainingTask, data: Data) -> None:
 
 
 def keep_below(task: TrainingTask, data: Data) -> Data:
-    """Return data that hold what enters the lowest stage ever trained: what lies below stays, and is run once for each image.
+    """Run what lies below the lowest trained stage once for each image, and return data that hold what it gives.
 
     Of training images only where they are shown as they are. Nothing is kept of a network whose lower part cannot be left out.
     """
@@ -238,13 +234,7 @@ def make_schedule(task: TrainingTask, optimizer: torch.optim.Optimizer) -> LRSch
 def train_step(
     task: TrainingTask, data: Data, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int
 ) -> float:
-    """Do one step at the optimizer's rates and return its loss.
-
-    Raises
-    ------
-    TrainingError
-        When the loss is no number.
-    """
+    """Do one step at the optimizer's rates and return its loss; TrainingError where the loss is no number."""
     settings = task.settings
     torch.manual_seed(int(np.random.SeedSequence([task.seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
     # Also after an evaluation, which left the network in evaluation mode.
@@ -295,7 +285,7 @@ def evaluate(
     device: torch.device,
     precision: str = "fp32",
 ) -> Score:
-    """Return the score of a network on images, in evaluation mode, which it leaves it in."""
+    """Return the score of a network on images, and leave it in evaluation mode."""
     kept = labelled.entering
     with passing(() if kept is None else data.below):
         images = labelled.pixels if kept is None else kept
@@ -348,10 +338,7 @@ def _save(folder: Path, identity: str, state: State, parts: Mapping[str, Any]) -
 def _load(folder: Path, identity: str, parts: Mapping[str, Any]) -> State:
     """Return how far a run is, having put its parts into their states; the beginning where there is no checkpoint.
 
-    Raises
-    ------
-    TrainingError
-        When it cannot be read or belongs to another run.
+    TrainingError where it cannot be read or belongs to another run.
     """
     path = folder / "checkpoint.pt"
     if not path.exists():

@@ -1,9 +1,4 @@
-"""Heads: the classifiers that are put on frozen features, one row each in a table.
-
-A head is data: its name, how to build its scikit-learn pipeline from a seed, and the space its parameters are searched
-in. The scaler sits inside the pipeline, so every fold fits its own. To add one, add a row to `HEADS`, or name a `Head`
-of your own in the config as `package.module:ATTRIBUTE`.
-"""
+"""Heads: the classifiers that are put on frozen features, one row each in a table, or one of your own (docs/adding-a-head.md)."""
 
 from pipeline.heads.choosing import held_at, resolve, resolve_all
 from pipeline.heads.head import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -214,38 +214,38 @@ def most_frequent(y: NDArray[np.int64], width: int) -> Head:
     return Head(name="most_frequent", build=build, space={}, defaults={}, simplicity=-1, probabilities=True)
 
 
-def _of_numbers(name: str, model: Any, build: Callable[..., Pipeline] = _scaled, **more: Any) -> Head:
-    """Return the head of numbers that goes by the name of one of classes, with its space but for what is given."""
-    like = HEADS[name]
-    taken = {"space": like.space, "defaults": like.defaults, "simplicity": like.simplicity, **more}
-    return Head(name=name, build=partial(build, model), targets=("regression",), **taken)
+def _like(name: str, kind: str, evaluator: Evaluator | None = None, **more: Any) -> Head:
+    """Return the head of another kind of target that goes by the name of one of classes, with its space but for what is given."""
+    bare = {"linear": False, "takes_class_weight": False, "fit": Pipeline.fit, "probabilities": kind == "multilabel"}
+    return replace(HEADS[name], targets=(kind,), evaluator=evaluator, **{**bare, **more})
 
 
-def _of_labels(name: str, evaluator: Evaluator | None, fit: Callable[..., Pipeline] = Pipeline.fit) -> Head:
-    """Return the head of several labels that is built as the one of classes; each says how likely every label is."""
-    like = HEADS[name]
-    taken = {"build": like.build, "space": like.space, "defaults": like.defaults, "simplicity": like.simplicity}
-    return Head(name, **taken, targets=("multilabel",), probabilities=True, evaluator=evaluator, fit=fit)  # type: ignore[arg-type]
-
-
+_of_numbers, _of_labels = partial(_like, kind="regression"), partial(_like, kind="multilabel")
 OF_NUMBERS: Mapping[str, Head] = {
     row.name: row
     for row in (
-        _of_numbers("ridge", Ridge(), evaluator=linear.RIDGE_OF_NUMBERS),
-        _of_numbers("knn", KNeighborsRegressor()),
+        _of_numbers("ridge", build=partial(_scaled, Ridge()), evaluator=linear.RIDGE_OF_NUMBERS),
+        _of_numbers("knn", build=partial(_scaled, KNeighborsRegressor())),
         _of_numbers(
-            "random_forest", RandomForestRegressor(n_estimators=200), _alone, evaluator=screened.FOREST_OF_NUMBERS
+            "random_forest",
+            build=partial(_alone, RandomForestRegressor(n_estimators=200)),
+            evaluator=screened.FOREST_OF_NUMBERS,
         ),
         # Numbers are learned in standard deviations, so that C and epsilon mean the same whatever the unit is.
         _of_numbers(
             "rbf_svm",
-            SVR(cache_size=500),
+            build=partial(_scaled, SVR(cache_size=500)),
             space={**HEADS["rbf_svm"].space, "epsilon": _log(1e-3, 1.0)},
             defaults={"C": 1.0, "gamma": 0.002, "epsilon": 0.1},
-            evaluator=kernel.RBF_SVR,
+            evaluator=kernel.RBF_SVM,
             fit=kernel.fit_each,
         ),
-        _of_numbers("mlp", MLPRegressor(max_iter=100, tol=1e-4), evaluator=MLP, fit=screened.fit_keeping_best),
+        _of_numbers(
+            "mlp",
+            build=partial(_scaled, MLPRegressor(max_iter=100, tol=1e-4)),
+            evaluator=MLP,
+            fit=screened.fit_keeping_best,
+        ),
     )
 }
 """The built-in heads for numbers by name."""
@@ -254,14 +254,14 @@ OF_NUMBERS: Mapping[str, Head] = {
 OF_LABELS: Mapping[str, Head] = {
     row.name: row
     for row in (
-        _of_labels("ridge", linear.RIDGE_LABELS),
-        _of_labels("logistic_regression", linear.LOGISTIC_LABELS, linear.fit_each_label),
-        _of_labels("linear_svm", linear.HINGE_LABELS, linear.fit_each_label),
-        _of_labels("decision_tree", None),
-        _of_labels("knn", None),
-        _of_labels("random_forest", screened.FOREST_OF_NUMBERS),
-        _of_labels("rbf_svm", kernel.RBF_SVM_LABELS, linear.fit_each_label),
-        _of_labels("mlp", MLP, screened.fit_keeping_best),
+        _of_labels("ridge", evaluator=linear.RIDGE_LABELS),
+        _of_labels("logistic_regression", evaluator=linear.LOGISTIC_LABELS, fit=linear.fit_each_label),
+        _of_labels("linear_svm", evaluator=linear.HINGE_LABELS, fit=linear.fit_each_label),
+        _of_labels("decision_tree"),
+        _of_labels("knn"),
+        _of_labels("random_forest", evaluator=screened.FOREST_OF_NUMBERS),
+        _of_labels("rbf_svm", evaluator=kernel.RBF_SVM, fit=linear.fit_each_label),
+        _of_labels("mlp", evaluator=MLP, fit=screened.fit_keeping_best),
     )
 }
 """The built-in heads for several labels by name."""
@@ -311,16 +311,12 @@ def listed() -> list[str]:
     """Return a table of the heads of each kind of target; in the column `photos` those that a folder of photos is tuned on."""
     headers, lines = ("head", "probabilities", "photos", "tuned"), list[str]()
     for kind, table in TABLES.items():
-        cells = [
-            (
-                head.name,
-                "yes" if head.probabilities else "",
-                "yes" if kind == "classification" and head.name in FOR_PHOTOS else "",
-                ", ".join(f"{name} {_told(dimension)}" for name, dimension in head.space.items())
-                or f"nothing; needs manyheads[{head.name}]" * (head.name in table.optional),
-            )
-            for head in table.known.values()
-        ]
+        cells = []
+        for head in table.known.values():
+            photos = kind == "classification" and head.name in FOR_PHOTOS
+            tuned = ", ".join(f"{name} {_told(dimension)}" for name, dimension in head.space.items())
+            tuned = f"nothing; needs manyheads[{head.name}]" if head.name in table.optional else tuned
+            cells.append((head.name, "yes" * head.probabilities, "yes" * photos, tuned))
         lines += [f"== {kind} ==", *tabulate(cells, headers, "simple", disable_numparse=True).splitlines(), ""]
     return [
         *lines,

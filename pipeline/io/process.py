@@ -1,14 +1,16 @@
-"""Memory: how much there is, an allocator that keeps what it has, and the errors that mean there is no more."""
+"""Memory: how much there is, an allocator that keeps what it has, and the errors that mean there is no more; versions of packages."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.metadata
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -50,6 +52,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
     )
+
+
+@cache
+def version(name: str) -> str | None:
+    """Return the version of an installed package; None where it is not. Read once, as that takes milliseconds."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def available_bytes(system: Path = Path("/")) -> int:

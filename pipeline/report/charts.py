@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from pipeline.data.targets import Regression
 from pipeline.evaluation import Calibration, Interval, LearningCurve, Predictions
 from pipeline.evaluation.comparison import Difference, Ranking
-from pipeline.evaluation.fewshot import FewShot
 from pipeline.evaluation.leaderboard import LeaderboardRow, Trials
 from pipeline.evaluation.leaderboard.table import seconds
 from pipeline.evaluation.learning_curve import pareto
@@ -24,6 +23,9 @@ from pipeline.evaluation.metric import ACCURACY, METRICS, Metric
 from pipeline.heads.layer_profile import LayerProfile
 from pipeline.report.drawing import Palette, figure, plain_text, shorten_all, tip
 from pipeline.report.material import Map
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.fewshot import FewShot
 
 MOST_ROWS = 30
 """Rows of a leaderboard drawn; the table has them all."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,6 @@ from pipeline.data.targets import TARGETS
 from pipeline.embed.records import concatenated, open_features, read_records, require_index
 from pipeline.errors import PipelineError
 from pipeline.evaluation import HeadPredictions, audit
-from pipeline.evaluation.advice import Advice, read_advice
-from pipeline.evaluation.fewshot import FewShot
 from pipeline.evaluation.leaderboard import (
     Leaderboard,
     Trials,
@@ -42,6 +40,10 @@ from pipeline.evaluation.learning_curve import (
 from pipeline.experiment import FEWSHOT, MISTAKES, Artifacts, read_document, read_record
 from pipeline.heads import RIDGE, configure
 from pipeline.io.process import instead
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.advice import Advice
+    from pipeline.evaluation.fewshot import FewShot
 
 MOST_IMAGES = 20_000
 """Images whose features are read."""
@@ -167,9 +169,15 @@ def gather(output: Path) -> Material:
     index = found("No images are shown, because the index cannot be read", DatasetIndex.read, files.dataset)
     view = None if index is None else _view(files, board, index, missing)
     findings = found("No near-duplicates and outliers are shown", audit.read_findings, files.audit)
-    few_shot = None
+    few_shot = advice = None  # what was not asked for is not imported
     if files.few_shot.exists():
+        from pipeline.evaluation.fewshot import FewShot
+
         few_shot = found("Few-shot scores are not shown", read_record, files.few_shot, FEWSHOT, FewShot)
+    if files.advice.exists():
+        from pipeline.evaluation.advice import read_advice
+
+        advice = read_advice(files.advice)
     return Material(
         output,
         board,
@@ -180,7 +188,7 @@ def gather(output: Path) -> Material:
         findings or audit.Findings(),
         tuple(missing),
         few_shot,
-        read_advice(files.advice),
+        advice,
         _why(files, board.best.key),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,7 +54,7 @@ class NetworkRow:
 
 
 def run(word: str = "") -> list[str]:
-    """Return a table of all that has the word in its row, which something must; without a word of what is here, and how many more there are."""
+    """Return a table of the networks that have a word in their row; without a word of those that are here, and how many more there are."""
     found = rows()
     shown = [row for row in found if row.where == HERE]
     if word:
@@ -81,14 +81,16 @@ def run(word: str = "") -> list[str]:
     ]
 
 
-def rows() -> list[NetworkRow]:
-    """Return all that there is."""
-    return [*_published(), *_here()]
+def rows(names: Collection[str] = ()) -> list[NetworkRow]:
+    """Return every network with every set of weights that there is; with `names` those networks alone, which is quicker."""
+    return [row for row in (*_published(names), *_here()) if not names or row.name in names]
 
 
-def _published() -> Iterator[NetworkRow]:
+def _published(names: Collection[str]) -> Iterator[NetworkRow]:
     for family in FAMILIES:
         for name in family.names():
+            if names and name not in names:
+                continue
             try:
                 known = family.weights(name)
             except BackboneError:  # the library is not installed

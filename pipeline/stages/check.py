@@ -29,7 +29,7 @@ def run(config: Config, place: Path | None = None) -> list[str]:
     problem of every part, one line each.
     """
     lines, problems = list[str](), list[str]()
-    for part in (_heads, _backbones, _machine, _finetuning, partial(_data, place=place)):
+    for part in (_heads, _backbones, _machine, partial(_data, place=place)):
         try:
             lines += part(config)
         except PipelineError as error:
@@ -108,14 +108,6 @@ def _machine(config: Config) -> list[str]:
         problems = [f"{error.message}: {problem}" for problem in error.problems] or [error.message]
         raise PipelineError("machine", problems) from None
     return []
-
-
-def _finetuning(config: Config) -> list[str]:
-    """Say which kinds of target cannot be fine-tuned for; features and heads do without."""
-    from pipeline.finetuning.material import SERVED, refusal  # loads torch
-
-    kinds = dict.fromkeys(map(kind_of, config.dataset.kinds))
-    return [f"note: {refusal(kind)}" for kind in kinds if kind != SERVED]
 
 
 def _data(config: Config, place: Path | None) -> list[str]:

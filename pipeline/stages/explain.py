@@ -1,4 +1,4 @@
-"""Explain: where in an image what speaks for its label is, and which training images speak for it and against it."""
+"""Explain: which parts of an image speak for its label, and which training images speak for it and against it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def require(heads: Mapping[str, ModelBundle], folder: Path) -> None:
 def run(
     folder: Path, place: Path, model: LoadedHead, lanes: Sequence[Lane], paths: Sequence[str], total: int, limit: int
 ) -> ExplainRun:
-    """Write a page for each label of the first images of all, by their paths, and one that leads to them.
+    """Write a page for each label of some images, the first of `total`, and one that leads to them.
 
     `place` is the bundle's folder, `model` what is in it, and `limit` an image's most pixels. Images that cannot be read are left out.
     """

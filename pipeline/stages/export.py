@@ -16,8 +16,8 @@ from pipeline.embed.spec import VIEW
 from pipeline.errors import BundleError, DatasetError, HeadError, PipelineError, first
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
-from pipeline.export import EXPORTS, Model, Photo
 from pipeline.export import bundle as bundles
+from pipeline.export.exports import EXPORTS, Model, Photo
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place, write_atomic
 from pipeline.io.process import bar
@@ -72,7 +72,7 @@ def _rows(experiment: Path, row: str) -> dict[str, Path]:
 
 
 def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
-    """Open the networks of some heads, each once, and also in torch's float32 those that `predict` has in bf16 or by OpenVINO."""
+    """Open the networks of some heads, each once; those that `predict` runs in bf16 or by OpenVINO also in torch's float32."""
     records = records_of(heads, dict.fromkeys(heads, Path("this head")))
     if any(record.kind == VIEW for own in records.values() for record in own):
         raise BundleError(

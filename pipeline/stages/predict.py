@@ -315,7 +315,7 @@ def _of_images(
 
 
 def find_bundles(path: Path) -> dict[str, Path]:
-    """Return the bundle of each target of an experiment's output folder by its name; '' for one alone."""
+    """Return the bundle of each target of an experiment's output folder by its name; '' for a single target."""
     settings.require_there(path, expected="an experiment's output folder, or a bundle's folder in it")
     return {name: find_bundle(folder) for name, folder in Artifacts(path).each_target().items()}
 
@@ -360,7 +360,7 @@ def experiment_around(bundle: Path) -> Artifacts | None:
 
 
 def expanded(paths: Sequence[Path]) -> list[Path]:
-    """Return the paths with the archives that a pattern means in its place; DatasetError with one line for each that is not there."""
+    """Return the paths, each pattern replaced by the archives that it names; DatasetError with a line for each that is not there."""
     for path in paths:
         forget(str(path))
     found = [archives_of(path) if is_pattern(str(path)) else (path, [""]) for path in paths]
@@ -372,7 +372,7 @@ def expanded(paths: Sequence[Path]) -> list[Path]:
 
 
 def images_in(paths: Sequence[Path], walks: Sequence[Walk]) -> Iterator[str]:
-    """Yield the files named, and every image in the folders named, by one walk for each; each once, in order."""
+    """Yield the files named, and every image in the folders named, each once and in order; `walks` has a new walk of each folder."""
     seen: set[str] = set()
     left = iter(walks)
     files: Iterable[str]
@@ -441,7 +441,7 @@ def shown(path: str) -> str:
 
 
 def csv_header(models: Mapping[str, LoadedHead], top: int) -> list[str]:
-    """Return the names of the cells: path, status, and of each target what its predictions look like, and how strange images are."""
+    """Return the names of the columns: path, status, labels and probabilities of each target, and how strange an image is."""
     cells = ["path", "status"]
     for name, model in models.items():
         first, *others = model.bundle.target.csv_columns(top)
@@ -480,7 +480,8 @@ class Agreement:
         if roots and (files := experiment_around(bundle)):
             index = DatasetIndex.read(files.dataset)
             root = absolute(index.root)
-            learned = frozenset(f"{root}/{path}" for path in index.select("train", "validation").paths)
+            if any(f"{a}/".startswith(f"{b}/") for each in roots for a, b in ((root, each), (each, root))):
+                learned = frozenset(f"{root}/{path}" for path in index.select("train", "validation").paths)
         return Agreement(roots, {name: target for name, target in targets.items() if target.exclusive}, learned)
 
     def add(self, path: str, target: str, label: str) -> None:

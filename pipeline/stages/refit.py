@@ -221,9 +221,9 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
     config, embedding, head = _asked_for(row, asked)
     fixed, before = held_at(head, row.params), Path(config.output) / str(row.bundle)
     key, folder = row_key(fixed, embedding, config.seed), files.bundle(embedding.name, head.name)
-    vectors = SharedFeatures(embedding)
-    found = finished_row(folder, key) or make_row(fixed, embedding, vectors, config, files, key)
-    with_strangers(Leaderboard((found,)), asked.task, asked.stores, files, config.seed)
+    vectors, here = SharedFeatures(embedding), replace(asked, files=files)
+    found = finished_row(folder, key) or make_row(fixed, embedding, vectors, here, key)
+    with_strangers(Leaderboard((found,)), here)
     seconds = time.perf_counter() - start
     said, old = HeadPredictions.read(folder / FILE_NAME), HeadPredictions.read(before / FILE_NAME)
     if old.out_of_fold is None or old.test.paths is None or said.out_of_fold is None:
@@ -268,7 +268,7 @@ def _asked_for(row: LeaderboardRow, asked: Asked) -> tuple[Config, Embedding, He
 
 
 def _same(before: Predictions, now: Predictions, key: str) -> tuple[Predictions, Predictions]:
-    """Return what two heads say of the images that are test images of both with one label, the first in the target of the second."""
+    """Return the predictions of two heads for the test images that both have, with the same label; both in the second's target."""
     place = {path: row for row, path in enumerate(np.asarray(before.paths).tolist())}
     rows = np.array([place.get(path, -1) for path in np.asarray(now.paths).tolist()])
     now, before = now.rows(rows >= 0), before.rows(rows[rows >= 0])
@@ -350,7 +350,7 @@ def _beside(
 
 
 def _out_of_fold(folds: Sequence[FoldOutcome], task: Task, metric: Metric) -> Predictions:
-    """Return what one set of parameters says of all training images held out, of its outcome on each fold."""
+    """Join what one set of parameters says of the images that each fold holds out."""
     narrowed, codes, _ = task.target.narrowed(task.y_train)
     parts = []
     for fold, ((_, held), outcome) in enumerate(zip(task.folds, folds, strict=True)):

@@ -27,7 +27,7 @@ OF_PHOTOS = {
 
 
 def names() -> Names:
-    """Return the words that the tables offer to a config."""
+    """Return the names of heads, baselines, scores and targets that a config may use."""
     guesses = tuple(target.constant for target in TARGETS.values())
     return {
         "head": tuple(dict.fromkeys(name for table in TABLES.values() for name in table.known)),

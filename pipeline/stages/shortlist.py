@@ -215,7 +215,7 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
 
 def _candidates(config: Config, words: Sequence[str]) -> tuple[list[ShortlistCandidate], list[str]]:
     """What to judge; and lines on the networks that are not here, or that the config's `licenses` does not allow."""
-    table = [row for row in rows() if row.weights]
+    table = [row for row in rows([word.partition("/")[0] for word in words]) if row.weights]
     sections = list(config.backbones)
     if words:
         found = [_named(word, table) for word in words if word not in baselines.NAMES]

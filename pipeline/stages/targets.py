@@ -78,7 +78,7 @@ def heading(name: str) -> list[str]:
 
 
 def write_experiments(config: Config, index: DatasetIndex, records: Sequence[EmbeddingRecord]) -> None:
-    """Write what stage one writes once more for each of several targets, with the images that have a label of it."""
+    """Write stage one's results once more for each of several targets, with the images that have a label of it."""
     files, found = Artifacts(config.output, config.store), experiments(config)
     if "" in found:
         remove(files.targets)

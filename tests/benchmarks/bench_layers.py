@@ -24,13 +24,10 @@ from sklearn.preprocessing import StandardScaler
 
 from pipeline import config as configuration
 from pipeline.config import Config
-from pipeline.data import DatasetIndex
-from pipeline.embed.records import open_features, read_records
 from pipeline.evaluation import ACCURACY, Predictions, paired_answers
-from pipeline.experiment import Artifacts
 from pipeline.heads.layer_profile import PENALTIES, LayerProfile, gap, table
 from pipeline.stages import extract
-from pipeline.stages.train_heads import layers, make_task
+from pipeline.stages.train_heads import ask, layers
 
 TRAIN, TEST = 1500, 500
 COARSE = {
@@ -94,11 +91,9 @@ def written(work: Path, name: str, root: Path, rows: Rows) -> dict[str, Any]:
 
 def measure(config: Config) -> tuple[LayerProfile, list[str]]:
     """Return the profile, and of the penultimate layer, the choice and their difference the test accuracy in words."""
-    files = Artifacts(config.output, config.store)
-    records = read_records(files.features)
-    stores = {record.name: open_features(record, files) for record in records}
-    task = make_task(config, files, DatasetIndex.read(files.dataset), list(stores.values()))
-    (found,) = layers.profiles(config, files, records, stores, task)
+    asked = ask(config)
+    stores, task = asked.stores, asked.task
+    (found,) = layers.profiles(asked)
     said = {}
     for name in (found.usual, found.chosen):
         train, test = (

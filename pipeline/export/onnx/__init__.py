@@ -16,8 +16,8 @@ from pipeline.data.targets import Classification, MultiLabel, Target, record_of
 from pipeline.embed.spec import EmbeddingModel
 from pipeline.errors import BundleError, number_of
 from pipeline.experiment import made_by, plain
-from pipeline.export import Model, Photo, PreparedImages
 from pipeline.export.bundle import versions
+from pipeline.export.exports import Model, Photo, PreparedImages
 from pipeline.export.onnx.graph import FLOAT, OPSET, UINT8, Graph, add_prepared
 from pipeline.export.onnx.heads import Outputs, add_answer
 from pipeline.io.digests import canonical_json
@@ -37,10 +37,7 @@ NamedOutputs = Mapping[str, NDArray[Any]]
 
 
 def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
-    """Return the content of the file, the same for the same model and photos, and lines on what it is and was proven to be.
-
-    PipelineError when a part of it cannot be written as ONNX, or does not say what `predict` says of the photos.
-    """
+    """Return a file, the same for the same model and photos, and lines on it; PipelineError where it cannot be written or proven."""
     g = Graph()
     ways = dict.fromkeys(embedder.preprocessing for embedder in model.exact.embedders)
     entries = {way: f"prepared.{number}" for number, way in enumerate(ways)}
@@ -55,9 +52,7 @@ def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
     whole = g.model({IMAGES: (UINT8, ["n", "height", "width", 3])}, outputs)
     inner = g.model({name: (FLOAT, ["n", 3, *way.size]) for way, name in entries.items()}, outputs)
     if whole.ByteSize() > MOST_BYTES:
-        raise BundleError(
-            f"it is {whole.ByteSize() / 1e9:.1f} GB, and an ONNX file holds 2; export a head of a smaller network"
-        )
+        raise BundleError("the network has more than the 2 GB that an ONNX file holds; export a head of a smaller one")
     proof = prove(model, photos, whole.SerializeToString(), inner.SerializeToString(), entries)
     onnx.helper.set_model_props(whole, _metadata(model, proof))
     shapes = f"{number_of(proof.images, 'image')} and {number_of(proof.odd_sizes, 'odd size')}"
@@ -73,7 +68,7 @@ def _vectors(g: Graph, embedder: EmbeddingModel, pixels: str) -> list[str]:
     """The names of an embedder's outputs, float32 of shape (n, dim) each."""
     spec = embedder.specs[0]
     if spec.kind == "backbone":
-        return g.add(onnx.load_from_string(embedder.to_onnx(OPSET)), pixels)  # type: ignore[attr-defined]
+        return g.add(onnx.load_from_string(embedder.to_onnx(OPSET)), pixels)  # type: ignore[union-attr]
     if spec.architecture == "pixels":
         colours = g("Div", g("Transpose", pixels, perm=[0, 2, 3, 1]), np.float32(255))
         return [g("Reshape", colours, np.array([0, -1]))]
@@ -179,10 +174,8 @@ def _compare(
         largest = max(largest, float(far.max()))
         for place in np.flatnonzero(~(far <= most) | (wrong & sure)):
             says = "another label" if wrong[place] and far[place] <= most else f"{far[place]:.2g}, more than {most:g}"
-            raise BundleError(
-                f"nothing was written: from {way} the file is not as `predict` says of {batch[place].name}"
-                f"{f', target {name}' if name else ''}: {says}"
-            )
+            photo = f"{batch[place].name}, target {name}" if name else batch[place].name
+            raise BundleError(f"nothing was written: from {way} the file is not as `predict` says of {photo}: {says}")
     return largest
 
 

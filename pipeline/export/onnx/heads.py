@@ -231,9 +231,7 @@ def _neighbours(g: Graph, model: Any, x: str) -> OutputColumns:
     """The mean of what the nearest training images are, each with the weight 1, or 1 / its distance."""
     metric, x, references = model.effective_metric_, g.double(x), np.asarray(model._fit_X)
     if metric not in ("euclidean", "cosine") or model.weights not in ("uniform", "distance"):
-        raise BundleError(
-            f"neighbours by {metric!r} have no form in ONNX here, which those by euclidean and cosine have"
-        )
+        raise BundleError(f"neighbours are found in ONNX by euclidean and cosine here, not by {metric!r}")
     if metric == "cosine":
         lengths = np.linalg.norm(references.astype(np.float64), axis=1, keepdims=True)
         directions = _products(g, _unit(g, x), references / np.where(lengths > 0, lengths, 1.0))

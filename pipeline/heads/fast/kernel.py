@@ -1,4 +1,4 @@
-"""Evaluators of the RBF SVM, of classes and of numbers: one matrix of squared distances per fold, from which every kernel follows."""
+"""Evaluator of the RBF SVM, of classes, numbers and labels: one matrix of squared distances per fold, from which every kernel follows."""
 
 from __future__ import annotations
 
@@ -64,55 +64,34 @@ def prepare_distances(problem: Problem, fold: int) -> Distances:
 
 @one_by_one
 def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
-    """Fit a support vector machine on the kernel exp(-gamma * squared distance)."""
-    start = time.perf_counter()
-    machine, within, judged, places = _kernels(problem, distances, params)
-    machine.set_params(decision_function_shape="ovr").fit(within, distances.y)
-    fitted = time.perf_counter()
-    scores = np.concatenate([machine.decision_function(rows) for rows in judged])[places]
-    present = machine.classes_
-    likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
-    full = expand_scores(scores, present, problem.target.width, "decision")
-    return FoldOutcome(present[likeliest], full, "decision", fitted - start, time.perf_counter() - fitted)
-
-
-@one_by_one
-def rbf_svr(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
-    """Fit support vector regression likewise, a machine for each number."""
-    start = time.perf_counter()
-    machine, within, judged, places = _kernels(problem, distances, params)
-    machines = [clone(machine).fit(within, column) for column in distances.y.reshape(len(distances.y), -1).T]
-    fitted = time.perf_counter()
-    said = np.stack([np.concatenate([each.predict(rows) for rows in judged])[places] for each in machines], axis=1)
-    return FoldOutcome(
-        problem.target.told(said), fit_seconds=fitted - start, score_seconds=time.perf_counter() - fitted
-    )
-
-
-@one_by_one
-def rbf_svm_labels(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
-    """Fit a support vector machine likewise for each label; what all rows say is said of all."""
-    start = time.perf_counter()
-    machine, within, judged, places = _kernels(problem, distances, params)
-    scores = np.empty((sum(map(len, judged)), problem.target.width), dtype=np.float32)
-    for label, column in enumerate(distances.y.T):
-        scores[:, label] = column[0] - 0.5
-        if np.ptp(column):
-            each = clone(machine).fit(within, column)
-            scores[:, label] = np.concatenate([each.decision_function(rows) for rows in judged])[places]
-    return FoldOutcome(scores > 0, scores, "decision", time.perf_counter() - start)
-
-
-def _kernels(problem: Problem, distances: Distances, params: Params) -> tuple[Any, NDArray[np.float64], list[Any], Any]:
-    """Return the unfitted machine, the kernel it is fitted on, float64 of shape (n, n), those of the rows judged, and their places."""
-    machine = configure(problem.head, params, problem.seed)[-1]
-    gamma = np.float32(machine.gamma)
-    places: Any = slice(None)
-    within, across = _kernel(distances.within, gamma), _kernel(distances.across, gamma)
-    judged = [across, within] if problem.judge_training else [across]
+    """Fit support vector machines on the kernel exp(-gamma * squared distance), of numbers and labels one for each."""
+    start, target = time.perf_counter(), problem.target
+    machine = configure(problem.head, params, problem.seed)[-1].set_params(kernel="precomputed")
+    within, across = (_kernel(part, np.float32(machine.gamma)) for part in (distances.within, distances.across))
+    judged, places = [across], np.arange(len(across))
     if problem.judge_training:
-        places = np.concatenate([np.arange(len(across)), len(across) + np.argsort(distances.order)])
-    return machine.set_params(kernel="precomputed"), within, judged, places
+        judged, places = [across, within], np.append(places, len(across) + np.argsort(distances.order))
+
+    def said(fitted: Any) -> NDArray[np.float64]:
+        tell = getattr(fitted, "decision_function", fitted.predict)
+        return np.concatenate([tell(rows) for rows in judged])[places]
+
+    if target.exclusive:
+        fitted = machine.set_params(decision_function_shape="ovr").fit(within, distances.y)
+        seconds, scores, present = time.perf_counter() - start, said(fitted), fitted.classes_
+        likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
+        full = expand_scores(scores, present, target.width, "decision")
+        return FoldOutcome(present[likeliest], full, "decision", seconds, time.perf_counter() - start - seconds)
+    scores = np.empty((len(places), target.width))
+    for column, y in enumerate(distances.y.reshape(len(distances.y), -1).T):
+        if target.kind == "multilabel" and not np.ptp(y):
+            scores[:, column] = y[0] - 0.5  # what all rows say is said of all
+        else:
+            scores[:, column] = said(clone(machine).fit(within, y))
+    seconds = time.perf_counter() - start
+    if target.kind == "regression":
+        return FoldOutcome(target.told(scores), fit_seconds=seconds)
+    return FoldOutcome(scores > 0, scores.astype(np.float32), "decision", seconds)
 
 
 def fit_each(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.float64]) -> Pipeline:
@@ -143,31 +122,25 @@ def _squared_distances(a: Array, b: Array) -> Array:
 
 
 def _fits_in_memory(problem: Problem) -> bool:
-    if not scaled(problem):
-        return False
     rows = max(len(train) for train, _ in problem.folds)
-    if rows**2 * 8 > KERNEL_BYTES:
+    size = rows**2 * 8
+    if scaled(problem) and size > KERNEL_BYTES:
         log.warning(
-            "head %s: the kernel of %d training rows takes %.1f GB, more than the %.1f GB that are kept; each trial is fitted "
-            "from the features, which may take minutes to hours; leave the head out of `heads` if that is too long",
+            "head %s: the kernel of %d training rows takes %.1f GB, so each trial is fitted from the features, which may take "
+            "minutes to hours; leave the head out of `heads` if that is too long",
             problem.head.name,
             rows,
-            rows**2 * 8 / 1e9,
-            KERNEL_BYTES / 1e9,
+            size / 1e9,
         )
-    return rows**2 * 8 <= KERNEL_BYTES
+    return scaled(problem) and size <= KERNEL_BYTES
 
 
 def _work_bytes(problem: Problem) -> int:
     """Return what a fold takes: distances in float32 and kernels in float64, and what libsvm keeps of two classes."""
     cache = configure(problem.head, problem.head.defaults, problem.seed)[-1].cache_size
-    classes = problem.target.classes
-    pair = int(np.sort(np.bincount(problem.y))[-2:].sum()) if classes and problem.y.ndim == 1 else len(problem.y)
+    pair = int(np.sort(np.bincount(problem.y))[-2:].sum()) if problem.target.exclusive else len(problem.y)
     kernels = max(12 * len(train) * (len(train) + len(held_out)) for train, held_out in problem.folds)
     return kernels + min(int(cache * 1e6), 4 * pair**2)
 
 
-RBF_SVM, RBF_SVR, RBF_SVM_LABELS = (
-    Evaluator(fit.__name__, fit, prepare_distances, usable=_fits_in_memory, work_bytes=_work_bytes)
-    for fit in (rbf_svm, rbf_svr, rbf_svm_labels)
-)
+RBF_SVM = Evaluator(rbf_svm.__name__, rbf_svm, prepare_distances, usable=_fits_in_memory, work_bytes=_work_bytes)

@@ -148,34 +148,26 @@ def likely(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence
             raised = 1 / (1 + np.exp(-scores.astype(np.float64)))
             probabilities = np.hstack([1 - raised, raised])
         else:
-            shares = np.exp((scores - scores.max(axis=1, keepdims=True)).astype(np.float64))
-            probabilities = shares / shares.sum(axis=1, keepdims=True)
+            probabilities = softmax((scores - scores.max(axis=1, keepdims=True)).astype(np.float64), axis=1)
         full = expand_scores(probabilities, present, problem.target.width, "probability")
         outcomes.append(FoldOutcome(present[probabilities.argmax(axis=1)], full, "probability", seconds))
     return outcomes
 
 
 def decided(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
-    """Fit a head of classes whose highest score decides at every penalty."""
-    present, outcomes = prepared.present, []
+    """Fit a head at every penalty: the highest score decides between classes, its sign each label, and numbers are as they are."""
+    present, target, outcomes = prepared.present, problem.target, []
     for scores, seconds in _scores(problem, prepared, candidates):
-        values = scores[:, 0] if len(present) == 2 else scores
-        full = expand_scores(values, present, problem.target.width, "decision")
-        predictions = present[(values > 0).astype(np.int64) if len(present) == 2 else values.argmax(axis=1)]
-        outcomes.append(FoldOutcome(predictions, full, "decision", seconds))
+        if target.kind == "regression":
+            outcomes.append(FoldOutcome(target.told(scores), fit_seconds=seconds))
+        elif not target.exclusive:
+            outcomes.append(FoldOutcome(scores > 0, scores, "decision", seconds))
+        else:
+            values = scores[:, 0] if len(present) == 2 else scores
+            full = expand_scores(values, present, target.width, "decision")
+            predictions = present[(values > 0).astype(np.int64) if len(present) == 2 else values.argmax(axis=1)]
+            outcomes.append(FoldOutcome(predictions, full, "decision", seconds))
     return outcomes
-
-
-def numbers(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
-    """Fit a head of one or several numbers at every penalty."""
-    solved = _scores(problem, prepared, candidates)
-    return [FoldOutcome(problem.target.told(scores), fit_seconds=seconds) for scores, seconds in solved]
-
-
-def labels(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
-    """Fit a linear head for each of several labels, all labels and candidates at once."""
-    solved = _scores(problem, prepared, candidates)
-    return [FoldOutcome(scores > 0, scores, "decision", seconds) for scores, seconds in solved]
 
 
 def _scores(problem: Problem, prepared: Prepared, candidates: Sequence[Params]) -> list[tuple[Array, float]]:
@@ -249,9 +241,9 @@ def evaluator(
     return Evaluator(name, evaluate, partial(prepare, make), True, usable, fit_in_blocks=fit, quicker=quicker)
 
 
-RIDGE_OF_NUMBERS = evaluator("ridge_of_numbers", numbers, None, unweighted)
+RIDGE_OF_NUMBERS = evaluator("ridge_of_numbers", decided, None, unweighted)
 LOGISTIC_LABELS, HINGE_LABELS, RIDGE_LABELS = (
-    evaluator("one_vs_rest", labels, make, quicker=True) for make in (logistic_family, hinge_family, None)
+    evaluator("one_vs_rest", decided, make, quicker=True) for make in (logistic_family, hinge_family, None)
 )
 
 

@@ -7,17 +7,16 @@ optimum with work shared.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,9 +122,9 @@ class FoldOutcome:
     warnings: Mapping[str, int] = field(default_factory=dict)
     error: str | None = None
     training: Measured | None = None
-    """The score on the rows it was fitted on, where they were judged."""
+    """On the rows it was fitted on, where they were judged."""
     score: float = np.nan
-    """Of the rows the fold holds out; higher is better."""
+    """On the rows the fold holds out; higher is better."""
 
 
 @dataclass(frozen=True)
@@ -242,10 +241,8 @@ def working_memory(work_bytes: int | None) -> AbstractContextManager[None]:
 
     It counts a block in float64; besides the distances there are their places, so that twice as much is taken.
     """
-    made: AbstractContextManager[None] = (
-        nullcontext() if work_bytes is None else config_context(working_memory=max(1, work_bytes >> 21))
-    )
-    return made
+    limit = None if work_bytes is None else max(1, work_bytes >> 21)
+    return cast("AbstractContextManager[None]", config_context(working_memory=limit))
 
 
 def standardised(problem: Problem, fold: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -265,9 +262,6 @@ def failed(error: Exception, counts: Mapping[str, int]) -> FoldOutcome:
 
 _current = threading.local()
 _counting, _searches, _restore = threading.Lock(), 0, ExitStack()
-
-_END_OF_SENTENCE = re.compile(r"\.(?=\s|[A-Z]|$)|\n")
-"""A full stop within a name, such as `self.coef_`, ends none."""
 
 
 @contextmanager
@@ -307,7 +301,7 @@ def _count(message: Warning | str, category: type[Warning], *place: Any, **more:
     # What a library plans to change is said to programmers, and is no news of a fit.
     if counts is not None and not issubclass(category, (FutureWarning, DeprecationWarning)):
         vague = category in (UserWarning, RuntimeWarning)
-        text = _END_OF_SENTENCE.split(str(message), maxsplit=1)[0][:80]
+        text = str(message).split("\n")[0].partition(". ")[0][:80]
         counts[f"{category.__name__}: {text}" if vague else category.__name__] += 1
 
 

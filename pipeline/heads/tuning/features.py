@@ -47,14 +47,11 @@ def blocks(X: FeatureMatrix, rows: NDArray[np.int64] | None = None) -> Iterator[
         or with `rows` an integer array of shape (m,)
     """
     step = max(1, BLOCK_BYTES // (4 * X.shape[1]))
-    if rows is None:
-        slices = (slice(start, min(start + step, len(X))) for start in range(0, len(X), step))
-        yield from ((place, X[place]) for place in slices)
-    else:
-        order = X.file_order(rows) if isinstance(X, StoredRows) else np.arange(len(rows))
-        for start in range(0, len(rows), step):
-            place = order[start : start + step]
-            yield place, X[rows[place]]
+    n = len(X) if rows is None else len(rows)
+    order = X.file_order(rows) if isinstance(X, StoredRows) and rows is not None else np.arange(n)
+    for start in range(0, n, step):
+        part = slice(start, min(start + step, n))
+        yield (part, X[part]) if rows is None else (order[part], X[rows[order[part]]])
 
 
 def part(X: FeatureMatrix, rows: NDArray[np.int64]) -> FeatureMatrix:
@@ -174,7 +171,6 @@ class Projections:
         self._X, self._components = X, components
         self._kept: dict[str, tuple[Projection, Array]] = {}
         self._locks: dict[str, threading.Lock] = {}
-        self._lock = threading.Lock()
 
     def fold(self, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> tuple[Array, Array]:
         """Return the training and the held-out rows of a fold on the components of the training rows.
@@ -191,9 +187,7 @@ class Projections:
 
     def _of(self, train: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[Projection, Array]:
         key = bytes_digest(train.tobytes() + b"/" + rows.tobytes())
-        with self._lock:
-            lock = self._locks.setdefault(key, threading.Lock())
-        with lock:
+        with self._locks.setdefault(key, threading.Lock()):
             if key not in self._kept:
                 found = Projection.of(self._X, train, self._components)
                 self._kept[key] = found, found.apply(self._X, rows)

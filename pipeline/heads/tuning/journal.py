@@ -11,8 +11,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,12 @@ from pipeline.heads.tuning.evaluation import FoldOutcome, Problem
 from pipeline.heads.tuning.features import blocks, on_disk
 from pipeline.io import files
 from pipeline.io.digests import bytes_digest, canonical_json, fingerprint, parts_digest
+from pipeline.io.process import version
 
 log = logging.getLogger(__name__)
+
+KEPT = ("fit_seconds", "score_seconds", "warnings", "error")
+"""Of a fit, besides its score."""
 
 SOLVERS_VERSION, ON_DISK_VERSION = 8, 2
 """Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
@@ -41,10 +43,7 @@ def search_identity(problem: Problem, tuning: TuningConfig) -> dict[str, Any]:
     # On disk the same optimum is found to fewer digits than a resumed search must repeat.
     place = {"on_disk": ON_DISK_VERSION} if on_disk(problem.X) else {}
     reduced = {} if tuning.pca is None else {"pca": tuning.pca}
-    versions: dict[str, Any] = dict.fromkeys(("scikit-learn", "scikit-optimize", "numpy", "scipy"))
-    for name in versions:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
+    versions = {name: version(name) for name in ("scikit-learn", "scikit-optimize", "numpy", "scipy")}
     return {
         **place,
         "features": [list(problem.X.shape), str(problem.X.dtype), parts_digest(features)],
@@ -66,25 +65,16 @@ def fit_event(
     number: int, params: Params, fold: int, outcome: FoldOutcome, rung: int, elapsed: float
 ) -> dict[str, Any]:
     """Return the journal's record of one fit."""
-    return {
-        "event": "fit",
-        "trial": number,
-        "params": dict(params),
-        "rung": rung,
-        "fold": fold,
-        "score": None if math.isnan(outcome.score) else outcome.score,
-        "fit_seconds": round(outcome.fit_seconds, 6),
-        "score_seconds": round(outcome.score_seconds, 6),
-        "warnings": dict(outcome.warnings),
-        "error": outcome.error,
-        "elapsed": elapsed,
-    }
+    kept = {key: getattr(outcome, key) for key in KEPT}
+    score = None if math.isnan(outcome.score) else outcome.score
+    told = {"event": "fit", "trial": number, "params": dict(params), "rung": rung, "fold": fold, "elapsed": elapsed}
+    return {**told, "score": score, **kept}
 
 
 def replay(event: Mapping[str, Any]) -> FoldOutcome:
     """Return what a recorded fit gave, without its predictions."""
-    kept = {key: event[key] for key in ("fit_seconds", "score_seconds", "warnings", "error")}
-    return FoldOutcome(predictions=None, score=math.nan if event["score"] is None else float(event["score"]), **kept)
+    score = math.nan if event["score"] is None else float(event["score"])
+    return FoldOutcome(predictions=None, score=score, **{key: event[key] for key in KEPT})
 
 
 def seconds_of_trials(journal: Path) -> float:
@@ -117,7 +107,18 @@ class Journal:
             found = lines.records[0] if lines.records else {}
             ours = all(found.get(key) == header[key] for key in ("format", "version", "digest"))
             if lines.damaged or (found and not ours):
-                descriptor = _set_aside(path, descriptor, _why(found, header) if found and not ours else None, lines)
+                aside, good = path.with_name(f"{path.name}.damaged"), len(lines.records)
+                if found and not ours:
+                    aside, why = path.with_name(f"{path.name}.old"), _changed(found.get("identity"), identity)
+                    log.info("%s: a new search begins, because %s changed; the old one is in %s", path, why, aside.name)
+                else:
+                    told = (
+                        f"line {good + 1} is not the one that was written; the search goes on from the {good} before it"
+                    )
+                    log.warning("%s: %s, and the file as it was is kept in %s", path, told, aside.name)
+                files.SYSTEM["rename"](path, aside)
+                other, descriptor = descriptor, _open_alone(path)
+                files.close_alone(other)
             elif lines.rest:
                 files.SYSTEM["ftruncate"](descriptor, lines.length)
         except OSError as error:
@@ -132,10 +133,7 @@ class Journal:
         return journal
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Write events in one piece and wait until they are on disk.
-
-        HeadError where they cannot be written, for instance on a full disk.
-        """
+        """Write events in one piece and wait until they are on disk; HeadError where they cannot be, for instance on a full disk."""
         data, digest = to_lines(events, self._digest)
         try:
             files.write_all(self._descriptor, data)
@@ -165,30 +163,7 @@ def _open_alone(path: Path) -> int:
         ) from None
 
 
-def _set_aside(path: Path, descriptor: int, why: str | None, lines: Lines) -> int:
-    """Rename a journal that is another's, or damaged (`why` is None), and open a new one."""
-    aside = path.with_name(f"{path.name}.{'damaged' if why is None else 'old'}")
-    if why is None:
-        good = len(lines.records)
-        log.warning(
-            "%s: line %d is not the one that was written; the search goes on from the %d before it, and the file as it was is "
-            "kept in %s",
-            path,
-            good + 1,
-            good,
-            aside.name,
-        )
-    else:
-        log.info("%s: a new search begins, because %s; the old trials are kept in %s", path, why, aside.name)
-    files.SYSTEM["rename"](path, aside)
-    fresh = _open_alone(path)
-    files.close_alone(descriptor)
-    return fresh
-
-
-def _why(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    before, now = old.get("identity"), new["identity"]
-    if (old.get("format"), old.get("version")) != (TRIALS.format, TRIALS.version) or not isinstance(before, dict):
-        return "the file has another format"
-    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    return f"{', '.join(changed)} changed"
+def _changed(before: Any, now: Mapping[str, Any]) -> str:
+    """Say what tells two searches apart."""
+    before = before if isinstance(before, Mapping) else {}
+    return ", ".join(sorted(key for key in {*before, *now} if before.get(key) != now.get(key)))

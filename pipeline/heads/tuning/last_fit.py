@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any
@@ -70,17 +70,6 @@ class Promise:
         return found.score >= lowest.score - self.allowance - CHANCE * float(np.hypot(found.error, lowest.error))
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """A fit on all rows; `labels` and `measured` are of these."""
-
-    pipeline: Pipeline
-    labels: NDArray[Any]
-    measured: Measured
-    seconds: float
-    warnings: Mapping[str, int]
-
-
 def fit_as_promised(
     problem: Problem, params: Params, y: NDArray[Any], jobs: int, metric: Metric, promise: Promise
 ) -> tuple[Pipeline, float, LastFit]:
@@ -91,44 +80,45 @@ def fit_as_promised(
 
     UnfittedError where every try raised.
     """
-    found: list[_Fitted] = []
-    errors = Counter[str]()
+    tries, best, errors, labels = 0, None, Counter[str](), np.empty(0)
     for attempt in range(TRIES):
         seeded = changed(problem, seed=derived_seed(problem.seed, 1, attempt))
+        start, tries = time.perf_counter(), attempt + 1
         try:
-            fitted = _fit_and_measure(seeded, params, y, jobs, metric)
+            with counting_warnings(), counted() as counts:
+                pipeline = fit_on_all(seeded, params, y, jobs)
+                seconds = time.perf_counter() - start
+                said = _recalled(seeded, pipeline, metric)
+            found = Measured.of(metric, said)
         except Exception as error:  # a head of the user's own may fail in any way, and so may a solver
             errors[failed(error, {}).error or ""] += 1
             continue
+        if best is None or found.score > best[2].score:
+            best = pipeline, seconds, found, dict(counts)
         # A head without chance fits the same again.
-        same = bool(found) and np.array_equal(fitted.labels, found[-1].labels)
-        found.append(fitted)
-        if same or promise.kept(fitted.measured):
+        if promise.kept(found) or np.array_equal(said.y_pred, labels):
             break
-    if not found:
+        labels = said.y_pred
+    if best is None:
         raise UnfittedError(
             f"head {problem.head.name}: the best trial could not be fitted on all rows",
             [f"{count} x {error}" for error, count in errors.items()],
         )
-    best, tries = max(found, key=lambda fitted: fitted.measured.score), len(found) + errors.total()
-    scores, sound = tuple(measured.score for measured in promise.scores), promise.kept(best.measured)
-    return best.pipeline, best.seconds, LastFit(best.measured.score, scores, tries, sound, best.warnings)
+    pipeline, seconds, found, warnings = best
+    scores = tuple(measured.score for measured in promise.scores)
+    return pipeline, seconds, LastFit(found.score, scores, tries, promise.kept(found), warnings)
 
 
-def _fit_and_measure(problem: Problem, params: Params, y: NDArray[Any], jobs: int, metric: Metric) -> _Fitted:
-    start = time.perf_counter()
-    with counting_warnings(), counted() as counts:
-        pipeline = fit_on_all(problem, params, y, jobs)
-        seconds = time.perf_counter() - start
-        with working_memory(problem.work_bytes):
-            parts = [problem.target.recalled(pipeline, block) for _, block in blocks(problem.X)]
+def _recalled(problem: Problem, pipeline: Pipeline, metric: Metric) -> Predictions:
+    """Return what a fit on all rows says of them."""
+    with working_memory(problem.work_bytes):
+        parts = [problem.target.recalled(pipeline, block) for _, block in blocks(problem.X)]
     labels, target = np.concatenate([labels for labels, _ in parts]), problem.target
     looked_at = metric.needs_probabilities or (metric.threshold and not target.exclusive)
     columns = np.concatenate([columns for _, columns in parts]) if looked_at else None
     if metric.threshold:
         labels = target.decided(problem.y, labels, columns, metric.threshold)
-    measured = Measured.of(metric, Predictions(problem.y, labels, columns, target=target))
-    return _Fitted(pipeline, labels, measured, seconds, dict(counts))
+    return Predictions(problem.y, labels, columns, target=target)
 
 
 def refit(
@@ -170,13 +160,10 @@ def fit_on_all(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> 
         projection, X = (None, problem.X) if problem.projections is None else problem.projections.whole()
         pipeline = configure(problem.head, params, problem.seed)
         params = pipeline.get_params()
-        # Logistic regression's does nothing, and scikit-learn warns whoever gives it.
-        used: dict[str, float] = {
-            key: jobs
-            for key in params
-            if key.endswith("__n_jobs") and not isinstance(params[key[: -len("__n_jobs")]], LogisticRegression)
-        }
-        used |= smaller_caches(pipeline, problem.work_bytes)
+        used = smaller_caches(pipeline, problem.work_bytes)
+        for step, key in ((key.removesuffix("__n_jobs"), key) for key in params if key.endswith("__n_jobs")):
+            if not isinstance(params[step], LogisticRegression):  # there it does nothing, and scikit-learn warns of it
+                used[key] = jobs
         kept = {key: params[key] for key in used}
         fitted = problem.head.fit(pipeline.set_params(**used), X, y)
         fitted.set_params(**{key: kept[key] for key in kept.keys() & fitted.get_params()})

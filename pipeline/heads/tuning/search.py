@@ -70,10 +70,9 @@ def check(head: Head, tuning: TuningConfig, kind: str = "classification") -> lis
         what = f"score of {kind}" if tuning.scoring in METRICS else "score"
         return [f"tuning.scoring: {unknown(what, tuning.scoring, ('auto', *serving))}"]
     if serving[tuning.scoring].needs_probabilities and not head.probabilities:
-        *some, last = (name for name, metric in serving.items() if not metric.needs_probabilities)
-        return [
-            f"head {head.name}: tuning.scoring {tuning.scoring!r} needs probabilities, which it does not give; the others are {', '.join(some)} and {last}"
-        ]
+        others = ", ".join(name for name, metric in serving.items() if not metric.needs_probabilities)
+        needs = f"tuning.scoring {tuning.scoring!r} needs probabilities, which it does not give"
+        return [f"head {head.name}: {needs}; the others are {others}"]
     return []
 
 
@@ -90,9 +89,8 @@ def tune(
 ) -> TuningRun:
     """Search a head's parameters on the folds, and fit the best on all rows.
 
-    Results depend on the arguments but for `journal`, `tuning.jobs` and `tuning.memory`,
-    which decides what is kept between fits and how many run at once.
-    Fits run in threads: the heads' loops release Python's lock, and threads read one `X` without a copy of it.
+    Results depend on the arguments but for `journal`, `tuning.jobs` and `tuning.memory`, which decides how much is kept and run at
+    once. Fits run in threads: the heads' loops release Python's lock, and threads read one `X` without a copy of it.
 
     X : ndarray of shape (n, dim), float32, or a memory map of one; every head copies a fold's rows to memory, see
         `memory_needed`. `StoredRows` stay on disk and are read in blocks, by the heads that can be fitted so.

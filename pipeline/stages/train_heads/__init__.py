@@ -3,15 +3,6 @@
 Reads what stage one wrote (the index and the feature stores), needs neither the images nor torch, and writes a bundle per
 head and the leaderboard. The best head is chosen by cross-validation; test images choose nothing.
 
-    task.py       the rows, the folds, the test images; the features, in memory or on disk
-    row.py        one head: tuned, scored, repeated on request, saved, or found finished
-    layers.py     which layers of a network hold the signal, where several are embedded
-    vote.py       the best rows of different embeddings together, on request
-    apart.py      rows that are made of another row and stand apart
-    views.py      the best heads averaged over views of images and learned from them
-    domains.py    how far the data set's domains are apart, and the best head adapted to new ones
-    strangers.py  near-duplicates across test or folds, and what is strange to the best row
-
 With a budget of all searches together trials are measured by passes over all rows: the first of one trial each, and as long as there is
 time for more, one of as many as the last pass says there is time for. Nothing but the number of trials of the last pass goes into its
 rows: a config that has it as `tuning.trials` gives the same leaderboard, on any machine.
@@ -29,7 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
@@ -49,7 +39,7 @@ from pipeline.embed.records import (
     require_index,
 )
 from pipeline.errors import HeadError, PipelineError, UnfittedError
-from pipeline.evaluation import METRICS, metric_of
+from pipeline.evaluation import metric_of
 from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, recommend
 from pipeline.evaluation.leaderboard.recommendation import advice
 from pipeline.experiment import AUDIT, BUDGET, Artifacts, read_document, write_document, write_record
@@ -60,13 +50,13 @@ from pipeline.heads.tuning import limited, require, seconds_of_trials
 from pipeline.heads.tuning.room import divided, is_spread, on, spread
 from pipeline.io.digests import fingerprint
 from pipeline.io.files import write_text_atomic
-from pipeline.io.process import bar, look_in
+from pipeline.io.process import bar, look_in, version
 from pipeline.io.remote import Engine
 from pipeline.stages.train_heads import layers
 from pipeline.stages.train_heads.domains import with_domains
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 from pipeline.stages.train_heads.strangers import find_leaks, with_strangers
-from pipeline.stages.train_heads.task import Embedding, SharedFeatures, Task, make_task, unseen_task
+from pipeline.stages.train_heads.task import Asked, Embedding, SharedFeatures, Task, make_task, unseen_task
 from pipeline.stages.train_heads.views import with_views
 from pipeline.stages.train_heads.vote import vote_row
 from pipeline.store import FeatureStore, JoinedStores
@@ -105,20 +95,6 @@ class HeadsRun:
         return lines
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a config asks of what stage one wrote."""
-
-    config: Config
-    """With the name of the score in place of `auto`."""
-    records: Sequence[EmbeddingRecord]
-    index: str
-    """The index's fingerprint."""
-    stores: Mapping[str, FeatureStore | JoinedStores]
-    task: Task
-    embeddings: Sequence[Embedding]
-
-
 def ask(config: Config) -> Asked:
     """Open the features of a config, and say which heads are asked for on which of them; it raises what `run` does."""
     files = Artifacts(config.output)
@@ -132,7 +108,7 @@ def ask(config: Config) -> Asked:
     heads = head_table.resolve_all(config.heads, task.target.kind)
     scoring = metric_of(config.tuning.scoring, task.target).name
     config = config.model_copy(update={"tuning": config.tuning.model_copy(update={"scoring": scoring})})
-    return Asked(config, records, made_of, stores, task, list(_embeddings(config, records, stores, heads, task)))
+    return Asked(config, files, records, made_of, stores, task, list(_embeddings(config, records, stores, heads, task)))
 
 
 def run(config: Config, engine: Engine | None = None) -> HeadsRun:
@@ -142,32 +118,27 @@ def run(config: Config, engine: Engine | None = None) -> HeadsRun:
 
     PipelineError where stage one has not been run for this config, the data cannot be cross-validated, or a head is wrong.
     """
-    files = Artifacts(config.output)
     require(config.tuning.strategy)
     asked = ask(config)
-    given, records = asked.config, asked.records
-    stores, task, scoring = asked.stores, asked.task, METRICS[given.tuning.scoring]
+    given, files, task, scoring = asked.config, asked.files, asked.task, asked.config.tuning.scoring
     with on(engine):
-        asked, made, cut = _within_budget(asked, files)
-    config, embeddings = asked.config, asked.embeddings
+        asked, made, cut = _within_budget(asked)
     rows, left_out = made.rows, made.left_out
     if left_out and all(row.constant for row in rows):
         raise HeadError("no head on images can be tuned", left_out)
-    if config.vote:
-        voted = vote_row(rows, task, scoring.name, config.seed, files)
+    if asked.config.vote:
+        voted = vote_row(rows, asked)
         (left_out if isinstance(voted, str) else rows).append(voted)  # type: ignore[arg-type]
     write_text_atomic(files.config, dump_yaml(given, files.root))
-    on_disk = [embedding.sentence() for embedding in embeddings if embedding.on_disk]
-    notes = [*cut, *on_disk, *advice(task.y_train, task.target, config.tuning.scoring), *left_out]
-    leaderboard = recommend(Leaderboard(tuple(rows), _provenance(config, files, asked, notes)), files.root)
-    leaderboard = with_strangers(leaderboard, task, stores, files, config.seed)
-    leaks, findings = find_leaks(leaderboard, task, stores, files)
-    leaderboard = with_views(replace(leaderboard, leaks=leaks), task, stores, records, files, config.seed)
-    leaderboard = with_domains(leaderboard, task, stores, files, config)
+    on_disk = [embedding.sentence() for embedding in asked.embeddings if embedding.on_disk]
+    notes = [*cut, *on_disk, *advice(task.y_train, task.target, scoring), *left_out]
+    board = with_strangers(recommend(Leaderboard(tuple(rows), _provenance(asked, notes)), files.root), asked)
+    leaks, findings = find_leaks(board, asked)
+    board = with_domains(with_views(replace(board, leaks=leaks), asked), asked)
     write_record(files.audit, AUDIT, findings)
-    write_text_atomic(files.leaderboard, leaderboard.to_json())
-    write_text_atomic(files.leaderboard_md, leaderboard.to_markdown())
-    return HeadsRun(leaderboard, files, made.reused, layers.profiles(config, files, records, stores, task))
+    write_text_atomic(files.leaderboard, board.to_json())
+    write_text_atomic(files.leaderboard_md, board.to_markdown())
+    return HeadsRun(board, files, made.reused, layers.profiles(asked))
 
 
 @dataclass
@@ -180,10 +151,10 @@ class _Rows:
     seconds: float = 0.0
 
 
-def _rows(asked: Asked, files: Artifacts) -> _Rows:
+def _rows(asked: Asked) -> _Rows:
     """Make every row that is asked for, or find it finished."""
-    made, config = _Rows(), asked.config
-    tried = _spread_rows(asked.embeddings, config, files) if is_spread() else set[str]()
+    made, config, files = _Rows(), asked.config, asked.files
+    tried = _spread_rows(asked) if is_spread() else set[str]()
     for embedding in asked.embeddings:
         vectors = SharedFeatures(embedding)  # read when a head first needs them, and let go before the next embedding's
         for head in embedding.heads:
@@ -193,7 +164,7 @@ def _rows(asked: Asked, files: Artifacts) -> _Rows:
                 row = finished_row(folder, key)
                 made.reused += row is not None and key not in tried
                 made.seconds += 0 if row is None else (row.search_seconds or 0) + row.fit_seconds
-                row = row or make_row(head, embedding, vectors, config, files, key)
+                row = row or make_row(head, embedding, vectors, asked, key)
                 made.rows.append(replace(row, license=embedding.license))
             except UnfittedError as error:
                 why = ": ".join(filter(None, [error.message, "; ".join(error.problems)]))
@@ -202,16 +173,17 @@ def _rows(asked: Asked, files: Artifacts) -> _Rows:
     return made
 
 
-def _spread_rows(embeddings: Sequence[Embedding], config: Config, files: Artifacts) -> set[str]:
+def _spread_rows(asked: Asked) -> set[str]:
     """Make the rows that are not finished on the backend that is chosen; return the keys of those that were tried.
 
     Each is one task, which writes its bundle and its journal where all see them. The features of an embedding are one file that
     workers map: a node has it in memory once. What cannot be fitted is left to the caller, who says why.
     """
-    tasks, keys, document = [], set(), config.model_copy(update={"tuning": divided(config.tuning)}).model_dump_json()
+    config, files, tasks, keys = asked.config, asked.files, [], set()
+    document = config.model_copy(update={"tuning": divided(config.tuning)}).model_dump_json()
     folder = Path(os.path.abspath(files.root)) / "mapped"
     try:
-        for place, embedding in enumerate(embeddings):
+        for place, embedding in enumerate(asked.embeddings):
             keyed = [(head.name, row_key(head, embedding, config.seed)) for head in embedding.heads]
             fresh = [each for each in keyed if finished_row(files.bundle(embedding.name, each[0]), each[1]) is None]
             if embedding.store is not None and fresh:
@@ -219,9 +191,9 @@ def _spread_rows(embeddings: Sequence[Embedding], config: Config, files: Artifac
                 assert len(vectors.train) + len(vectors.test) > 0  # the files are written, once for all workers
                 tasks += [(place, name) for name, _ in fresh]
                 keys |= {key for _, key in fresh}
-        asked = (document, fingerprint({"rows": sorted(keys)}), os.getcwd(), folder)
+        same = (document, fingerprint({"rows": sorted(keys)}), os.getcwd(), folder)
         with bar(len(tasks), "heads", "tuning on the workers") as progress:
-            for _ in spread(_make, [(*asked, *task) for task in tasks]) if tasks else ():
+            for _ in spread(_make, [(*same, *task) for task in tasks]) if tasks else ():
                 progress.update()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -235,9 +207,9 @@ def _make(config: str, rows: str, working: str, folder: Path, place: int, name: 
     asked = _asked(config, rows)
     embedding = asked.embeddings[place]
     head = next(head for head in embedding.heads if head.name == name)
-    files, key = Artifacts(asked.config.output), row_key(head, embedding, asked.config.seed)
+    key = row_key(head, embedding, asked.config.seed)
     with suppress(UnfittedError):
-        make_row(head, embedding, SharedFeatures(embedding, folder), asked.config, files, key)
+        make_row(head, embedding, SharedFeatures(embedding, folder), asked, key)
 
 
 @lru_cache(1)
@@ -246,22 +218,22 @@ def _asked(config: str, rows: str) -> Asked:
     return ask(Config.model_validate_json(config))
 
 
-def _within_budget(asked: Asked, files: Artifacts) -> tuple[Asked, _Rows, list[str]]:
+def _within_budget(asked: Asked) -> tuple[Asked, _Rows, list[str]]:
     """Return what is asked with as many trials as the budget has time for, its rows, and a line on what the budget cut."""
     passes = list[_Rows]()
 
     def measure(trials: int) -> Pass:
-        passes.append(_rows(_with_trials(asked, trials), files))
+        passes.append(_rows(_with_trials(asked, trials)))
         searching = (
             seconds_of_trials(files.trials(each.name, head.name)) for each in asked.embeddings for head in each.heads
         )
         return Pass(trials, passes[-1].seconds, sum(searching))
 
-    config = asked.config
+    config, files = asked.config, asked.files
     rows = [row_key(head, each, config.seed) for each in asked.embeddings for head in each.heads]
     trials, cut = trials_within(config.tuning, fingerprint({"rows": rows}), files.budget, measure)
     asked = _with_trials(asked, trials)
-    made = passes[-1] if passes else _rows(asked, files)
+    made = passes[-1] if passes else _rows(asked)
     return asked, replace(made, reused=passes[0].reused if passes else made.reused), cut
 
 
@@ -340,13 +312,11 @@ def _embeddings(
         yield Embedding((table.guess(task.y_train, task.target.width),), task, once)
 
 
-def _provenance(config: Config, files: Artifacts, asked: Asked, notes: Sequence[str]) -> dict[str, Any]:
+def _provenance(asked: Asked, notes: Sequence[str]) -> dict[str, Any]:
     """What is needed to make the leaderboard again."""
-    task, stores, index = asked.task, asked.stores, asked.index
-    features_made_by = {}  # stage two itself needs none of them
-    for name in ("torch", "torchvision", "Pillow"):
-        with suppress(PackageNotFoundError):
-            features_made_by[name] = version(name)
+    config, files, task = asked.config, asked.files, asked.task
+    # Stage two itself needs none of them.
+    features_made_by = {name: found for name in ("torch", "torchvision", "Pillow") if (found := version(name))}
     return {
         # The config as it was used, overrides included, is beside the leaderboard.
         "command": f"manyheads features {quote(str(files.config))}\nmanyheads heads {quote(str(files.config))}",
@@ -354,12 +324,12 @@ def _provenance(config: Config, files: Artifacts, asked: Asked, notes: Sequence[
         "seed": config.seed,
         "scoring": config.tuning.scoring,
         "task": task.key,
-        "index": index,
+        "index": asked.index,
         "images": {"train": len(task.train), "test": len(task.test), "classes": task.target.width},
         "target": record_of(task.target),
         "folds": len(task.folds),
         "notes": list(notes),
-        "stores": {name: store.digest for name, store in stores.items()},
+        "stores": {name: store.digest for name, store in asked.stores.items()},
         "precision": {record.name: record.spec.precision for record in asked.records},
         "versions": {**bundles.versions(), **features_made_by},
         "machine": _machine(),

@@ -7,8 +7,8 @@ other half is adapted, so that no image is judged by what it took part in.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -21,25 +21,13 @@ from pipeline.config import Config
 from pipeline.data import DatasetIndex
 from pipeline.data.index import Texts, leakage_units
 from pipeline.evaluation import Predictions, joined, paired_answers
-from pipeline.evaluation.domains import (
-    FOLDS,
-    LEAST,
-    Adapted,
-    Apart,
-    Domains,
-    align,
-    apart,
-    suffering,
-    weights,
-)
-from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow
-from pipeline.experiment import Artifacts, plain
-from pipeline.export import bundle as bundles
+from pipeline.evaluation.domains import FOLDS, LEAST, Adapted, Apart, Domains, align, apart, suffering, weights
+from pipeline.evaluation.leaderboard import Leaderboard
+from pipeline.experiment import plain
 from pipeline.export.bundle import ModelBundle
 from pipeline.io.digests import fingerprint
-from pipeline.stages.train_heads.apart import ApartRows, Origin, found_before, origin, row_like, with_rows
-from pipeline.stages.train_heads.task import Task
-from pipeline.store import FeatureStore, JoinedStores
+from pipeline.stages.train_heads.apart import ApartRows, Origin, origin, row_like, with_rows
+from pipeline.stages.train_heads.task import Asked
 
 VERSION = 2
 """Goes up when what is measured changes its meaning, so that it is made again."""
@@ -53,23 +41,25 @@ ImageRows = NDArray[np.intp]
 
 
 @dataclass(frozen=True, eq=False)
-class _DomainTask:
-    """The row that is looked at, the n training and m test images, and the domain, unit and half of each: arrays of shape (n + m,)."""
+class _Images:
+    """The row that is looked at, and of its n training and m test images the domain, unit and half: arrays of shape (n + m,)."""
 
     origin: Origin
-    task: Task
-    store: FeatureStore | JoinedStores
+    asked: Asked
     domains: Texts
     units: NDArray[np.int64]
     half: NDArray[np.bool_]
     """Which half an image of a new domain is of, whole units together."""
-    seed: int
+
+    @property
+    def n(self) -> int:
+        """Training images."""
+        return len(self.asked.task.train)
 
     @property
     def new(self) -> list[str]:
         """The domains that no training image is of."""
-        n = len(self.task.train)
-        return sorted({*self.domains[n:].tolist()} - {*self.domains[:n].tolist()})
+        return sorted({*self.domains[self.n :].tolist()} - {*self.domains[: self.n].tolist()})
 
     def halves(self, domains: Sequence[str]) -> tuple[ImageRows, ImageRows]:
         """Return both halves of the images of some domains."""
@@ -78,33 +68,32 @@ class _DomainTask:
 
     def read(self, rows: ImageRows) -> NDArray[np.float32]:
         """Return the vectors of some images: float32 of shape (k, dim)."""
-        return self.store.read(np.concatenate([self.task.train.digests, self.task.test.digests])[rows])
+        task, store = self.asked.task, self.asked.stores[self.origin.row.embedding]
+        return store.read(np.concatenate([task.train.digests, task.test.digests])[rows])
 
     def sample(self, rows: ImageRows) -> ImageRows:
         """Return at most `MOST_OF_A_DOMAIN` of some images."""
-        return np.sort(np.random.default_rng(self.seed).permutation(rows)[:MOST_OF_A_DOMAIN])
+        return np.sort(np.random.default_rng(self.asked.config.seed).permutation(rows)[:MOST_OF_A_DOMAIN])
 
 
-def with_domains(
-    board: Leaderboard, task: Task, stores: Mapping[str, FeatureStore | JoinedStores], files: Artifacts, config: Config
-) -> Leaderboard:
+def with_domains(board: Leaderboard, asked: Asked) -> Leaderboard:
     """Return the leaderboard with what is known of the domains, and the best row on images adapted to new ones as further rows."""
+    task, config = asked.task, asked.config
     parts = [own for index in (task.train, task.test) if (own := _domains(index, config)) is not None]
-    best = origin(board, stores, task, files) if parts else None
+    best = origin(board, asked.stores, asked) if parts else None
     if best is None:
         return board
     domains = np.concatenate(parts)
     key = fingerprint({"version": VERSION, "row": best.key, "domains": domains.tolist(), "adapt": config.adapt})
-    found = found_before(files, "domains", key)
-    if found is None:
-        groups = [
-            np.full(len(each), "", object) if each.groups is None else each.groups for each in (task.train, task.test)
-        ]
-        units = leakage_units(np.concatenate([task.train.digests, task.test.digests]), np.concatenate(groups))
+
+    def make(found: ApartRows) -> None:
+        indexes = (task.train, task.test)
+        groups = [np.full(len(each), "", object) if each.groups is None else each.groups for each in indexes]
+        units = leakage_units(np.concatenate([each.digests for each in indexes]), np.concatenate(groups))
         half = np.random.default_rng(config.seed).permutation(units.max() + 1)[units] % 2 == 0
-        asked = _DomainTask(best, task, stores[best.row.embedding], domains, units, half, config.seed)
-        found = _find(asked, board, files, config, key)
-    return with_rows(board, "domains", key, found)
+        _find(_Images(best, asked, domains, units, half), board, found)
+
+    return with_rows(board, asked, "domains", key, make)
 
 
 def _domains(index: DatasetIndex, config: Config) -> Texts | None:
@@ -114,108 +103,106 @@ def _domains(index: DatasetIndex, config: Config) -> Texts | None:
     return index.domains if config.dataset.domain else None
 
 
-def _find(asked: _DomainTask, board: Leaderboard, files: Artifacts, config: Config, key: str) -> ApartRows:
-    row, said, task = asked.origin.row, asked.origin.said, asked.task
-    adapted, rows, folders = list[Adapted](), list[LeaderboardRow](), list[str]()
-    pairs, notes = _pairs(asked)
-    if config.adapt and not asked.new:
+def _find(images: _Images, board: Leaderboard, found: ApartRows) -> None:
+    row, said, config = images.origin.row, images.origin.said, images.asked.config
+    pairs, notes = _pairs(images)
+    if config.adapt and not images.new:
         notes.append(
             "Every domain of the test is among the training images, so there is none to adapt to: give all images of one the split test."
         )
-    for way in config.adapt if asked.new else ():
+    adapted = list[Adapted]()
+    for way in config.adapt if images.new else ():
         start, named = time.perf_counter(), f"{row.head}+{way}"
-        told = WAYS[way](asked)
+        told = WAYS[way](images)
         notes += [f"{way}: {told.amiss}."] * bool(told.amiss)
         if told.used:
-            made = row_like(row, named, "domains", told.answers, board.metric, asked.seed)
-            rows.append(replace(made, fit_seconds=row.fit_seconds + time.perf_counter() - start))
-            adapted += _brought(asked, made.key, way, told, board)
+            made = row_like(row, named, "domains", told.answers, board.metric, config.seed)
+            found.rows.append(replace(made, fit_seconds=row.fit_seconds + time.perf_counter() - start))
+            for name in told.used:
+                new, old = (part.rows(images.domains[images.n :] == name) for part in (told.answers, said.test))
+                gain = paired_answers(board.told_by, new, old, config.seed)
+                before, after = (float(part.correct.mean()) for part in (old, new))
+                adapted.append(Adapted(made.key, way, name, len(new), before, after, gain))
         if told.fitted is not None:
-            folders.append(files.bundle(row.embedding, named).relative_to(files.root).as_posix())
-            bundles.save(replace(told.fitted, provenance={"key": key, "seed": asked.seed}), files.root / folders[-1])
-            notes.append(f"The re-weighted head is in {folders[-1]}.")
+            folder = found.save(replace(told.fitted, head=named), row.embedding, images.asked)
+            notes.append(f"The re-weighted head is in {folder}.")
     assert said.out_of_fold is not None
     parts = [replace(part, units=None, scores=None, folds=None) for part in (said.out_of_fold, said.test)]
-    units = None if asked.units.max() + 1 == len(asked.units) else asked.units
-    trained = sorted({*asked.domains[: len(task.train)].tolist()})
-    each = suffering(replace(joined(parts), units=units), asked.domains, trained)
+    units = None if images.units.max() + 1 == len(images.units) else images.units
+    trained = sorted({*images.domains[: images.n].tolist()})
+    each = suffering(replace(joined(parts), units=units), images.domains, trained)
     adapted.sort(key=lambda one: (one.domain, one.way))
     domains = Domains(row.key, row.embedding, pairs, each, tuple(adapted), tuple(notes))
-    return ApartRows(tuple(rows), tuple(domains.lines()), tuple(folders), plain(asdict(domains)))
+    found.notes, found.more = domains.lines(), plain(domains)
 
 
-def _pairs(asked: _DomainTask) -> tuple[tuple[Apart, ...], list[str]]:
+def _pairs(images: _Images) -> tuple[tuple[Apart, ...], list[str]]:
     """Measure the pairs of domains, and say which were not."""
-    ordered = sorted({*asked.domains.tolist()}, key=lambda name: (name in asked.new, name))
-    rows = {name: np.flatnonzero(asked.domains == name) for name in ordered}
-    few = [name for name, own in rows.items() if len(np.unique(asked.units[own])) < 2 * FOLDS]
+    ordered = sorted({*images.domains.tolist()}, key=lambda name: (name in images.new, name))
+    rows = {name: np.flatnonzero(images.domains == name) for name in ordered}
+    few = [name for name, own in rows.items() if len(np.unique(images.units[own])) < 2 * FOLDS]
     pairs = [pair for pair in combinations(ordered, 2) if not {*pair} & {*few}]
-    pairs.sort(key=lambda pair: len({*pair} & {*asked.new}) != 1)
+    pairs.sort(key=lambda pair: len({*pair} & {*images.new}) != 1)
     notes = [f"{len(rows[name])} images of {name!r} are too few to say how far it is from others." for name in few]
     notes += [f"Of {len(pairs)} pairs of domains {MOST_PAIRS} were measured."] * (len(pairs) > MOST_PAIRS)
     found = []
     for names in pairs[:MOST_PAIRS]:
-        one, other = (asked.sample(rows[name]) for name in names)
-        units = asked.units[np.concatenate([one, other])]
-        found.append(apart(asked.read(one), asked.read(other), asked.seed, units, names))
+        one, other = (images.sample(rows[name]) for name in names)
+        units = images.units[np.concatenate([one, other])]
+        found.append(apart(images.read(one), images.read(other), images.asked.config.seed, units, names))
     return tuple(found), notes
 
 
 @dataclass(frozen=True, eq=False)
 class _Told:
-    """What an adapted head says of the test images, by domain how many images told it at least, and what is amiss.
+    """What an adapted head says of the test images, the domains it was adapted to, and what is amiss.
 
     `fitted` is the head where it is another, fitted with weights of all images of new domains.
     """
 
     answers: Predictions
-    used: Mapping[str, int]
+    used: Sequence[str] = ()
     amiss: str = ""
     fitted: ModelBundle | None = None
 
 
-def _coral(asked: _DomainTask) -> _Told:
+def _coral(images: _Images) -> _Told:
     """Align the images of each new domain with the training images."""
-    n, answers, used, few = len(asked.task.train), asked.origin.said.test, dict[str, int](), list[str]()
-    source = asked.read(asked.sample(np.arange(n)))
-    for name in asked.new:
-        halves = asked.halves([name])
-        least = min(map(len, halves))
-        if least < LEAST:
+    answers, used, few = images.origin.said.test, list[str](), list[str]()
+    source = images.read(images.sample(np.arange(images.n)))
+    for name in images.new:
+        halves = images.halves([name])
+        if min(map(len, halves)) < LEAST:
             few.append(f"{sum(map(len, halves))} of {name!r}")
             continue
-        used[name] = least
+        used.append(name)
         for own, other in (halves, halves[::-1]):
-            alignment = align(source, asked.read(asked.sample(other)), asked.seed)
-            answers = _answered(answers, own - n, asked.origin.bundle.said(alignment(asked.read(own))))
+            alignment = align(source, images.read(images.sample(other)), images.asked.config.seed)
+            answers = _answered(answers, own - images.n, images.origin.bundle.said(alignment(images.read(own))))
     amiss = f"too few test images to align by, expected {2 * LEAST} of a domain: {', '.join(few)}" if few else ""
     return _Told(answers, used, amiss)
 
 
-def _reweight(asked: _DomainTask) -> _Told:
+def _reweight(images: _Images) -> _Told:
     """Fit the head again on training images weighted as if they came of the new domains."""
-    n, bundle, answers = len(asked.task.train), asked.origin.bundle, asked.origin.said.test
+    bundle, answers, halves = images.origin.bundle, images.origin.said.test, images.halves(images.new)
     last, model = bundle.estimator.steps[-1]
-    halves = asked.halves(asked.new)
-    problems = {
-        f"{asked.origin.row.head} takes no weights": not has_fit_parameter(model, "sample_weight"),
-        f"more than {MOST_TRAINING:,} training images": n > MOST_TRAINING,
-        f"{sum(map(len, halves))} test images of new domains are too few, expected {2 * LEAST}": min(map(len, halves))
-        < LEAST,
-    }
-    if any(problems.values()):
-        return _Told(answers, {}, next(problem for problem, found in problems.items() if found))
-    source = asked.read(np.arange(n))
+    if not has_fit_parameter(model, "sample_weight"):
+        return _Told(answers, amiss=f"{images.origin.row.head} takes no weights")
+    if images.n > MOST_TRAINING:
+        return _Told(answers, amiss=f"more than {MOST_TRAINING:,} training images")
+    if min(map(len, halves)) < LEAST:
+        few = sum(map(len, halves))
+        return _Told(answers, amiss=f"{few} test images of new domains are too few, expected {2 * LEAST}")
+    source, y = images.read(np.arange(images.n)), images.asked.task.y_train
 
-    def weighed(images: ImageRows) -> ModelBundle:
-        found = weights(source, asked.read(asked.sample(images)), asked.seed)
-        fitted = clone(bundle.estimator).fit(source, asked.task.y_train, **{f"{last}__sample_weight": found})
-        return replace(bundle, estimator=fitted)
+    def weighed(rows: ImageRows) -> ModelBundle:
+        found = weights(source, images.read(images.sample(rows)), images.asked.config.seed)
+        return replace(bundle, estimator=clone(bundle.estimator).fit(source, y, **{f"{last}__sample_weight": found}))
 
     for own, other in (halves, halves[::-1]):
-        answers = _answered(answers, own - n, weighed(other).said(asked.read(own)))
-    used = {name: min(map(len, asked.halves([name]))) for name in asked.new}
-    return _Told(answers, used, "", weighed(np.concatenate(halves)))
+        answers = _answered(answers, own - images.n, weighed(other).said(images.read(own)))
+    return _Told(answers, images.new, fitted=weighed(np.concatenate(halves)))
 
 
 WAYS = {"coral": _coral, "reweight": _reweight}
@@ -230,14 +217,3 @@ def _answered(said: Predictions, rows: ImageRows, new: tuple[NDArray[Any], NDArr
         probabilities = probabilities.astype(np.float64)
         probabilities[rows] = new[1]
     return replace(said, y_pred=y_pred, probabilities=probabilities)
-
-
-def _brought(asked: _DomainTask, row: str, way: str, told: _Told, board: Leaderboard) -> list[Adapted]:
-    """Compare the adapted head with the plain one, on the test images of each new domain."""
-    found, of_test = [], asked.domains[len(asked.task.train) :]
-    for name in told.used:
-        new, old = (part.rows(of_test == name) for part in (told.answers, asked.origin.said.test))
-        gain = paired_answers(board.told_by, new, old, asked.seed)
-        plain_score, score = (float(part.correct.mean()) for part in (old, new))
-        found.append(Adapted(row, way, name, len(new), plain_score, score, gain))
-    return found

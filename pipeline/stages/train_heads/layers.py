@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 
 import numpy as np
 
 from pipeline.config import Config
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import PipelineError
-from pipeline.evaluation import Predictions, metric_of, metrics_for
+from pipeline.evaluation import METRICS, Predictions, metrics_for
 from pipeline.evaluation.learning_curve import stratified_order
-from pipeline.experiment import LAYERS, Artifacts, write_document
+from pipeline.experiment import LAYERS, write_document
 from pipeline.heads.layer_profile import LayerProfile, profile, read_profiles, table
 from pipeline.heads.tuning import limited, memory_needed
 from pipeline.io.digests import fingerprint
-from pipeline.stages.train_heads.task import Task, unseen_task
-from pipeline.store import FeatureStore, JoinedStores
+from pipeline.stages.train_heads.task import Asked, unseen_task
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +28,6 @@ VERSION = 1
 """Goes up when a profile changes its meaning, so that it is made again."""
 MOST_IMAGES = 1500
 """Training images that a profile looks at: a few minutes at most, whatever there are."""
-
-Stores = Mapping[str, FeatureStore | JoinedStores]
 
 
 def run(config: Config) -> list[str]:
@@ -41,8 +37,7 @@ def run(config: Config) -> list[str]:
     """
     from pipeline.stages.train_heads import ask
 
-    asked = ask(config)
-    found = profiles(config, Artifacts(config.output), asked.records, asked.stores, asked.task)
+    found = profiles(ask(config))
     if not found:
         raise PipelineError(
             "no network of this config has several layers or poolings to compare; name some, such as layers: [stage2, stage3, "
@@ -51,39 +46,36 @@ def run(config: Config) -> list[str]:
     return [line for one in found for line in ["", *table(one)]][1:]
 
 
-def profiles(
-    config: Config, files: Artifacts, records: Sequence[EmbeddingRecord], stores: Stores, task: Task
-) -> tuple[LayerProfile, ...]:
+def profiles(asked: Asked) -> tuple[LayerProfile, ...]:
     """Return the profile of every network with several embeddings, and write them down; those that are current are read."""
     groups: dict[str, list[EmbeddingRecord]] = {}
-    for record in records:
+    for record in asked.records:
         if record.section is not None:
             groups.setdefault(record.section.model_dump_json(), []).append(record)
     several = [group for group in groups.values() if len(group) > 1]
-    if not several or task.target.kind != "classification":
+    if not several or asked.task.target.kind != "classification":
         return ()
-    prints = [[record.fingerprint for record in group] for group in several]
-    scoring = metric_of(config.tuning.scoring, task.target).name  # `heads` has it in place of `auto`
-    key = fingerprint({"version": VERSION, "task": task.key, "prints": prints, "scoring": scoring})
-    known = read_profiles(files.layers, key)
+    prints, scoring = [[record.fingerprint for record in group] for group in several], asked.config.tuning.scoring
+    key = fingerprint({"version": VERSION, "task": asked.task.key, "prints": prints, "scoring": scoring})
+    known = read_profiles(asked.files.layers, key)
     if known is None:
-        judged = (_profile(config, group, stores, unseen_task(task, group[0], config)) for group in several)
+        judged = [_profile(asked, group) for group in several]
         known = tuple(one for one in judged if one is not None)
-        write_document(files.layers, LAYERS, {"key": key, "profiles": [asdict(one) for one in known]})
+        write_document(asked.files.layers, LAYERS, {"key": key, "profiles": known})
     return known
 
 
-def _profile(config: Config, group: Sequence[EmbeddingRecord], stores: Stores, task: Task) -> LayerProfile | None:
+def _profile(asked: Asked, group: Sequence[EmbeddingRecord]) -> LayerProfile | None:
     """Judge the layers of one network on a stratified part of its training images, divided as for all heads.
 
     The longest are left out until all together fit into `tuning.memory`; None where there are no two then.
     """
+    config, task = asked.config, unseen_task(asked.task, group[0], asked.config)
     kept = np.sort(stratified_order(task.y_train, config.seed)[:MOST_IMAGES])
     place = np.full(len(task.train), -1)
     place[kept] = np.arange(len(kept))
-    folds = tuple((place[train[place[train] >= 0]], place[out[place[out] >= 0]]) for train, out in task.folds)
-    y, digests = task.y_train[kept], task.train.digests[kept]
-    units = None if task.groups is None else task.groups[kept]
+    folds = [(place[train][place[train] >= 0], place[out][place[out] >= 0]) for train, out in task.folds]
+    y, units = task.y_train[kept], None if task.groups is None else task.groups[kept]
     named = dict(sorted(((record.layer, record) for record in group), key=lambda item: _depth(item[0])))
     limit = limited(config.tuning).memory_bytes
     while limit is not None and memory_needed((len(kept), sum(each.spec.dim for each in named.values()))) > limit:
@@ -93,12 +85,12 @@ def _profile(config: Config, group: Sequence[EmbeddingRecord], stores: Stores, t
         )
     if len(named) < 2:
         return None
-    metric = metric_of(config.tuning.scoring, task.target)
+    metric = METRICS[config.tuning.scoring]
     log.info(
         "%s: which of its %d layers hold the signal, by ridge on %d images", group[0].network, len(named), len(kept)
     )
     return profile(
-        {layer: stores[record.name].read(digests) for layer, record in named.items()},
+        {layer: asked.stores[record.name].read(task.train.digests[kept]) for layer, record in named.items()},
         {layer: record.name for layer, record in named.items()},
         list(named)[-1],
         Predictions(y, y, units=units, target=task.target),

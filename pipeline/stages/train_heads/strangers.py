@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 
 from pipeline.errors import BundleError, first_line
-from pipeline.evaluation import HeadPredictions, Metric, Predictions, audit
-from pipeline.evaluation.leaderboard import Leaderboard, LeaderboardRow, Leaks, read_predictions
+from pipeline.evaluation import HeadPredictions, Predictions, audit
+from pipeline.evaluation.leaderboard import Leaderboard, Leaks, read_predictions
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.evaluation.strangeness import (
     NEIGHBOURS,
+    PROBABILITY,
     Reference,
     alike,
     auroc,
@@ -31,13 +33,10 @@ from pipeline.evaluation.strangeness import (
     label_sets,
     unsureness,
 )
-from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
-from pipeline.export.strangers import PROBABILITY
 from pipeline.io.digests import fingerprint
-from pipeline.stages.train_heads.task import Task
-from pipeline.store import FeatureStore, JoinedStores
+from pipeline.stages.train_heads.task import Asked
 
 log = logging.getLogger(__name__)
 
@@ -54,78 +53,63 @@ FALSE_ALARMS, COVERAGE = 0.05, 0.9
 DISTANCES = {"distance": False, "centred distance": True}
 """Whether the mean of the training images is taken off first; which is better depends on the network."""
 
-StrangenessScores = Mapping[str, NDArray[np.floating]]
-"""Strangeness of n images, shape (n,), by how it is measured: the distances, and `probability` where the head has some."""
 
-
-def with_strangers(
-    board: Leaderboard, task: Task, stores: Mapping[str, FeatureStore | JoinedStores], files: Artifacts, seed: int
-) -> Leaderboard:
+def with_strangers(board: Leaderboard, asked: Asked) -> Leaderboard:
     """Return the leaderboard with what was found of its best and recommended row, and let their bundles know it."""
     found = dict[str, Mapping[str, Any]]()
     for name, row in {each.key: each for each in (board.best, board.recommended)}.items():
-        if row.bundle is None or row.constant or row.task != task.key or not task.target.exclusive:
+        if row.bundle is None or row.constant or row.task != asked.task.key or not asked.task.target.exclusive:
             continue
+        folder = asked.files.root / row.bundle
         try:
-            record = _known_before(files.root / row.bundle) or _find(row, task, stores, files, seed)
+            document = bundles.describe(folder)
+            key = fingerprint({"version": VERSION, "row": document["provenance"]["key"]})
+            record = document.get("unknown", {})
+            if record.get("key") != key or not _is_whole(folder):
+                log.info("%s: leaves classes out, to learn what is strange to it", row.key)
+                record = _find(folder, asked, key)
             found |= {name: record} if record else {}
         except BundleError as error:
             log.info("%s: is not asked about strangers: %s", name, error)
     return replace(board, provenance={**board.provenance, "unknown": found}) if found else board
 
 
-def _key(document: Mapping[str, Any]) -> str:
-    return fingerprint({"version": VERSION, "row": document["provenance"]["key"]})
-
-
-def _known_before(folder: Path) -> Mapping[str, Any] | None:
-    """Return what an earlier run found of the same row, if what it kept is whole."""
-    document = bundles.describe(folder)
-    record: Mapping[str, Any] = document.get("unknown", {})
-    if record.get("key") != _key(document):
-        return None
-    try:
+def _is_whole(folder: Path) -> bool:
+    """Whether what an earlier run kept beside a bundle is there as it was written."""
+    with suppress(BundleError):
         bundles.bundle_file(folder, bundles.KNOWN)
-    except BundleError:
-        return None
-    return record
+        return True
+    return False
 
 
-def _find(
-    row: LeaderboardRow, task: Task, stores: Mapping[str, FeatureStore | JoinedStores], files: Artifacts, seed: int
-) -> Mapping[str, Any]:
-    log.info("%s: leaves classes out, to learn what is strange to it", row.key)
-    folder = files.root / str(row.bundle)
+def _find(folder: Path, asked: Asked, key: str) -> Mapping[str, Any]:
+    task, stores, seed = asked.task, asked.stores, asked.config.seed
     bundle, said = bundles.load(folder), HeadPredictions.read(folder / FILE_NAME)
     used = np.sort(stratified_order(task.y_train, seed)[:MOST_IMAGES])
-    digests = task.train.digests[used]
-    vectors = [stores[str(part.embedding["name"])].read(digests) for part in bundle.parts]
-    fold = task.fold[used]
-    groups = _left_out(bundle, vectors, task.y_train[used], fold, seed)
+    y, fold = task.y_train[used], task.fold[used]
+    names = [str(part.embedding["name"]) for part in bundle.parts]
+    vectors = [stores[name].read(task.train.digests[used]) for name in names]
+    groups = _left_out(bundle, vectors, y, fold, seed)
     if not groups:
         return {}
     shared = [name for name in (*DISTANCES, PROBABILITY) if all(name in group for group in groups)]
     means = {name: float(np.mean([group[name]["auroc"] for group in groups])) for name in shared}
     nearest = max(DISTANCES, key=lambda name: means[name])
-    known = _kept(vectors[0], task.y_train[used], fold, DISTANCES[nearest], seed)
+    known = _kept(vectors[0], y, fold, DISTANCES[nearest], seed)
     tested = np.linspace(0, len(task.test) - 1, min(len(task.test), MOST_IMAGES)).astype(int)
-    first = stores[str(bundle.parts[0].embedding["name"])].read(task.test.digests[tested])
     own: dict[str, NDArray[np.floating]] = {nearest: known.distances}
-    new: dict[str, NDArray[np.floating]] = {nearest: known.distance(first)}
-    record: dict[str, Any] = {"groups": groups, "auroc": means, "references": len(known.references)}
-    out_of_fold = said.out_of_fold
-    if out_of_fold is not None and out_of_fold.probabilities is not None and said.test.probabilities is not None:
-        own[PROBABILITY] = unsureness(out_of_fold.probabilities)
-        new[PROBABILITY] = unsureness(said.test.probabilities)
+    new = {nearest: known.distance(stores[names[0]].read(task.test.digests[tested]))}
+    record: dict[str, Any] = {"key": key, "groups": groups, "auroc": means, "references": len(known.references)}
+    out_of_fold, of_test = said.out_of_fold, said.test.probabilities
+    if out_of_fold is not None and out_of_fold.probabilities is not None and of_test is not None:
+        own[PROBABILITY], new[PROBABILITY] = unsureness(out_of_fold.probabilities), unsureness(of_test)
         of_truth = out_of_fold.probabilities[np.arange(len(out_of_fold)), out_of_fold.y_true]
-        sets = label_sets(said.test.probabilities, of_truth, COVERAGE)
+        sets = label_sets(of_test, of_truth, COVERAGE)
         held = sets[np.arange(len(sets)), said.test.y_true]
         record["sets"] = {"asked": COVERAGE, "held": float(held.mean()), "labels": float(sets.sum(axis=1).mean())}
     best = max(own, key=lambda name: means.get(name, 0.0))
     alarms = float(np.mean(alike(new[best], own[best]) <= FALSE_ALARMS))
     record |= {"score": best, "false_alarms": {"asked": FALSE_ALARMS, "found": alarms, "images": len(new[best])}}
-    document = bundles.describe(folder)
-    record["key"] = _key(document)
     bundles.add(folder, {bundles.KNOWN: known.to_bytes()}, {"unknown": record})
     return record
 
@@ -133,8 +117,7 @@ def _find(
 def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64], centred: bool, seed: int) -> Reference:
     """Return what a bundle keeps: references, and how far each image lies from those of the other folds."""
     mean = _mean(X, centred)
-    units = directions(X, mean)
-    chosen = np.zeros(len(X), dtype=bool)
+    units, chosen = directions(X, mean), np.zeros(len(X), dtype=bool)
     chosen[stratified_order(y, seed)[:MOST_REFERENCES]] = True
     distances = np.zeros(len(X))
     for number in np.unique(fold):
@@ -175,23 +158,16 @@ def _left_out(
 
 def _scores(
     bundle: ModelBundle, vectors: Sequence[NDArray[np.float32]], y: NDArray[np.int64], train: NDArray[np.bool_]
-) -> StrangenessScores:
-    """Return how strange all images are to what was learned from some of them."""
+) -> Mapping[str, NDArray[np.floating]]:
+    """Return how strange all n images are to what was learned from some, shape (n,), by how it is measured.
+
+    That is by the distances, and by `probability` where the head has some and can be fitted on these.
+    """
     X, fitted_on, found = vectors[0], np.flatnonzero(train), dict[str, NDArray[np.floating]]()
     some = fitted_on[np.linspace(0, len(fitted_on) - 1, min(len(fitted_on), MOST_REFERENCES)).astype(int)]
     for name, centred in DISTANCES.items():
         units = directions(X, _mean(X[train], centred))
         found[name] = distance(units, units[some])
-    probabilities = _probabilities(bundle, vectors, y, train) if len(np.unique(y[train])) > 1 else None
-    if probabilities is not None:
-        found[PROBABILITY] = unsureness(probabilities)
-    return found
-
-
-def _probabilities(
-    bundle: ModelBundle, vectors: Sequence[NDArray[np.float32]], y: NDArray[np.int64], train: NDArray[np.bool_]
-) -> NDArray[np.floating] | None:
-    """Fit the head on some images, and return the probabilities that it gives to all; None where it cannot or has none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of convergence: what the search was told of
@@ -200,21 +176,23 @@ def _probabilities(
                 for part, own in zip(bundle.parts, vectors, strict=True)
             ]
             whole = replace(bundle, members=tuple(fitted)) if bundle.members else fitted[0]
-            return whole.said(*vectors)[1]
-    except Exception as error:  # as in a search: such as more neighbours than there are rows now
+            probabilities = whole.said(*vectors)[1] if len(np.unique(y[train])) > 1 else None
+    except Exception as error:  # as in a search: such as one class alone, or more neighbours than there are rows now
         log.info("%s: cannot be fitted without some of the classes: %s", bundle.head, first_line(error))
-        return None
+        probabilities = None
+    if probabilities is not None:
+        found[PROBABILITY] = unsureness(probabilities)
+    return found
 
 
-def find_leaks(
-    leaderboard: Leaderboard, task: Task, stores: Mapping[str, FeatureStore | JoinedStores], files: Artifacts
-) -> tuple[Leaks | None, audit.Findings]:
+def find_leaks(board: Leaderboard, asked: Asked) -> tuple[Leaks | None, audit.Findings]:
     """Look at all images of a task, in the embedding of the best row that has one: near-duplicates, what they do, outliers.
 
     Of more than `audit.MOST_IMAGES` images only a part is looked at, half of them test images at most. There are no leaks to
     tell of where no row has an embedding.
     """
-    embedding = next((row.embedding for row in leaderboard.rows if row.embedding in stores), None)
+    task, stores = asked.task, asked.stores
+    embedding = next((row.embedding for row in board.rows if row.embedding in stores), None)
     if embedding is None:
         return None, audit.Findings()
     n_test = min(len(task.test), audit.MOST_IMAGES // 2)
@@ -230,7 +208,7 @@ def find_leaks(
     digests, labels, splits = (
         np.concatenate([getattr(part, column) for part in parts])[order] for column in ("digests", "labels", "splits")
     )
-    hashes = audit.read_hashes(files, digests)
+    hashes = audit.read_hashes(asked.files, digests)
     pairs, findings = audit.examine(
         stores[embedding].read(digests), paths.tolist(), labels.tolist(), splits.tolist(), hashes
     )
@@ -239,27 +217,16 @@ def find_leaks(
     parted = ~across & (fold[first] != fold[second])
     tested, folded = (np.unique(pairs[part]) for part in (across, parted))
     tested = tested[in_test[tested]]
-    said, metric = read_predictions(leaderboard, files.root), leaderboard.told_by
-    without = {key: _with_and_without(metric, found.test, paths[tested])[1] for key, found in said.items()}
-    judged = {
-        key: _with_and_without(metric, found.out_of_fold, paths[folded])
-        for key, found in said.items()
-        if found.out_of_fold
-    }
-    leaks = Leaks(
-        embedding,
-        len(task.train) + len(task.test),
-        len(tested),
-        n_test,
-        len(folded),
-        n_train,
-        {key: value for key, value in without.items() if np.isfinite(value)},
-        {key: value for key, value in judged.items() if np.isfinite(value[1])},
-    )
-    return leaks, findings
+    metric, without, held_out = board.told_by, dict[str, float](), dict[str, tuple[float, float]]()
 
+    def clean_score(part: Predictions, leaking: NDArray[np.intp]) -> float:
+        clean = part.rows(~np.isin(np.asarray(part.paths).astype(str), paths[leaking]))
+        return metric.score(clean) if len(clean) else np.nan
 
-def _with_and_without(metric: Metric, part: Predictions, leaking: NDArray[np.str_]) -> tuple[float, float]:
-    """Return the score on all images and on those that do not leak, paths of shape (m,); NaN where there are none."""
-    clean = part.rows(~np.isin(np.asarray(part.paths).astype(str), leaking))
-    return metric.score(part), metric.score(clean) if len(clean) else float("nan")
+    for key, said in read_predictions(board, asked.files.root).items():
+        if np.isfinite(score := clean_score(said.test, tested)):
+            without[key] = score
+        if said.out_of_fold and np.isfinite(score := clean_score(said.out_of_fold, folded)):
+            held_out[key] = metric.score(said.out_of_fold), score
+    images = len(task.train) + len(task.test)
+    return Leaks(embedding, images, len(tested), n_test, len(folded), n_train, without, held_out), findings

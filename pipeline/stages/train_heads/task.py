@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -234,6 +234,19 @@ def objections(
             "raise tuning.memory, set tuning.pca to a smaller number of components, or choose a layer or pooling with fewer numbers"
         ]
     return []
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a config, with the name of the score in place of `auto`, asks of what stage one wrote; `index` is the index's fingerprint."""
+
+    config: Config
+    files: Artifacts
+    records: Sequence[EmbeddingRecord]
+    index: str
+    stores: Mapping[str, FeatureStore | JoinedStores]
+    task: Task
+    embeddings: Sequence[Embedding]
 
 
 class SharedFeatures:

@@ -17,15 +17,13 @@ from numpy.typing import NDArray
 from pipeline.embed.published import joined
 from pipeline.errors import BundleError
 from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, scores
-from pipeline.evaluation.calibration import fit_calibrator
 from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.evaluation.predictions import FILE_NAME
-from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
-from pipeline.export.bundle import ModelBundle
 from pipeline.io.digests import fingerprint
+from pipeline.stages.train_heads.apart import cross_validated, soft_vote
 from pipeline.stages.train_heads.row import ROW_VERSION, expected_test, finished_row
-from pipeline.stages.train_heads.task import Task
+from pipeline.stages.train_heads.task import Asked
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +46,10 @@ Voters = Mapping[str, Voter]
 """By the key of the row."""
 
 
-def vote_row(
-    rows: Sequence[LeaderboardRow], task: Task, scoring: str, seed: int, files: Artifacts
-) -> LeaderboardRow | str:
+def vote_row(rows: Sequence[LeaderboardRow], asked: Asked) -> LeaderboardRow | str:
     """Return the row of the soft vote, or why there is none."""
-    able = _able(rows, task, files)
+    task, files, seed = asked.task, asked.files, asked.config.seed
+    scoring, able = asked.config.tuning.scoring, _able(rows, asked)
     if not task.target.exclusive or len({voter.row.embedding for voter in able.values()}) < 2:
         return "No soft vote: it takes rows with probabilities on two embeddings at least, on the same images."
     made = [bundles.describe(files.root / str(voter.row.bundle))["provenance"]["key"] for voter in able.values()]
@@ -61,26 +58,62 @@ def vote_row(
     found = finished_row(folder, key)
     if found is not None:
         return found
-    every = np.arange(len(task.train))
-    members = _chosen(able, metric, every)
+    members = _chosen(able, metric, np.arange(len(task.train)))
     if len(members) < 2:
         return f"No soft vote: no second embedding makes {members[0]} better out of fold."
     mean = np.empty((len(task.train), task.target.width))
     for train, held_out in task.folds:
         mean[held_out] = _mean(able, _chosen(able, metric, train), held_out)
-    return _saved(mean, members, able, task, metric, seed, files, key)
+    chosen = [able[name] for name in members]
+    voters, params = [voter.row for voter in chosen], {"members": members}
+    loaded = [bundles.load(files.root / str(row.bundle)) for row in voters]
+    bundle = soft_vote(HEAD, params, loaded, mean, task)
+    y_pred, probabilities = bundle.voted([mean])
+    test_pred, on_test = bundle.voted([voter.of_test for voter in chosen])
+    searched = mean.astype(np.float32) if metric.needs_probabilities else None
+    more = {"y_pred": y_pred, "probabilities": probabilities, "scores": searched, "kind": "probability"}
+    said = HeadPredictions(
+        replace(chosen[0].test, y_pred=test_pred, probabilities=on_test),
+        replace(chosen[0].out_of_fold, **more),  # type: ignore[arg-type]
+    )
+    costs = [voter.embed_seconds for voter in voters]
+    row = LeaderboardRow(
+        embedding=VOTE,
+        backbone=VOTE,
+        layer="",
+        head=HEAD,
+        untrained=any(voter.untrained for voter in voters),
+        baseline=all(voter.baseline for voter in voters),
+        **cross_validated(Predictions(task.y_train, y_pred, mean), task, metric),
+        test=scores(said.test, seed, metric),
+        fit_seconds=sum(voter.fit_seconds for voter in voters),
+        predict_seconds=sum(voter.predict_seconds for voter in voters),
+        trials=len(able),
+        params=params,
+        bundle=folder.relative_to(files.root).as_posix(),
+        simplicity=100,
+        dim=sum(voter.dim or 0 for voter in voters),
+        license=joined(voter.license for voter in voters),
+        embed_seconds=None if None in costs else sum(cost or 0 for cost in costs),
+        task=task.key,
+        expected_test=expected_test(said, task),
+    )
+    provenance = {"key": key, "row": row.to_record(), "seed": seed}
+    bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: said.to_bytes()})
+    return row
 
 
-def _able(rows: Sequence[LeaderboardRow], task: Task, files: Artifacts) -> Voters:
+def _able(rows: Sequence[LeaderboardRow], asked: Asked) -> Voters:
     """Return the rows that can vote, by key: on the images of the task, sound, with probabilities out of fold."""
     found = {}
     for row in rows:
-        if row.bundle is None or row.constant or not row.sound or row.task != task.key:
+        if row.bundle is None or row.constant or not row.sound or row.task != asked.task.key:
             continue
+        folder = asked.files.root / row.bundle
         try:
-            if bundles.describe(files.root / row.bundle)["runs_code_when_loaded"]:
+            if bundles.describe(folder)["runs_code_when_loaded"]:
                 continue  # a folder may be a stranger's, and members are loaded to be saved again
-            said = HeadPredictions.read(files.root / row.bundle / FILE_NAME)
+            said = HeadPredictions.read(folder / FILE_NAME)
         except BundleError as error:
             log.warning("%s: has no vote: %s", row.key, error)
             continue
@@ -105,8 +138,8 @@ def _chosen(able: Voters, metric: Metric, rows: NDArray[np.intp]) -> list[str]:
     best: dict[str, str] = {}
     for key in sorted(able, key=lambda key: -score([key])):
         best.setdefault(able[key].row.embedding, key)
-    members, *left = best.values()
-    chosen, reached = [members], score([members])
+    first, *left = best.values()
+    chosen, reached = [first], score([first])
     while left:
         gains = [score([*chosen, key]) for key in left]
         if max(gains) <= reached:
@@ -114,61 +147,3 @@ def _chosen(able: Voters, metric: Metric, rows: NDArray[np.intp]) -> list[str]:
         reached = max(gains)
         chosen.append(left.pop(gains.index(reached)))
     return chosen
-
-
-def _saved(
-    mean: NDArray[np.float64],
-    members: Sequence[str],
-    able: Voters,
-    task: Task,
-    metric: Metric,
-    seed: int,
-    files: Artifacts,
-    key: str,
-) -> LeaderboardRow:
-    """Calibrate, score once on the test images, and save; `mean` is what the vote said out of fold, shape (n, n_classes)."""
-    chosen, folder = [able[name] for name in members], files.bundle(VOTE, HEAD)
-    voters = [voter.row for voter in chosen]
-    loaded = [bundles.load(files.root / str(row.bundle)) for row in voters]
-    calibrator = fit_calibrator(bundles.logits(mean, "probability"), task.y_train)
-    params = {"members": list(members)}
-    bundle = ModelBundle(HEAD, params, loaded[0].target, {}, None, {}, calibrator, tuple(loaded))
-    y_pred, probabilities = bundle.voted([mean])
-    searched = mean.astype(np.float32) if metric.needs_probabilities else None
-    out_of_fold = replace(
-        chosen[0].out_of_fold, y_pred=y_pred, probabilities=probabilities, scores=searched, kind="probability"
-    )
-    test_pred, on_test = bundle.voted([voter.of_test for voter in chosen])
-    said = HeadPredictions(replace(chosen[0].test, y_pred=test_pred, probabilities=on_test), out_of_fold)
-    judged = Predictions(task.y_train, y_pred, mean)
-    folds = [metric.score(judged.rows(held_out)) for _, held_out in task.folds]
-    row = LeaderboardRow(
-        embedding=VOTE,
-        backbone=VOTE,
-        layer="",
-        head=HEAD,
-        untrained=any(voter.untrained for voter in voters),
-        baseline=all(voter.baseline for voter in voters),
-        cv_mean=metric.score(judged),
-        cv_std=float(np.std(folds, ddof=1)),
-        cv_scores=tuple(folds),
-        test=scores(said.test, seed, metric),
-        fit_seconds=sum(voter.fit_seconds for voter in voters),
-        predict_seconds=sum(voter.predict_seconds for voter in voters),
-        trials=len(able),
-        params=params,
-        bundle=folder.relative_to(files.root).as_posix(),
-        simplicity=100,
-        dim=sum(voter.dim or 0 for voter in voters),
-        license=joined(voter.license for voter in voters),
-        embed_seconds=_sum([voter.embed_seconds for voter in voters]),
-        task=task.key,
-        expected_test=expected_test(said, task),
-    )
-    provenance = {"key": key, "row": row.to_record(), "seed": seed}
-    bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: said.to_bytes()})
-    return row
-
-
-def _sum(seconds: Sequence[float | None]) -> float | None:
-    return None if None in seconds else sum(second for second in seconds if second is not None)
