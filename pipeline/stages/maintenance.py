@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pipeline.config import Config
 from pipeline.data import DatasetIndex, failed_digests, read_failures
@@ -24,6 +23,7 @@ from pipeline.experiment import Artifacts, bundle_file, parse_arrays, require_wh
 from pipeline.images import HASH_STORE, policy_key
 from pipeline.io.digests import Digests, digest_keys, digests_to_hex
 from pipeline.io.files import read_file
+from pipeline.io.process import size_text
 from pipeline.stages.extract.stores import alone, contents_of_others, take_parts, write_entry
 from pipeline.stages.load import open_images
 from pipeline.store import FeatureStore, lock, maintain, share
@@ -386,4 +386,4 @@ def merge(target: Path, sources: Sequence[str]) -> list[str]:
 def _size(path: Path) -> str:
     """The bytes of a file, or of all in a folder, for people."""
     size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
-    return str(tqdm.format_sizeof(size, "B"))
+    return size_text(size)
