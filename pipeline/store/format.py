@@ -64,36 +64,26 @@ class Field:
     optional: bool = False
 
 
-FEATURES = Field(("<f4", "<f2"), ("n", "d"))
-CONTENT = Field(("<u8",), ("n", 2))
-BLOCKS = Field(("|u1",), ("b", BLOCK_DIGEST_BYTES))
-IDENTITY = Field(("|u1",), ("j",))
-PROBE = Field(("<f4",), ("k", "d"))
-TEXT = Field(("|S*",), ("m",), optional=True)
+_BLOCKS = Field(("|u1",), ("b", BLOCK_DIGEST_BYTES))
+_ORIGIN = {"identity_json": Field(("|u1",), ("j",)), "canary": Field(("<f4",), ("k", "d"))}
+_SEGMENT = {
+    "features": Field(("<f4", "<f2"), ("n", "d")),
+    "content": Field(("<u8",), ("n", 2)),
+    "block_digest": _BLOCKS,
+}
+_TEXTS = dict.fromkeys(("path", "label", "split", "group"), Field(("|S*",), ("m",), optional=True))
 
 LAYOUTS: dict[str, dict[str, Field]] = {
-    "segment": {"features": FEATURES, "content": CONTENT, "block_digest": BLOCKS},
+    "segment": _SEGMENT,
     "snapshot": {
         "rows": Field(("<u8",), (4, "n")),
-        "block_digest": BLOCKS,
+        "block_digest": _BLOCKS,
         "segment_digest": Field(("|u1",), ("s", 32)),
         "segment_rows": Field(("<u8",), ("s",)),
         "segment_bytes": Field(("<u8",), ("s",)),
-        "identity_json": IDENTITY,
-        "canary": PROBE,
+        **_ORIGIN,
     },
-    "pack": {
-        "features": FEATURES,
-        "content": CONTENT,
-        "block_digest": BLOCKS,
-        "identity_json": IDENTITY,
-        "canary": PROBE,
-        "row": Field(("<u8",), ("m",), optional=True),
-        "path": TEXT,
-        "label": TEXT,
-        "split": TEXT,
-        "group": TEXT,
-    },
+    "pack": {**_SEGMENT, **_ORIGIN, "row": Field(("<u8",), ("m",), optional=True), **_TEXTS},
 }
 BULK = {"segment": "features", "snapshot": "rows", "pack": "features"}
 
