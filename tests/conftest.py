@@ -22,6 +22,14 @@ def quick_pages() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_job() -> Iterator[None]:
+    """A search has one job where a test asks for no other number: tests run side by side, and joblib's threads wait in steps of 10 ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOKY_MAX_CPU_COUNT", "1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A finished experiment; tests must not change its files."""

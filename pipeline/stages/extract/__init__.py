@@ -45,7 +45,6 @@ from pipeline.stages.extract.work import (
     hash_store,
     note_failures,
 )
-from pipeline.stages.targets import write_experiments
 from pipeline.store import FeatureStore
 from pipeline.store.writer import StoreWriter
 
@@ -273,7 +272,10 @@ def _write(
     make_folder(files.root)
     write_records(files.features, records, config, scanned.index.fingerprint())
     write_text_atomic(files.config, dump_yaml(config, files.root))
-    write_experiments(config, scanned.index, records)
+    if len(config.dataset.kinds) > 1 or files.targets.exists():
+        from pipeline.stages.targets import write_experiments  # with scikit-learn, which no worker should wait for
+
+        write_experiments(config, scanned.index, records)
     return records
 
 
