@@ -288,15 +288,14 @@ def _places(root: Any, kind: str) -> dict[str, _Place]:
     return places
 
 
-FORBIDDEN_MESSAGES = {0x0007: "external storage", 0x000B: "a filter"}
-"""Object header messages that betray a dataset whose bytes are not simply there."""
+FORBIDDEN_MESSAGES = 1 << 0x0007 | 1 << 0x000B
+"""Object header messages of external storage and of filters: the bytes of such a dataset are not simply there."""
 
 
 def _place(root: Any, name: str, wanted: Field) -> _Place:
     info = h5py.h5o.get_info(root, name.encode())
     _require(info.type == h5py.h5o.TYPE_DATASET, f"{name!r} is not a dataset")
-    for message, what in FORBIDDEN_MESSAGES.items():
-        _require(not int(info.hdr.mesg.present) >> message & 1, f"{name!r} has {what}")
+    _require(not int(info.hdr.mesg.present) & FORBIDDEN_MESSAGES, f"{name!r} has external storage or a filter")
     dataset = h5py.h5d.open(root, name.encode())
     is_contiguous = dataset.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
     _require(is_contiguous, f"{name!r} is not stored in one piece")

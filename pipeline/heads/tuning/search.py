@@ -256,8 +256,7 @@ def _out_of_fold(fits: FoldFits, best: Trial, kept: Candidate | None) -> tuple[P
     # solved again alone, so that a resumed search and an uninterrupted one give the same to the last digit.
     if fits.evaluator.together or not outcomes or any(outcome.training is None for outcome in outcomes):
         outcomes = fits.on_every_fold(best.params)
-    predictions = np.zeros_like(problem.y)
-    place = np.full(len(problem.y), -1, dtype=np.int64)
+    predictions, place = np.zeros_like(problem.y), np.full(len(problem.y), -1, dtype=np.int64)
     kinds = {outcome.kind for outcome in outcomes}
     scores = np.zeros((len(problem.y), problem.target.width), dtype=np.float32) if None not in kinds else None
     for fold, outcome in enumerate(outcomes):

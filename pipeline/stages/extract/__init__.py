@@ -176,7 +176,7 @@ def run(
         work.seconds["start-up"] += resolving
         # An image costs its reading and decoding, and its own network.
         shared = (work.seconds["read"] + work.seconds["decode"]) / work.workers / max(work.images, 1)
-        rates |= {name: shared + seconds / work.network_images[name] for name, seconds in work.network_seconds.items()}
+        rates |= {name: shared + work.network_seconds[name] / count for name, count in work.vectors.items() if count}
         contents = Contents.of(scanned.index, files, config)
     records = known if plan else _write(config, files, scanned, targets, rates)
     if work is not None:

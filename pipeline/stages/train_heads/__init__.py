@@ -30,6 +30,7 @@ from pipeline import heads as head_table
 from pipeline.config import Config, TuningConfig, dump_yaml
 from pipeline.data import DatasetIndex
 from pipeline.data.targets import CONSTANT_GUESSES, record_of
+from pipeline.embed.published import NO_WEIGHTS
 from pipeline.embed.records import (
     CONCAT,
     EmbeddingRecord,
@@ -156,6 +157,7 @@ def _rows(asked: Asked) -> _Rows:
     made, config, files = _Rows(), asked.config, asked.files
     tried = _spread_rows(asked) if is_spread() else set[str]()
     for embedding in asked.embeddings:
+        license = NO_WEIGHTS if embedding.record is None else embedding.record.spec.license
         vectors = SharedFeatures(embedding)  # read when a head first needs them, and let go before the next embedding's
         for head in embedding.heads:
             key, folder = row_key(head, embedding, config.seed), files.bundle(embedding.name, head.name)
@@ -165,7 +167,7 @@ def _rows(asked: Asked) -> _Rows:
                 made.reused += row is not None and key not in tried
                 made.seconds += 0 if row is None else (row.search_seconds or 0) + row.fit_seconds
                 row = row or make_row(head, embedding, vectors, asked, key)
-                made.rows.append(replace(row, license=embedding.license))
+                made.rows.append(replace(row, license=license))
             except UnfittedError as error:
                 why = ": ".join(filter(None, [error.message, "; ".join(error.problems)]))
                 made.left_out.append(f"{embedding.name} / {head.name}: left out: {why}")
