@@ -91,7 +91,7 @@ def test_rows_on_other_images_are_ranked_apart_and_never_win():
     assert board_of(board.to_json()) == board
     saved = Leaderboard((dataclasses.replace(apart[0], bundle="heads/tuned/ridge"), *frozen))
     assert (
-        "To label with a row that stands apart, give `manyheads predict` its folder, heads/tuned/ridge."
+        "To label with a row that is ranked separately, give `manyheads predict` its folder, heads/tuned/ridge."
         in saved.notes()
     )
     # Where there is no other backbone the fine-tuned one's rows are compared, and the guess stands apart.

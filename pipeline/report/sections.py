@@ -155,19 +155,19 @@ def _leaderboard(material: Material) -> Shown:
     above = ("Use ", "~", "±")
     asked = [name for name in ("nested", "seeds") if any(getattr(row, name) for row in board.rows)]
     notes = [note for note in board.notes() if not note.startswith(above)]
-    columns = [metric for metric in metrics_for(board.target) if metric.column and metric is not board.told_by]
+    columns = [metric for metric in metrics_for(board.target) if metric.column and metric is not board.test_metric]
     return {}, {"notes": notes, "asked": asked, "ends": _ends(board), "columns": columns}
 
 
 def _ends(board: Leaderboard) -> Interval:
     """Return the scores at the ends of the bars in the leaderboard."""
-    spans = np.array([span for row in board.rows if row.test and (span := row.test.of(board.told_by)[1])])
+    spans = np.array([span for row in board.rows if row.test and (span := row.test.of(board.test_metric)[1])])
     if not len(spans):
         return (0.0, 1.0)
     lows, highs = spans.T.tolist()
     low, high = min(lows), max(highs)
     # A hopeless row's interval would squeeze all others into a corner.
-    if board.told_by.lower_is_better:
+    if board.test_metric.lower_is_better:
         return (low, min(high, 4 * median(highs) - 3 * low))
     return (max(low, 4 * median(lows) - 3 * high), high)
 
@@ -177,7 +177,7 @@ def _difference(material: Material) -> Shown:
     group = recommendation.no_evidence if recommendation else (board.best.key,)
     found = {
         "leaderboard": partial(
-            charts.score_chart, rows=board.ranked, group=group, scoring=board.scoring, told=board.told_by
+            charts.score_chart, rows=board.ranked, group=group, scoring=board.scoring, told=board.test_metric
         )
     }
     if recommendation and len(recommendation.differences) > 1:
@@ -321,7 +321,7 @@ def _labels(material: Material) -> Shown | None:
 
 
 def _growth(material: Material) -> Shown | None:
-    rows, told, found = material.leaderboard.rows, material.leaderboard.told_by, dict[str, Chart]()
+    rows, told, found = material.leaderboard.rows, material.leaderboard.test_metric, dict[str, Chart]()
     if material.curve is not None and len(material.curve.points) > 1:
         found["learning_curve"] = partial(charts.learning_chart, curve=material.curve, head=CURVE_HEAD.name)
     shown = charts.priced(rows, told)
