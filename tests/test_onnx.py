@@ -28,9 +28,9 @@ from pipeline.data.targets import Regression, Target
 from pipeline.errors import BundleError, HeadError, PipelineError
 from pipeline.evaluation.calibration import fit_calibrator, fit_sigmoids
 from pipeline.experiment import Artifacts
-from pipeline.export import EXPORTS, Export
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle, logits
+from pipeline.export.exports import EXPORTS, Export
 from pipeline.heads import TABLES
 from pipeline.heads.head import Head, configure
 from pipeline.images import Preprocessing, prepare
@@ -165,7 +165,6 @@ WAYS = (
     Preprocessing(24, 32),  # padded with black
     Preprocessing((30, 50), (28, 36), decode="standard"),
     Preprocessing(32, 32, "bicubic", fit="squash"),
-    Preprocessing(32, 32, fit="border"),
     Preprocessing(40, 32, decode="standard"),
 )
 
@@ -184,7 +183,9 @@ def test_images_of_any_size_are_prepared_as_predict_prepares_them(way: Preproces
 
 
 def test_an_interpolation_that_onnx_lacks_is_refused() -> None:
-    with pytest.raises(BundleError, match="ONNX resizes images by bilinear, bicubic here, not by lanczos"):
+    with pytest.raises(
+        BundleError, match="ONNX resizes images by bilinear and bicubic without border here, not by lanczos"
+    ):
         add_prepared(Graph(), "images", Preprocessing(40, 32, "lanczos"))
 
 

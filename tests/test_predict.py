@@ -225,7 +225,7 @@ def test_a_folder_is_walked_as_a_data_set_is_and_nothing_goes_without_a_row_or_a
     assert result.unreadable == 5
     assert result.summary_lines()[-5:-1] == [
         "5 images could not be read; their `status` says why",
-        "1 file not used (not an image):",
+        "not an image: 1 file",
         f"  {photos}/notes.txt: {NO_IMAGE}",
         "ignored hidden files and folders: 1",
     ]

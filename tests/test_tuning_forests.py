@@ -320,7 +320,7 @@ def test_a_forest_that_fails_is_a_failed_trial(tmp_path):
 
 def test_forests_whose_first_trees_say_nothing_are_fitted_plainly():
     assert evaluator_for(problem_of()) is module.FOREST
-    for fixed in ({"n_estimators": 63}, {"random_state": None}, {"warm_start": True}):
+    for fixed in ({"n_estimators": 63}, {"warm_start": True}):
         assert evaluator_for(problem_of(replace(FOREST, fixed={**FOREST.fixed, **fixed}))) is GENERIC
     searched = replace(FOREST, space={"n_estimators": Integer(10, 200)}, defaults={"n_estimators": 100}, fixed={})
     assert evaluator_for(problem_of(searched)) is GENERIC

@@ -72,8 +72,8 @@ def test_kernels_too_large_to_be_kept_are_announced(
     X, y = network(80, 6, 2)
     tune(HEADS["rbf_svm"], X, y, make_folds(y, 2, 0), TuningConfig(trials=1, folds=2, jobs=1), 0, tmp_path / "trials")
     assert [record.getMessage() for record in caplog.records] == [
-        "head rbf_svm: the kernel of 40 training rows takes 0.0 GB, more than the 0.0 GB that are kept; each trial is fitted "
-        "from the features, which may take minutes to hours; leave the head out of `heads` if that is too long"
+        "head rbf_svm: the kernel of 40 training rows takes 0.0 GB, so each trial is fitted from the features, which may "
+        "take minutes to hours; leave the head out of `heads` if that is too long"
     ]
 
 

@@ -111,6 +111,9 @@ def test_rows_with_views_stand_apart_and_say_what_they_brought_and_cost(done: Co
     assert [row.head for row in board.ranked] == ["logistic_regression", "most_frequent"]
     ((*rows,),) = board.apart
     assert sorted(row.head.partition("+")[2] for row in rows) == sorted(stage.WAYS)
+    plain = board.ranked[0].embed_seconds or 0.0
+    assert sorted((row.embed_seconds or 0.0) > 2 * plain for row in rows) == [False, True, True]
+    assert all((row.embed_seconds or 0.0) >= plain > 0 for row in rows)
     assert all(len(row.cv_scores) == 3 and row.test is not None and row.test.n == rows[0].test.n for row in rows)  # type: ignore[union-attr]
     text = board.to_text()
     assert "With views of the images: the best head of a network" in text

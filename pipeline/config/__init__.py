@@ -12,7 +12,6 @@ from pipeline.config.sections import (
     OWN,
     TIMM_NAMES,
     TIMM_PREFIX,
-    VECTORS,
     WEIGHTS_FILES,
     BackboneConfig,
     Config,

@@ -486,13 +486,6 @@ class Config(Section):
             return raw
         return {**raw, "output": f"artifacts/{_name_of_the_data(raw.get('dataset'))}"}
 
-    @model_validator(mode="after")
-    def _stores_apart_from_results(self) -> Config:
-        output = Path(self.output)
-        if os.path.abspath(output) == os.path.abspath(output.parent / "features" if self.store is None else self.store):
-            raise ValueError(f"output: {self.output} is the folder of the feature stores; choose another name")
-        return self
-
     @field_validator("baselines")
     @classmethod
     def _known(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
@@ -535,6 +528,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _nothing_twice(self) -> Config:
+        output = Path(self.output)
+        if os.path.abspath(output) == os.path.abspath(output.parent / "features" if self.store is None else self.store):
+            raise ValueError(f"output: {self.output} is the folder of the feature stores; choose another name")
         names = [head.name for head in self.heads or ()]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

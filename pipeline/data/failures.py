@@ -21,9 +21,6 @@ FAILURES_FILE = "failures.csv"
 REMARKS = frozenset({"not_an_image", "not_in_a_class", "leak", "conflict"})
 """Statuses that are worth knowing and are not failures of an image."""
 
-TRANSIENT = frozenset({"unavailable"})
-"""Statuses that say nothing about a content: the file could not be read this time."""
-
 
 class Failure(NamedTuple):
     """One file that is not used, or worth a remark.
@@ -87,11 +84,12 @@ def record_failures(folder: Path, failures: Sequence[Failure], policy: str) -> N
     known = read_failures(folder)
     kept = [one for one in known if not one.policy or (one.policy == policy and one.digest not in fresh)]
     if failures or len(kept) < len(known):
-        added = [
-            one._replace(digest="", policy="") if one.status in TRANSIENT else one._replace(policy=policy)
-            for one in failures
-        ]
-        write_failures(folder, [*kept, *added])
+        for one in failures:
+            # What could not be read this time says nothing about a content.
+            kept.append(
+                one._replace(digest="", policy="") if one.status == "unavailable" else one._replace(policy=policy)
+            )
+        write_failures(folder, kept)
 
 
 def failed_digests(folder: Path, policy: str) -> Digests:

@@ -12,11 +12,11 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -39,11 +39,13 @@ MOST_PROBLEMS = 50
 SPLITS = {**SPLIT_NAMES, EXCLUDED: EXCLUDED}
 """How a split may be called; images of the last stay out."""
 
-ManifestRow = tuple[str, list[str]]
-"""Where a row stands ('line 7'), and its path, split, group, domain and labels; '' for a column that is not there."""
 
-Choose = Callable[[Sequence[str]], list[int | None]]
-"""From the names of a table's columns to the places of those that are read; None for one that need not be there."""
+class ManifestTable(NamedTuple):
+    """A manifest as it was read: the names of its columns, where each row stands ('line 7'), and the texts of a column by its place."""
+
+    header: list[str]
+    where: list[str]
+    column: Callable[[int], list[str]]
 
 
 def list_manifest(path: Path, config: DatasetConfig) -> Listing:
@@ -57,7 +59,8 @@ def list_manifest(path: Path, config: DatasetConfig) -> Listing:
             f"{path}: is no file, expected a CSV or Parquet file; class folders are read with dataset.source: folder"
         )
     if files[0].suffix.lower() != ".parquet":
-        return _listing(path, partial(_csv_rows, path), config)
+        problems: list[str] = []
+        return _listing(path, _csv_table(path, problems), config, problems)
     try:
         with opened(str(files[0])) as file:
             schema = pyarrow.parquet.read_schema(file)
@@ -77,7 +80,8 @@ def list_manifest(path: Path, config: DatasetConfig) -> Listing:
         else:
             with opened(str(path)) as file:
                 table = pyarrow.parquet.read_table(file)
-        return _listing(path, partial(_table_rows, table, config), config)
+        problems = []
+        return _listing(path, _arrow_table(table, config, problems), config, problems)
     except (pa.ArrowException, OSError) as error:
         reason = "there is no such file" if isinstance(error, NotADirectoryError) else " ".join(str(error).split())
         raise DatasetError(f"{path}: cannot be read as Parquet ({reason})") from None
@@ -98,7 +102,8 @@ def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
     arrow = table.to_arrow() if hasattr(table, "to_arrow") else pa.table(table)
     section = {"source": "manifest", "path": str(path), **keys}
     config = parse({"dataset": section, "backbones": [{"name": "any"}]}, str(path)).dataset
-    _listing(path, partial(_table_rows, arrow, config), config)
+    problems: list[str] = []
+    _listing(path, _arrow_table(arrow, config, problems), config, problems)
     sink = io.BytesIO()
     pyarrow.parquet.write_table(arrow, sink)
     make_folder(path.parent)
@@ -106,16 +111,13 @@ def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
     return section
 
 
-def _listing(
-    origin: Path, read: Callable[[Choose, list[str]], Iterator[ManifestRow]], config: DatasetConfig
-) -> Listing:
-    """Take in the rows that `read` yields; it adds to the problems that are told together."""
+def _listing(origin: Path, table: ManifestTable, config: DatasetConfig, problems: list[str]) -> Listing:
+    """Take in the rows of a table; DatasetError with what cannot be meant, and the problems that reading it had."""
     root = origin.parent if config.root is None else Path(config.root.removeprefix("file://")).expanduser()
     if not is_folder(root):
         raise DatasetError(f"{root}: there is no such folder; set dataset.root to the one that holds the images")
     labelled = config.target != NO_LABELS
     listing = Listing(root, names=config.label_columns if labelled and len(config.label_columns) > 1 else (LABEL,))
-    problems: list[str] = []
     inside = "the manifest's folder" if config.root is None else str(root)
     roots = {f"{address_of(root) or os.path.abspath(root)}/", f"{os.path.realpath(root)}/"}
     several = [kind == "multilabel" for kind in config.kinds]
@@ -124,7 +126,10 @@ def _listing(
     separator = config.label_separator or (SEPARATOR if lists else None)
     images: list[ListedImage] = []
     seen: dict[str, str] = {}
-    for where, (name, split, group, domain, *labels) in read(partial(_places, origin, config, listing), problems):
+    nothing = [""] * len(table.where)
+    places = _places(origin, config, listing, table.header)
+    columns = [nothing if place is None else table.column(place) for place in places]
+    for where, name, split, group, domain, *labels in zip(table.where, *columns, strict=True):
         split = split.strip()
         name = next((name.removeprefix(start) for start in roots if name.startswith(start)), name)
         if separator is not None:
@@ -203,19 +208,20 @@ def _path_problem(name: str, inside: str) -> str | None:
     return None
 
 
-def _csv_rows(path: Path, choose: Choose, problems: list[str]) -> Iterator[ManifestRow]:
-    line = 1
+def _csv_table(path: Path, problems: list[str]) -> ManifestTable:
+    """Read a CSV file; rows of another length than its first are problems."""
+    line, where, rows = 1, list[str](), list[list[str]]()
     try:
         with io.TextIOWrapper(opened(str(path)), encoding="utf-8-sig", newline="") as file:
             first_line = file.readline()
             file.seek(0)
             reader = csv.reader(file, delimiter=max(",;\t", key=first_line.count), strict=True)
             header = next(reader, [])
-            places = choose(header)
             line = reader.line_num + 1
             for row in reader:
                 if len(row) == len(header):
-                    yield f"line {line}", ["" if place is None else row[place] for place in places]
+                    where.append(f"line {line}")
+                    rows.append(row)
                 elif row:
                     told = f"{number_of(len(row), 'value')}, expected {len(header)}; quote values that hold a comma"
                     problems.append(f"line {line}: {told}")
@@ -224,14 +230,15 @@ def _csv_rows(path: Path, choose: Choose, problems: list[str]) -> Iterator[Manif
         raise DatasetError(f"{path} line {line}: is no CSV in UTF-8 ({error})") from None
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror or 'there is no such file'})") from None
+    return ManifestTable(header, where, lambda place: [row[place] for row in rows])
 
 
-def _table_rows(table: Any, config: DatasetConfig, choose: Choose, problems: list[str]) -> Iterator[ManifestRow]:
-    """Yield the rows of a pyarrow Table; the labels of a list are joined."""
+def _arrow_table(table: Any, config: DatasetConfig, problems: list[str]) -> ManifestTable:
+    """Take in a pyarrow Table; the labels of a list are joined, and one that holds what stands between them is a problem."""
     separator = config.label_separator or SEPARATOR
-    columns = []
-    for place in choose(table.column_names):
-        column = pa.nulls(len(table), pa.string()) if place is None else table.column(place)
+
+    def texts_of(place: int) -> list[str]:
+        column = table.column(place)
         if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
             column = column.cast(pa.list_(pa.string()))
             if pc.any(pc.match_substring(column.combine_chunks().flatten(), separator)).as_py():
@@ -240,8 +247,9 @@ def _table_rows(table: Any, config: DatasetConfig, choose: Choose, problems: lis
                     f"a label of column {name!r} holds {separator!r}; set dataset.label_separator to what none holds"
                 )
             column = pc.binary_join(column, separator)
-        columns.append(column.cast(pa.large_string()).fill_null("").to_pylist())
-    yield from ((f"row {number + 1}", list(cells)) for number, cells in enumerate(zip(*columns, strict=True)))
+        return column.cast(pa.large_string()).fill_null("").to_pylist()  # type: ignore[no-any-return]
+
+    return ManifestTable(table.column_names, [f"row {number + 1}" for number in range(len(table))], texts_of)
 
 
 def _table_of_images(folder: Path, names: Sequence[str], column: str) -> Any:

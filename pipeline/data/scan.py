@@ -32,10 +32,10 @@ from pipeline.data.index import (
 )
 from pipeline.data.reading import StatCache, read_cache, read_digests
 from pipeline.data.sources import list_source
-from pipeline.data.splits import Copies, Pair, apply_leaks, find_copies, make_test_split, prior_sides
+from pipeline.data.splits import Copies, apply_leaks, find_copies, make_test_split, prior_sides
 from pipeline.data.targets import TARGETS, as_number, countable, kind_of
 from pipeline.data.walk import Listing
-from pipeline.errors import DatasetError, first
+from pipeline.errors import DatasetError, first, number_of
 from pipeline.images import inside
 from pipeline.io.remote import address_of
 
@@ -82,12 +82,12 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
             first(pairs, MOST_PROBLEMS),
         )
     index = replace(found, splits=apply_leaks(base, copies.leaking, config.leaks))
-    entries = sorted([*listing.entries, *failures])
+    entries = sorted([*listing.entries, *failures, *_remarks(index, copies, config.leaks)])
     known = remembered(read_failures(folder), index.paths.tolist(), index.digests)
     old = before.index
     unchanged = old is not None and index.root == old.root and index.fingerprint() == before.digest
     if write:
-        write_failures(folder, [*entries, *_remarks(index, copies, config.leaks), *known])
+        write_failures(folder, [*entries, *known])
         if not unchanged or plan != before.plan or before.edited:
             index.write(folder, plan, config.source)
         if read or not unchanged:
@@ -109,7 +109,6 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
         difference=None if old is None else difference(old.paths, old.digests, index.paths, index.digests),
         read=read,
         copies=copies,
-        leak_policy=config.leaks,
         kinds=config.kinds,
         ignored=dict(listing.ignored),
         entries=tuple(entries),
@@ -353,12 +352,11 @@ class ScanResult:
     read: int
     """Files whose bytes were read."""
     copies: Copies
-    leak_policy: str
     kinds: tuple[str, ...]
     """What the columns of labels are, see `DatasetConfig.kinds`."""
     ignored: Mapping[str, int]
     entries: tuple[Failure, ...]
-    """Files not used, as the scan found them."""
+    """Files not used, and remarks on others, as the scan found them."""
     remembered: int
     """Images known from earlier runs not to decode."""
     warnings: tuple[str, ...]
@@ -386,23 +384,11 @@ class ScanResult:
         elif self.difference and str(self.difference):
             lines.append(f"since the last scan: {self.difference}")
         lines += [f"warning: {warning}" for warning in self.warnings]
-        if leaks := self.copies.leaks:
-            lines += self._pair_lines(leaks, f"in training and in test ({_LEAKS[self.leak_policy]})")
-        lines += self._pair_lines(self.copies.conflicts, "under two labels (kept as they are; mend the labels)")
         if number := self.copies.duplicates:
             lines.append(f"copies of another image on the same side, kept, and never parted by folds: {number:,}")
         if self.remembered:
             lines.append(f"images known not to decode, see failures.csv: {self.remembered:,}")
         return lines + passed_over_lines(self.entries, self.ignored)
-
-    def _pair_lines(self, pairs: Sequence[Pair], what: str) -> list[str]:
-        lines = []
-        for rows in pairs[:EXAMPLES]:
-            labels = [f" ({shown(self.index.said(row))})" if pairs is self.copies.conflicts else "" for row in rows]
-            names = [shown(self.index.paths[row]) + label for row, label in zip(rows, labels, strict=True)]
-            lines.append("  " + " = ".join(names))
-        count = f"{len(pairs):,} {'pair' if len(pairs) == 1 else 'pairs'} of equal images {what}:"
-        return [count, *lines, *_more(len(pairs))] if pairs else []
 
 
 def class_counts(index: DatasetIndex) -> dict[str, dict[str, int]]:
@@ -444,15 +430,11 @@ def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
 def passed_over_lines(
     entries: Sequence[Failure], ignored: Mapping[str, int], where: str = ", see failures.csv"
 ) -> list[str]:
-    """Return lines on what a walk passed over: a few examples of each status, and the counts."""
+    """Return lines on what a walk passed over or remarked: a few examples of each status, and the counts."""
     lines = []
     for status in sorted({entry.status for entry in entries}):
         same = [entry for entry in entries if entry.status == status]
-        lines.append(f"{len(same):,} {'file' if len(same) == 1 else 'files'} not used ({status.replace('_', ' ')}):")
+        lines.append(f"{status.replace('_', ' ')}: {number_of(len(same), 'file')}")
         lines += [f"  {entry.path}: {entry.reason}" for entry in same[:EXAMPLES]]
-        lines += _more(len(same), where)
+        lines += [f"  … and {len(same) - EXAMPLES:,} more{where}"] * (len(same) > EXAMPLES)
     return lines + [f"ignored {what}: {count:,}" for what, count in sorted(ignored.items())]
-
-
-def _more(count: int, where: str = ", see failures.csv") -> list[str]:
-    return [f"  … and {count - EXAMPLES:,} more{where}"] if count > EXAMPLES else []

@@ -11,9 +11,8 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -95,40 +94,23 @@ def torchvision_manifest(name: str, root: Path) -> Path:
     """
     images = _images_folder(name, root)
     if not images.exists():
-        make = _constructor(name)
-        written_once(images, lambda folder: _write(folder, name, make, root))
+        written_once(images, lambda folder: _write(folder, name, root))
     return images / MANIFEST
 
 
-def _constructor(name: str) -> Callable[..., Any]:
-    from pipeline.io.vision import torchvision
-
-    make: Any = getattr(torchvision.datasets, name, None)
-    about = inspect.signature(make).parameters if inspect.isclass(make) else {}
-    needed = [
-        key for key, each in about.items() if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
-    ]
-    if needed != ["root"] or "download" not in about:
-        near = guess(name, torchvision.datasets.__all__)
-        raise DatasetError(f"dataset.name {name!r}: torchvision has no data set of this name that it downloads{near}")
-    return cast(Callable[..., Any], make)
-
-
-def _write(folder: Path, name: str, make: Callable[..., Any], root: Path) -> None:
-    """Write every image below a folder, then the manifest that says all of them are there."""
+def _write(folder: Path, name: str, root: Path) -> None:
+    """Write every image of a torchvision data set below a folder, then the manifest that says all of them are there."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label", "split"])
-    for split, samples in _parts(name, make, root):
+    for split, samples in _parts(name, root):
         names = getattr(samples, "classes", None)
         names = names if isinstance(names, list | tuple) else []
         with bar(len(samples), "images", f"writing {name} {split}".rstrip()) as progress:
             for number in range(len(samples)):
                 image, target = samples[number][:2]
                 if not hasattr(image, "getbands") or not isinstance(target, int):
-                    raise DatasetError(
-                        f"dataset.name {name!r}: its samples are not an image with one label each; expected a classification data set"
-                    )
+                    raise DatasetError(f"dataset.name {name!r}: its samples are not an image with one label each")
                 path = f"{split}/{number:06d}.png".lstrip("/")
                 _write_png(folder / path, image)
                 label = names[target] if target < len(names) else str(target)
@@ -137,30 +119,35 @@ def _write(folder: Path, name: str, make: Callable[..., Any], root: Path) -> Non
     (folder / MANIFEST).write_bytes(text.getvalue().encode())
 
 
-def _parts(name: str, make: Callable[..., Any], root: Path) -> Iterator[tuple[str, Any]]:
-    """Give each split with its samples; the split is '' where the data set has none."""
-    parameters = inspect.signature(make).parameters
-    if "train" in parameters:
-        yield "train", _load(name, make, root, train=True)
-        yield "test", _load(name, make, root, train=False)
-    elif "split" in parameters:
-        given = set()
-        for word in ("train", "trainval", "val", "valid", "test"):
-            split = SPLIT_NAMES.get(word, "train")
-            with suppress(ValueError):  # torchvision's answer to a split that this data set does not have
-                if split not in given:
-                    yield split, _load(name, make, root, split=word)
-                    given.add(split)
-    else:
-        yield "", _load(name, make, root)
+def _parts(name: str, root: Path) -> Iterator[tuple[str, Any]]:
+    """Give each split of a torchvision data set with its samples; the split is '' where it has none."""
+    from pipeline.io.vision import torchvision
 
-
-def _load(name: str, make: Callable[..., Any], root: Path, **part: Any) -> Any:
-    try:
-        make_folder(root)
-        return make(root=str(root), download=True, **part)
-    except (OSError, RuntimeError) as error:
-        raise DatasetError(
-            f"{name} cannot be downloaded ({' '.join(str(error).split())}); fetch {getattr(make, 'url', 'its files')} yourself, put it into "
-            f"{root} as torchvision.datasets.{name} describes, and run again"
-        ) from None
+    make: Any = getattr(torchvision.datasets, name, None)
+    about = inspect.signature(make).parameters if inspect.isclass(make) else {}
+    if not {"root", "download"} <= {*about}:
+        near = guess(name, torchvision.datasets.__all__)
+        raise DatasetError(f"dataset.name {name!r}: torchvision has no data set of this name that it downloads{near}")
+    asked: list[tuple[str, dict[str, Any]]] = [("", {})]
+    if "train" in about:
+        asked = [("train", {"train": True}), ("test", {"train": False})]
+    elif "split" in about:
+        words = ("train", "trainval", "val", "valid", "test")
+        asked = [(SPLIT_NAMES.get(word, "train"), {"split": word}) for word in words]
+    given = set()
+    make_folder(root)
+    for split, part in asked:
+        if split in given:
+            continue
+        try:
+            samples = make(root=str(root), download=True, **part)
+        except ValueError:  # torchvision's answer to a split that this data set does not have
+            continue
+        except (OSError, RuntimeError, TypeError) as error:
+            url, reason = getattr(make, "url", "its files"), " ".join(str(error).split())
+            raise DatasetError(
+                f"{name} cannot be downloaded ({reason}); fetch {url} yourself, put it into {root} as torchvision.datasets.{name} "
+                "describes, and run again"
+            ) from None
+        given.add(split)
+        yield split, samples

@@ -9,6 +9,7 @@ import logging
 import warnings
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +69,9 @@ class Backbone:
             torch.tensor(values, device=self.device).view(1, 3, 1, 1)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        pixels = torch.zeros(2, *size, 3, dtype=torch.uint8, device=self.device)
+        two = self._scaled(torch.zeros(2, *size, 3, dtype=torch.uint8, device=self.device))
         tokens = graphs.tokens_of(network.module)
-        self._rows = graphs.effective(lambda: self._outputs(pixels), self._rows, tokens, network.name, size)
+        self._rows = graphs.effective(partial(self._module, two), self._rows, tokens, network.name, size)
         self._engine: Forward = self._by_torch
         self.probe: LayerFeatures = self.embed(probes)
         if arithmetic.engine == "openvino":
@@ -95,12 +96,8 @@ class Backbone:
             return tuple(vector.contiguous().cpu().numpy() for vector in vectors)
 
     def _vectors(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self._outputs(pixels)
+        outputs = self._module(self._scaled(pixels))
         return tuple(graphs.pool(outputs[row.output].to(torch.float32), row.pooling) for row in self._rows)
-
-    def _outputs(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs: tuple[torch.Tensor, ...] = self._module(self._scaled(pixels))
-        return outputs
 
     def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
         # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.
@@ -187,24 +184,18 @@ class _Written(nn.Module):
 
 def _spec(network: Network, row: graphs.EmbeddingRow, dim: int, arithmetic: Arithmetic) -> EmbeddingSpec:
     view = network.preprocessing.view.split()[:1]
+    same = ("architecture", "arguments", "weights", "weights_digest", "untrained", "trained_on", "code", "license")
     return EmbeddingSpec(
         name=embedding_name(network.name, network.weights, *row.words, *view),
         kind=VIEW if view else "backbone",
         library=family_of(network.architecture).library,
-        architecture=network.architecture,
-        arguments=network.arguments,
-        weights=network.weights,
-        weights_digest=network.weights_digest,
         layer=row.node,
         pooling=row.pooling,
         dim=dim,
         preprocessing=json.loads(canonical_json(network.preprocessing.identity())),
         precision=arithmetic.precision,
         engine=arithmetic.engine,
-        untrained=network.untrained,
-        trained_on=network.trained_on,
-        code=network.code,
-        license=network.license,
+        **{name: getattr(network, name) for name in same},
     )
 
 

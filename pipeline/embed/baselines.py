@@ -105,27 +105,8 @@ _TABLE: Mapping[str, tuple[int, int, str, Mapping[str, Any], Callable[[NDArray[n
 NAMES = tuple(_TABLE)
 
 
-@dataclass(frozen=True)
-class OwnVectors:
-    """A `.npy` or `.parquet` file of vectors that were made elsewhere, where an `Embedder` is expected; it embeds no image."""
-
-    path: Path
-    specs: tuple[EmbeddingSpec]
-    device: str = "cpu"
-    probe: tuple[NDArray[np.float32], ...] = ()
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """There is none."""
-        raise no_network(str(self.path))
-
-    def embed(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:
-        """Refuse: pixels are uint8 of shape (n, height, width, 3)."""
-        raise no_network(str(self.path))
-
-
-def load_vectors(section: BackboneConfig) -> OwnVectors:
-    """Return what a section's file holds; BackboneError where it cannot be read."""
+def load_vectors(section: BackboneConfig) -> Baseline:
+    """Return what a section's file holds, in the place of what embeds, which it refuses; BackboneError where it cannot be read."""
     path = Path(section.name)
     try:
         dim, digest = read_vectors(path)[1].shape[1], file_digest(path)
@@ -135,7 +116,11 @@ def load_vectors(section: BackboneConfig) -> OwnVectors:
     spec = EmbeddingSpec(
         name, "backbone", "none", path.name, {}, OWN, digest, "", "none", dim, {}, "fp32", "file", license=UNKNOWN
     )
-    return OwnVectors(path, (spec,))
+
+    def refuse(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        raise no_network(section.name)
+
+    return Baseline((spec,), Preprocessing(resize=1, crop=1), refuse)
 
 
 def no_network(name: str) -> BackboneError:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.images import Preprocessing
 from pipeline.io.digests import fingerprint
+
+if TYPE_CHECKING:
+    from pipeline.embed.backbone import Backbone
+    from pipeline.embed.baselines import Baseline
 
 EMBED_VERSION = 1
 """Goes up by hand when a change to this package's own code changes vectors of the same identity."""
@@ -80,27 +83,8 @@ def embedding_name(*parts: str) -> str:
     return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part).strip("._") or "x" for part in parts)
 
 
-class EmbeddingModel(Protocol):
-    """What makes the vectors of one or more embeddings in one pass: a Backbone, a Baseline."""
-
-    @property
-    def specs(self) -> tuple[EmbeddingSpec, ...]:
-        """One per output of `embed`."""
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How images are made ready for `embed`."""
-
-    @property
-    def probe(self) -> tuple[NDArray[np.float32], ...]:
-        """The vectors of the built-in probe images, one float32 array of shape (k, dim) per spec."""
-
-    def embed(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ...]:
-        """Turn uint8 (n, height, width, 3) into one float32 (n, dim) per spec."""
-
-    @property
-    def device(self) -> object:
-        """Where it computes; as text `cpu`, or such as `cuda:0`."""
+EmbeddingModel: TypeAlias = "Backbone | Baseline"
+"""What makes the vectors of one or more embeddings in one pass."""
 
 
 def probe_images(size: tuple[int, int]) -> NDArray[np.uint8]:

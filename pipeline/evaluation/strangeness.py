@@ -22,6 +22,8 @@ NEIGHBOURS = 5
 """Which nearest training image gives the distance: the very nearest may be atypical."""
 BLOCK_NUMBERS = 1 << 22
 """Most cosines in memory at once."""
+PROBABILITY = "probability"
+"""Name of the out-of-distribution score from the head's own probabilities; all others are distances."""
 
 
 STORED = {"mean": np.float32, "references": np.float16, "distances": np.float64, "lengths": np.float32}

@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from pipeline.errors import BundleError, ConfigError, number_of
 from pipeline.evaluation import HeadPredictions, wilson
 from pipeline.evaluation.predictions import FILE_NAME
-from pipeline.evaluation.strangeness import Reference, alike, label_sets, unsureness
+from pipeline.evaluation.strangeness import PROBABILITY, Reference, alike, label_sets, unsureness
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 
-PROBABILITY = "probability"
-"""The strangeness that is told by the head's own probabilities; all others are distances."""
 FAR = 0.05
 """Share of the training images, each held out, that a batch without drift has farther away as well."""
 

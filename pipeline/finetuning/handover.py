@@ -7,6 +7,7 @@ pretrained weights (Kumar et al. 2022, "Fine-tuning can distort pretrained featu
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,15 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.data.classes import expand_scores
-from pipeline.embed.engines import resolve_device
+from pipeline.embed.engines import resolve_device, resolve_precision
 from pipeline.embed.records import open_record
 from pipeline.embed.weights import Network, family_of, load_network
 from pipeline.errors import TrainingError
 from pipeline.evaluation import fit_calibrator
+from pipeline.finetuning.batches import Data, LabelledImages
 from pipeline.finetuning.material import Choice, Parts, read_pixels
-from pipeline.finetuning.plan import last_linear
-from pipeline.finetuning.trainer import predict_logits
+from pipeline.finetuning.plan import check_plan, last_linear, stages_of
+from pipeline.finetuning.trainer import TrainingTask, predict_logits, steps_of
 from pipeline.heads import HEADS, Head, Layer, as_layer
 from pipeline.heads.tuning import FeatureMatrix, blocks, limited, make_folds, memory_needed, part, refit
 from pipeline.store import FeatureStore, StoredRows
@@ -43,12 +45,7 @@ UNSEEN_MARGIN = 10.0
 def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> Network:
     """Load the network behind an embedding, and check that the stored vectors are what enters its last layer.
 
-    Raises
-    ------
-    TrainingError
-        When they are not.
-    BackboneError
-        When the weights or a library have changed since.
+    TrainingError where they are not, BackboneError where the weights or a library have changed since.
     """
     record = choice.record
     trusted = record.section in config.sections
@@ -95,11 +92,7 @@ def starting_layer(config: Config, choice: Choice, store: FeatureStore, parts: P
 
     The head is fitted anew, with stage two's parameters, on the images that stage three learns from: stage two's own has
     seen the validation images, on which it would look better than it is.
-
-    Raises
-    ------
-    TrainingError
-        When the head was fitted for another target than the data have.
+    TrainingError where the head was fitted for another target than the data have.
     """
     linear, bundle, width = choice.linear, choice.head, parts.target.width
     if linear is None or bundle is None:
@@ -148,3 +141,27 @@ def _tempered(layer: Layer, estimator: Any, name: str, X: FeatureMatrix, y: NDAr
             columns[held_out[place]] = scores / 2 if len(classes) == 2 else scores
     slope = fit_calibrator(columns, codes).slopes[0]
     return layer[0] * slope, layer[1] * slope
+
+
+# ---- all that a training needs
+
+
+def make_task(
+    config: Config, choice: Choice, network: Network, layer: Layer, parts: Parts, folder: Path | None = None
+) -> tuple[TrainingTask, Data]:
+    """Bring network, head, plan and pixels together; with a folder, pixels that are too many for memory lie in it.
+
+    TrainingError where the plan cannot be followed or an image cannot be read.
+    """
+    settings, prepared, device = config.finetune, network.preprocessing, resolve_device(config.extraction.device)
+    put_head(network.module, layer)
+    stages = stages_of(network.module, prepared.size)
+    assert settings.unfreeze != "auto"  # as advised by now
+    plan = check_plan(settings.unfreeze, stages)
+    train, validation = (
+        LabelledImages(read_pixels(config, own, prepared, folder and folder / f"{name}.npy"), parts.target.encode(own))
+        for name, own in (("train", parts.train), ("validation", parts.validation))
+    )
+    data = Data(train, validation, parts.target.width, prepared.mean, prepared.std, balanced=choice.balanced)
+    steps, precision = steps_of(settings, len(parts.train)), resolve_precision(config.extraction.precision, device)[1]
+    return TrainingTask(network.module, stages, plan, settings, steps, precision, config.seed, device), data

@@ -75,11 +75,8 @@ class Parts:
 def choose(config: Config, files: Artifacts) -> Choice:
     """Return the embedding to fine-tune and the head to start from, both by cross-validation only.
 
-    Raises
-    ------
-    PipelineError
-        When stages one and two have not been run, the leaderboard has no such embedding, or no linear head on it, or its target
-        is of a kind that cannot be fine-tuned.
+    PipelineError where stages one and two have not been run, the leaderboard has no such embedding, or no linear head on it, or its
+    target is of a kind that cannot be fine-tuned.
     """
     each = files.each_target()
     if "" not in each:
@@ -123,13 +120,7 @@ def choose(config: Config, files: Artifacts) -> Choice:
 
 
 def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:
-    """See that a leaderboard was made for this config's images and backbones.
-
-    Raises
-    ------
-    PipelineError
-        With what is another.
-    """
+    """See that a leaderboard was made for this config's images and backbones; PipelineError with what is another."""
     try:
         made = configuration.parse(board.provenance.get("config", {}), str(files.leaderboard))
     except ConfigError:
@@ -147,11 +138,7 @@ def divide(config: Config, files: Artifacts, store: FeatureStore, parent: Lineag
 
     The data's own validation split chooses where there is one; otherwise a stratified share, in which groups and copies of
     one image stay together. What the network to be tuned has learned from before chooses nothing.
-
-    Raises
-    ------
-    TrainingError
-        When one of the three parts would be empty.
+    TrainingError where one of the three parts would be empty.
     """
     index = DatasetIndex.read(files.dataset).select("train", "validation", "test")
     usable = index.rows(~store.missing(index.digests))
@@ -174,10 +161,7 @@ def read_pixels(
 ) -> NDArray[np.uint8]:
     """Decode and prepare images: uint8 (n, height, width, 3), in the file `scratch` when that is too much for memory.
 
-    Raises
-    ------
-    TrainingError
-        With the images that cannot be read any more.
+    TrainingError with the images that cannot be read any more.
     """
     shape = (len(index), *preprocessing.size, 3)
     pixels: NDArray[np.uint8] = (

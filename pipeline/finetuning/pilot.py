@@ -15,13 +15,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config import Config
-from pipeline.embed.engines import resolve_device, resolve_precision
 from pipeline.embed.weights import Network
 from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.finetuning.batches import Data, LabelledImages, to_float
-from pipeline.finetuning.handover import Layer, put_head
-from pipeline.finetuning.material import Parts, read_pixels
-from pipeline.finetuning.plan import check_plan, stages_of
+from pipeline.finetuning.handover import Layer, make_task
+from pipeline.finetuning.material import Choice, Parts
+from pipeline.finetuning.plan import check_plan
 from pipeline.finetuning.result import RETURN_EVALUATIONS
 from pipeline.finetuning.trainer import (
     EVALUATIONS,
@@ -92,70 +91,43 @@ def _judged(parts: Parts) -> int:
     return (EVALUATIONS + RETURN_EVALUATIONS) * len(parts.validation)
 
 
-def pilot(config: Config, network: Network, layer: Layer, parts: Parts, balanced: bool) -> Pilot:
-    """Train for a few steps on two parts of the training images, each time from the handed-over head.
+def pilot(config: Config, choice: Choice, network: Network, layer: Layer, parts: Parts) -> Pilot:
+    """Train for a few steps on two parts of the training images, each time from the handed-over head; `network` is left trained.
 
-    `network` is left trained; `balanced` is that of `Choice`.
-
-    Raises
-    ------
-    TrainingError
-        When an image cannot be read, or the loss is no number.
+    TrainingError where an image cannot be read, or the loss is no number.
     """
-    began = time.perf_counter()
-    target, settings, prepared = parts.target, config.finetune, network.preprocessing
-    device = resolve_device(config.extraction.device)
-    precision = resolve_precision(config.extraction.precision, device)[1]
+    began, target, settings = time.perf_counter(), parts.target, config.finetune
     held_out = parts.validation.rows(stratified_order(target.encode(parts.validation), config.seed)[:MOST_HELD_OUT])
     each = settings.batch_size
     budget = SHARE * full_passes(config, parts) - 3 * len(held_out) - STATISTICS
     steps = max(2, int(budget / (PASSES * each * 2)) - 1)  # one more is spent on timing the last stage
     learned = parts.train.rows(stratified_order(target.encode(parts.train), config.seed)[: steps * each])
-    pixels = read_pixels(config, learned, prepared), read_pixels(config, held_out, prepared)
-    y = target.encode(learned)
-    put_head(network.module, layer)
-    stages = stages_of(network.module, prepared.size)
-    network.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    gentle = {"rate": GENTLER * settings.rate, "steps": steps, "unfreeze": ((0.0, "all"),)}
+    config = config.model_copy(update={"finetune": settings.model_copy(update=gentle)})
+    small = replace(parts, train=learned, validation=held_out)
+    task, whole = make_task(config, choice, network, layer, small)
+    network.module.to(device=task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     handed_over = copy_weights(network.module)
-    whole = Data(
-        LabelledImages(pixels[0], y),
-        LabelledImages(pixels[1], target.encode(held_out)),
-        target.width,
-        prepared.mean,
-        prepared.std,
-        balanced=balanced,
-    )
-    task = TrainingTask(
-        network.module,
-        stages,
-        check_plan([(0.0, "all")], stages),
-        settings.model_copy(update={"rate": GENTLER * settings.rate}),
-        steps,
-        precision,
-        config.seed,
-        device,
-    )
 
     def loss() -> float:
-        return -evaluate(network.module, whole.validation, whole, device, precision)[1]
+        return -evaluate(network.module, whole.validation, whole, task.device, task.precision)[1]
 
     clock = time.perf_counter()
     start = loss()
     image_seconds = (time.perf_counter() - clock) / len(held_out)
-    shift = statistics_shift(
-        network.module, to_float(torch.from_numpy(pixels[0][:STATISTICS]), prepared.mean, prepared.std)
-    )
+    some = torch.from_numpy(whole.train.pixels[:STATISTICS])
+    shift = statistics_shift(network.module, to_float(some, whole.mean, whole.std))
     prepare(task, whole)  # behind the look at what its norms are given
     sizes = (max(2, len(learned) // PART), len(learned))
     losses, spent = list[float](), list[float]()
     for size in sizes:
         network.module.load_state_dict(handed_over)
-        some = replace(whole, train=LabelledImages(pixels[0][:size], y[:size]))
-        spent += _steps(task, some, steps)
+        part = LabelledImages(whole.train.pixels[:size], whole.train.y[:size])
+        spent += _steps(task, replace(whole, train=part), steps)
         losses.append(loss())
     network.module.load_state_dict(handed_over)
     everything = float(np.median(spent))
-    last = _steps(replace(task, plan=check_plan([(0.0, "last_stage")], stages)), whole, 2)[-1]
+    last = _steps(replace(task, plan=check_plan([(0.0, "last_stage")], task.stages)), whole, 2)[-1]
     return Pilot(
         sizes=sizes,
         steps=steps,

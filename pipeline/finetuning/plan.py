@@ -25,10 +25,7 @@ Plan = tuple[tuple[float, int], ...]
 def stages_of(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
     """Return the stages of a classification network for images of `size`, height and width in pixels, the stem first.
 
-    Raises
-    ------
-    TrainingError
-        When the network has no linear layer at its end.
+    TrainingError where the network has no linear layer at its end.
     """
     return find_stages(network, size, last_linear(network))
 
@@ -61,10 +58,7 @@ def stage_of_parameters(network: nn.Module, stages: Sequence[Stage]) -> dict[str
 def check_plan(plan: Sequence[tuple[float, str]], stages: Sequence[Stage]) -> Plan:
     """Return a plan of (share of the steps, scope) with the lowest stage that each scope trains.
 
-    Raises
-    ------
-    TrainingError
-        When a step closes a stage that one before opened, or names one the network does not have.
+    TrainingError where a step closes a stage that one before opened, or names one the network does not have.
     """
     top = len(stages) - 1
     known = {"head": top, "last_stage": top - 1, "all": 0, **{stage.name: place for place, stage in enumerate(stages)}}

@@ -113,11 +113,7 @@ def train(task: TrainingTask, data: Data, folder: Path, identity: str) -> State:
     """Train a network in place, put the weights into it that did best on the validation images, and return how it went.
 
     `folder` gets the checkpoint and the log; a checkpoint in it of the same `identity` is continued.
-
-    Raises
-    ------
-    TrainingError
-        When the loss is no number, the precision is not to be had on the device, or the folder holds another run.
+    TrainingError where the loss is no number, the precision is not to be had on the device, or the folder holds another run.
     """
     _check(task, data)
     prepare(task, data)
@@ -238,13 +234,7 @@ def make_schedule(task: TrainingTask, optimizer: torch.optim.Optimizer) -> LRSch
 def train_step(
     task: TrainingTask, data: Data, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int
 ) -> float:
-    """Do one step at the optimizer's rates and return its loss.
-
-    Raises
-    ------
-    TrainingError
-        When the loss is no number.
-    """
+    """Do one step at the optimizer's rates and return its loss; TrainingError where the loss is no number."""
     settings = task.settings
     torch.manual_seed(int(np.random.SeedSequence([task.seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
     # Also after an evaluation, which left the network in evaluation mode.
@@ -348,10 +338,7 @@ def _save(folder: Path, identity: str, state: State, parts: Mapping[str, Any]) -
 def _load(folder: Path, identity: str, parts: Mapping[str, Any]) -> State:
     """Return how far a run is, having put its parts into their states; the beginning where there is no checkpoint.
 
-    Raises
-    ------
-    TrainingError
-        When it cannot be read or belongs to another run.
+    TrainingError where it cannot be read or belongs to another run.
     """
     path = folder / "checkpoint.pt"
     if not path.exists():

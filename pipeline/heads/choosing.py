@@ -52,7 +52,7 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
     build = head.build
     if config.class_weight is not None:
         if head.takes_class_weight:
-            build = partial(_weighted, head.build, config.class_weight)
+            build = partial(weighted, head.build, config.class_weight)
         else:
             able = ", ".join(name for name, row in heads.items() if row.takes_class_weight) or "none"
             problems.append(
@@ -92,7 +92,8 @@ def resolve_all(configs: Sequence[HeadConfig] | None, kind: str = "classificatio
     return tuple(heads)
 
 
-def _weighted(build: Callable[[int], Pipeline], class_weight: str, seed: int) -> Pipeline:
+def weighted(build: Callable[[int], Pipeline], class_weight: str | None, seed: int) -> Pipeline:
+    """Build a pipeline whose last step weights classes so."""
     pipeline = build(seed)
     pipeline[-1].set_params(class_weight=class_weight)
     return pipeline
@@ -154,8 +155,7 @@ def load_own(path: str) -> Head:
     module = users_module(module_name, f"head {path!r}", HeadError)
     if not hasattr(module, attribute):
         names = [name for name, value in vars(module).items() if isinstance(value, Head)]
-        known = f"; its heads: {', '.join(names)}" if names else "; it holds no pipeline.heads.Head"
-        raise HeadError(f"head {path!r}: {module_name!r} has no {attribute!r}{guess(attribute, names)}{known}")
+        raise HeadError(f"head {path!r}: {module_name!r} has no {attribute!r}{guess(attribute, names)}")
     head = getattr(module, attribute)
     if not isinstance(head, Head):
         raise HeadError(f"head {path!r}: is of type {type(head).__name__}, expected a pipeline.heads.Head")

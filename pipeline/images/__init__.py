@@ -7,7 +7,6 @@ preparing.py   what is made of pixels: the input of a network, and a perceptual 
 """
 
 from pipeline.images.archives import (
-    ENDINGS,
     Refused,
     entries,
     forget,

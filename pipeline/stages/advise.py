@@ -51,10 +51,7 @@ EIGHTY = 1.2816 / 1.96
 def run(config: Config) -> Advice:
     """Advise what to do next, or read the advice that was given on the same features and rows.
 
-    Raises
-    ------
-    PipelineError
-        When stages one and two have not been run, or the target or embedding cannot be fine-tuned.
+    PipelineError where stages one and two have not been run, or the target or embedding cannot be fine-tuned.
     """
     files = Artifacts(config.output, config.store)
     choice = choose(config, files)
@@ -115,7 +112,7 @@ def signs(config: Config, choice: Choice) -> tuple[dict[str, Any], Pilot, Parts]
     )
     network = open_network(config, choice, store, parts)
     layer, _ = starting_layer(config, choice, store, parts)
-    tried = pilot(config, network, layer, parts, choice.balanced)
+    tried = pilot(config, choice, network, layer, parts)
     try:
         copies = len({pair.other for pair in read_findings(files.audit).near_duplicates})
     except PipelineError:

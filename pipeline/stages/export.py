@@ -16,8 +16,8 @@ from pipeline.embed.spec import VIEW
 from pipeline.errors import BundleError, DatasetError, HeadError, PipelineError, first
 from pipeline.evaluation.leaderboard import read_leaderboard
 from pipeline.experiment import Artifacts
-from pipeline.export import EXPORTS, Model, Photo
 from pipeline.export import bundle as bundles
+from pipeline.export.exports import EXPORTS, Model, Photo
 from pipeline.images import ImageProblem, Preprocessing, decode, open_file, prepare
 from pipeline.io.files import require_place, write_atomic
 from pipeline.io.process import bar

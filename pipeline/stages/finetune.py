@@ -15,16 +15,13 @@ from typing import Any
 
 from pipeline.config import Config, PreprocessingConfig
 from pipeline.data import lineage
-from pipeline.embed.engines import resolve_device, resolve_precision
-from pipeline.embed.weights import Network
 from pipeline.errors import PipelineError
 from pipeline.experiment import FINETUNING, Artifacts, read_document, write_document
-from pipeline.finetuning.batches import Data, LabelledImages
-from pipeline.finetuning.handover import Layer, open_network, put_head, starting_layer
+from pipeline.finetuning.handover import make_task, open_network, starting_layer
 from pipeline.finetuning.material import Choice, Parts, choose, divide, read_pixels
-from pipeline.finetuning.plan import check_plan, describe_plan, stages_of
+from pipeline.finetuning.plan import describe_plan
 from pipeline.finetuning.result import judge, lines, return_path, write_weights
-from pipeline.finetuning.trainer import TrainingTask, copy_weights, keep_below, predict_logits, steps_of, train
+from pipeline.finetuning.trainer import copy_weights, keep_below, predict_logits, train
 from pipeline.io.digests import digests_to_hex, file_digest, fingerprint
 from pipeline.io.files import make_folder, remove
 from pipeline.stages import advise
@@ -57,11 +54,7 @@ def run(config: Config) -> FinetuneRun | None:
     """Fine-tune a backbone of the leaderboard and say whether it was worth it; None where the advice is followed, and is against it.
 
     A finished run is kept; a stopped one goes on from its last checkpoint.
-
-    Raises
-    ------
-    PipelineError
-        When stages one and two have not been run, the target, embedding or head cannot be fine-tuned, or the plan is wrong.
+    PipelineError where stages one and two have not been run, the target, embedding or head cannot be fine-tuned, or the plan is wrong.
     """
     if config.finetune.unfreeze == "auto":
         advice = advise.run(config)
@@ -85,7 +78,12 @@ def run(config: Config) -> FinetuneRun | None:
     layer, start = starting_layer(config, choice, store, parts)
     log.info("%s, starting from %s", choice.record.name, start)
     make_folder(folder)
-    task, data = _make_task(config, choice, network, layer, parts, folder)
+    task, data = make_task(config, choice, network, layer, parts, folder)
+    log.info("training on %s in %s", task.device, task.precision)
+    for stage in task.stages:
+        log.info("  %-7s %s", stage.name, ", ".join(stage.modules))
+    for line in describe_plan(task.plan, task.stages, task.network, task.steps):
+        log.info("%s", line)
     handed_over, data = copy_weights(task.network), keep_below(task, data)
     trained = train(task, data, folder, key)
     path = return_path(task, data, handed_over, trained.weights, trained.score)
@@ -154,33 +152,3 @@ def _finished(folder: Path, key: str, weights: Path) -> dict[str, Any] | None:
         return found if found["key"] == key and found["weights_digest"] == file_digest(weights) else None
     except (PipelineError, OSError, KeyError):
         return None
-
-
-def _make_task(
-    config: Config, choice: Choice, network: Network, layer: Layer, parts: Parts, folder: Path
-) -> tuple[TrainingTask, Data]:
-    """Bring network, plan and pixels together, and say what will be trained, while a mistake still costs nothing.
-
-    Raises
-    ------
-    TrainingError
-        When the plan cannot be followed or an image cannot be read.
-    """
-    device, settings, prepared = resolve_device(config.extraction.device), config.finetune, network.preprocessing
-    _, precision, reason = resolve_precision(config.extraction.precision, device)
-    steps = steps_of(settings, len(parts.train))
-    put_head(network.module, layer)
-    stages = stages_of(network.module, prepared.size)
-    assert settings.unfreeze != "auto"  # as advised by now
-    plan = check_plan(settings.unfreeze, stages)
-    log.info("training on %s in %s: %s", device, precision, reason)
-    for stage in stages:
-        log.info("  %-7s %s", stage.name, ", ".join(stage.modules))
-    for line in describe_plan(plan, stages, network.module, steps):
-        log.info("%s", line)
-    learned, chosen_on = (
-        LabelledImages(read_pixels(config, part, prepared, folder / f"{name}.npy"), parts.target.encode(part))
-        for name, part in (("train", parts.train), ("validation", parts.validation))
-    )
-    data = Data(learned, chosen_on, parts.target.width, prepared.mean, prepared.std, balanced=choice.balanced)
-    return TrainingTask(network.module, stages, plan, settings, steps, precision, config.seed, device), data

@@ -221,9 +221,9 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
     config, embedding, head = _asked_for(row, asked)
     fixed, before = held_at(head, row.params), Path(config.output) / str(row.bundle)
     key, folder = row_key(fixed, embedding, config.seed), files.bundle(embedding.name, head.name)
-    vectors = SharedFeatures(embedding)
-    found = finished_row(folder, key) or make_row(fixed, embedding, vectors, config, files, key)
-    with_strangers(Leaderboard((found,)), replace(asked, files=files))
+    vectors, here = SharedFeatures(embedding), replace(asked, files=files)
+    found = finished_row(folder, key) or make_row(fixed, embedding, vectors, here, key)
+    with_strangers(Leaderboard((found,)), here)
     seconds = time.perf_counter() - start
     said, old = HeadPredictions.read(folder / FILE_NAME), HeadPredictions.read(before / FILE_NAME)
     if old.out_of_fold is None or old.test.paths is None or said.out_of_fold is None:

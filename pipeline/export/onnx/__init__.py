@@ -16,8 +16,8 @@ from pipeline.data.targets import Classification, MultiLabel, Target, record_of
 from pipeline.embed.spec import EmbeddingModel
 from pipeline.errors import BundleError, number_of
 from pipeline.experiment import made_by, plain
-from pipeline.export import Model, Photo, PreparedImages
 from pipeline.export.bundle import versions
+from pipeline.export.exports import Model, Photo, PreparedImages
 from pipeline.export.onnx.graph import FLOAT, OPSET, UINT8, Graph, add_prepared
 from pipeline.export.onnx.heads import Outputs, add_answer
 from pipeline.io.digests import canonical_json
@@ -68,7 +68,7 @@ def _vectors(g: Graph, embedder: EmbeddingModel, pixels: str) -> list[str]:
     """The names of an embedder's outputs, float32 of shape (n, dim) each."""
     spec = embedder.specs[0]
     if spec.kind == "backbone":
-        return g.add(onnx.load_from_string(embedder.to_onnx(OPSET)), pixels)  # type: ignore[attr-defined]
+        return g.add(onnx.load_from_string(embedder.to_onnx(OPSET)), pixels)  # type: ignore[union-attr]
     if spec.architecture == "pixels":
         colours = g("Div", g("Transpose", pixels, perm=[0, 2, 3, 1]), np.float32(255))
         return [g("Reshape", colours, np.array([0, -1]))]

@@ -38,7 +38,6 @@ class Graph:
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: list[onnx.TensorProto] = field(default_factory=list)
-    parts: int = 0
 
     def __call__(self, operator: str, *inputs: Any, outputs: int = 1, named: str = "", **attributes: Any) -> Any:
         """Add a node; return its output's name, a list of several. An input is a name, '' for one left out, or the value of a constant."""
@@ -65,8 +64,7 @@ class Graph:
 
     def add(self, model: onnx.ModelProto, given: str) -> list[str]:
         """Add a model whose one input is to be `given`; return the names of its outputs."""
-        self.parts += 1
-        prefixed = compose.add_prefix(model, f"part{self.parts}.").graph
+        prefixed = compose.add_prefix(model, f"part{len(self.nodes)}.").graph
         self.nodes.append(helper.make_node("Identity", [given], [prefixed.input[0].name]))
         self.nodes += prefixed.node
         self.constants += prefixed.initializer
@@ -117,8 +115,9 @@ _FILTERS: Mapping[str, tuple[float, Callable[[Graph, str], str]]] = {
 
 def add_prepared(g: Graph, images: str, preprocessing: Preprocessing) -> str:
     """Add what `prepare` does to images, uint8 (n, height, width, 3): 0 to 255, float32 (n, 3, *size); BundleError where ONNX cannot."""
-    if preprocessing.interpolation not in _FILTERS:
-        raise BundleError(f"ONNX resizes images by {', '.join(_FILTERS)} here, not by {preprocessing.interpolation}")
+    if preprocessing.interpolation not in _FILTERS or preprocessing.fit == "border":
+        way = f"{preprocessing.interpolation} with fit {preprocessing.fit}"
+        raise BundleError(f"ONNX resizes images by {' and '.join(_FILTERS)} without border here, not by {way}")
     sides = g("Slice", g("Shape", images), [1], [3])
     resized = _resized(g, sides, preprocessing)
     crop = np.array(preprocessing.size)
@@ -130,7 +129,12 @@ def add_prepared(g: Graph, images: str, preprocessing: Preprocessing) -> str:
         had, made, first, count = (g("Gather", each, np.array(side)) for each in (sides, resized, start, kept))
         pixels = _pass(g, pixels, preprocessing, had, made, g("Range", first, g("Add", first, count), np.array(1)))
         pixels = g("Transpose", pixels, perm=[0, 1, 3, 2])
-    return _padded(g, g("Cast", pixels, to=FLOAT), kept, preprocessing)
+    # Sides that are shorter than the crop are padded with black.
+    missing = g("Sub", crop, kept)
+    before = g("Div", missing, np.array(2))
+    none = np.array([0, 0])  # all axes are named: onnxruntime loses count of some when it moves a Transpose
+    pads = g("Concat", none, before, none, g("Sub", missing, before), axis=0)
+    return str(g("Pad", g("Cast", pixels, to=FLOAT), pads, np.float32(0)))
 
 
 def _resized(g: Graph, sides: str, preprocessing: Preprocessing) -> str:
@@ -138,9 +142,6 @@ def _resized(g: Graph, sides: str, preprocessing: Preprocessing) -> str:
     resize = preprocessing.resize
     if not isinstance(resize, int) or preprocessing.fit == "squash":
         return g.constant(np.array([resize, resize] if isinstance(resize, int) else resize))
-    if preprocessing.fit == "border":
-        ratio = g("Div", g.double(g("ReduceMax", sides, keepdims=0)), float(resize))
-        return str(g("Max", g("Cast", g("Round", g("Div", g.double(sides), ratio)), to=INT64), np.array(1)))
     return str(g("Div", g("Mul", sides, np.array(resize)), g("ReduceMin", sides, keepdims=0)))
 
 
@@ -179,14 +180,3 @@ def _weights(g: Graph, preprocessing: Preprocessing, had: str, made: str, places
     far = g("Mul", reach, wide)
     first = g("Max", g("Cast", g("Floor", g("Sub", centres, far)), to=INT64), np.array(0))
     return whole, one, first, g("Cast", g("Ceil", g("Add", centres, far)), to=INT64)
-
-
-def _padded(g: Graph, pixels: str, kept: str, preprocessing: Preprocessing) -> str:
-    """Pad sides that are shorter than the crop, with black or the mean colour."""
-    missing = g("Sub", np.array(preprocessing.size), kept)
-    before = g("Div", missing, np.array(2))
-    none = np.array([0, 0])  # all axes are named: onnxruntime loses count of some when it moves a Transpose
-    pads = g("Concat", none, before, none, g("Sub", missing, before), axis=0)
-    mean = preprocessing.mean if preprocessing.fit == "border" else (0.0, 0.0, 0.0)
-    fill = np.array([round(255 * value) for value in mean], np.float32).reshape(1, 3, 1, 1)
-    return str(g("Add", g("Pad", g("Sub", pixels, fill), pads, np.float32(0)), fill))

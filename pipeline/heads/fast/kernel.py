@@ -126,12 +126,11 @@ def _fits_in_memory(problem: Problem) -> bool:
     size = rows**2 * 8
     if scaled(problem) and size > KERNEL_BYTES:
         log.warning(
-            "head %s: the kernel of %d training rows takes %.1f GB, more than the %.1f GB that are kept; each trial is fitted "
-            "from the features, which may take minutes to hours; leave the head out of `heads` if that is too long",
+            "head %s: the kernel of %d training rows takes %.1f GB, so each trial is fitted from the features, which may take "
+            "minutes to hours; leave the head out of `heads` if that is too long",
             problem.head.name,
             rows,
             size / 1e9,
-            KERNEL_BYTES / 1e9,
         )
     return scaled(problem) and size <= KERNEL_BYTES
 

@@ -39,15 +39,10 @@ FIRST_EPOCHS = 12
 
 
 def usable(problem: Problem) -> bool:
-    """Whether the head is a forest with a seed that has twice the trees of a first look or more."""
+    """Whether the head is a forest that has twice the trees of a first look or more."""
     model = configure(problem.head, problem.head.defaults, problem.seed)[-1]
-    return (
-        type(model) in (RandomForestClassifier, ExtraTreesClassifier)
-        and isinstance(model.random_state, int)
-        and not model.warm_start
-        and "n_estimators" not in problem.head.space
-        and bool(model.n_estimators >= 2 * MOST)
-    )
+    forest = isinstance(model, RandomForestClassifier | ExtraTreesClassifier) and not model.warm_start
+    return forest and "n_estimators" not in problem.head.space and bool(model.n_estimators >= 2 * MOST)
 
 
 Votes = dict[str, tuple[int, NDArray[np.float64], NDArray[np.float64]]]
@@ -92,11 +87,9 @@ def forest(problem: Problem, fold: int, grown: Votes, params: Params) -> FoldOut
 
 def cost(problem: Problem, params: Params) -> float:
     """Return the features a split looks at, to which the time a tree takes is proportional."""
-    dim = problem.dim
-    wanted = configure(problem.head, params, problem.seed)[-1].max_features
+    dim, wanted = problem.dim, configure(problem.head, params, problem.seed)[-1].max_features
     named = {"sqrt": np.sqrt(dim), "log2": np.log2(dim), None: dim}
-    features = float(named[wanted] if wanted in named else wanted if isinstance(wanted, int) else wanted * dim)
-    return max(1.0, features)
+    return max(1.0, float(named[wanted] if wanted in named else wanted if isinstance(wanted, int) else wanted * dim))
 
 
 def few(problem: Problem, params: Params) -> Params:
@@ -112,21 +105,16 @@ def few(problem: Problem, params: Params) -> Params:
 def extrapolated(
     total: NDArray[np.float64], squares: NDArray[np.float64], y: NDArray[np.int64], trees: int, wanted: int
 ) -> NDArray[np.float64]:
-    """Return vote shares that err about as often as those of a forest with as many trees as wanted.
+    """Return vote shares that err about as often as those of a forest with as many trees as wanted, to rank parameters only.
 
     With T trees the share p of a row lies around the mean m of its class with variance b + s / T, where s is the variance
-    between a row's trees and b is what rows differ in truly. s is estimated without bias from the sum and the sum of
-    squares of the votes, and b as what is left. Moving each share towards m until the variance is b + s / `wanted` gives
-    rows the spread that more trees would give (the shrinkage of James and Stein 1961). Else parameters whose trees
-    differ much, which gain most from more trees, would lose against those whose trees are alike.
-
-    It reads the labels of the rows, so it is for ranking parameters only, never for a score that is reported. The mean
-    leaves the row itself out; a row that is alone in its class stays as it is.
+    between a row's trees, estimated from the sums of votes and of their squares, and b is what is left. Moving each share
+    towards m until the variance is b + s / `wanted` (the shrinkage of James and Stein 1961) keeps parameters whose trees
+    differ much, which gain most from more trees, from losing. The mean leaves the row itself out; its label is read.
 
     total, squares : the sum of the trees' probabilities, float64 of shape (n, n_present), and over trees and classes of their
         squares, float64 of shape (n,)
-    y : ndarray of shape (n,), int64: the classes of the rows
-    Returns an ndarray of shape (n, n_present); rows sum to 1.
+    y : the classes of the rows, int64 of shape (n,); returns shares of shape (n, n_present) whose rows sum to 1
     """
     shares = total / trees
     codes, sizes = np.unique(y, return_inverse=True, return_counts=True)[1:]
@@ -147,9 +135,8 @@ def extrapolated(
 def fit_keeping_best(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[Any]) -> Pipeline:
     """Fit a pipeline that ends in an `MLPClassifier` or an `MLPRegressor`, and keep the best weights and not the last.
 
-    scikit-learn keeps the last, and counts a loss that jumps up as one that no longer falls: a fit may end in the jump.
-    An epoch's loss is summed up while its weights move, so it judges those it began with and never those it ended with.
-    Stops as scikit-learn does, by `tol`, `n_iter_no_change` and `max_iter`, the last with its ConvergenceWarning.
+    scikit-learn keeps the last, and a fit may end where the loss has jumped up. An epoch's loss judges the weights that it began
+    with. Stops as scikit-learn does, by `tol`, `n_iter_no_change` and `max_iter`, the last with its ConvergenceWarning.
 
     X : float32 of shape (n, dim); y : classes of any dtype, shape (n,), or numbers, float64 of shape (n,) or (n, k)
     """

@@ -40,26 +40,21 @@ def make_folds(y: ArrayLike, n_folds: int, seed: int, groups: Sequence[Any] | ND
     classes, codes, counts = np.unique(given[given >= 0] if several else given, return_inverse=True, return_counts=True)
     if len(classes) < 2:
         raise HeadError(f"the training rows have {len(classes)} class; a classifier needs at least 2")
-    possible = min(n_folds, int(counts.max()))
-    if groups is not None:
-        possible = min(possible, len(set(np.asarray(groups).tolist())))
+    units = numbered(None if groups is None else np.asarray(groups), len(given))
+    possible = min(n_folds, int(counts.max()), int(units.max()) + 1)
     if possible < 2:
-        found = "all training rows are in one group" if counts.max() > 1 else "every class has one training row"
-        raise HeadError(f"cross-validation is not possible: {found}; expected at least 2 folds, so give more images")
+        raise HeadError("cross-validation needs two images of a class, and two groups; give more images")
     if possible < n_folds:
         log.warning("%d folds instead of %d: the training rows do not allow more", possible, n_folds)
-    rare = [str(name) for name, count in zip(classes, counts, strict=True) if count < possible]
-    if rare and not several:  # numbers of strata tell nobody which label is meant
-        names = ", ".join(rare[:5]) + (" ..." if len(rare) > 5 else "")
-        have = "1 class has" if len(rare) == 1 else f"{len(rare)} classes have"
-        log.warning("%s fewer training rows than the %d folds: %s", have, possible, names)
     if several:
-        place = spread(given, possible, seed, numbered(None if groups is None else np.asarray(groups), len(given)))
+        place = spread(given, possible, seed, units)
         return tuple((np.flatnonzero(place != fold), np.flatnonzero(place == fold)) for fold in np.unique(place))
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
     rows = np.zeros(len(codes))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what it says of rare classes is said above
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # what it says of rare classes was said when the images were listed
         pairs = list(splitter(possible, shuffle=True, random_state=seed).split(rows, codes, groups))
     # With few groups of very different size scikit-learn may leave a fold without rows.
     return tuple((train.astype(np.int64), held_out.astype(np.int64)) for train, held_out in pairs if len(held_out))

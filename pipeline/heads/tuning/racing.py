@@ -5,17 +5,18 @@ The next fits go to those worth their price. Fits run in parallel, within the me
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import joblib
 import numpy as np
@@ -120,14 +121,17 @@ class FoldFits:
         self.held_out_rows = float(np.mean([len(held_out) for _, held_out in problem.folds]))
         self.tell: Callable[[], None] = lambda: None
         """Called as fits end, when they are in `done`."""
-        fits = [event for event in journal.events if event["event"] == "fit"]
-        ended = [event for event in journal.events if event["event"] == "trial"]
-        self._judged = {key(event["rung"], event["params"]): event["estimate"] for event in ended}
-        if not self.metric.mean_of_images:
+        self._judged, self._known, before = dict[str, float | None](), dict[str, Mapping[str, Any]](), 0.0
+        for event in journal.events:
+            before = max(before, float(event["elapsed"]))
+            if event["event"] == "trial":
+                self._judged[key(event["rung"], event["params"])] = event["estimate"]
+        for event in journal.events:
             # The journal keeps no predictions, so what was not judged as a whole before a kill is fitted again.
-            fits = [event for event in fits if key(event["rung"], event["params"]) in self._judged]
-        self._known = {key(event["rung"], event["params"], event["fold"]): event for event in fits}
-        self._start = time.perf_counter() - max([0.0, *(float(event["elapsed"]) for event in journal.events)])
+            whole = self.metric.mean_of_images or key(event["rung"], event["params"]) in self._judged
+            if event["event"] == "fit" and whole:
+                self._known[key(event["rung"], event["params"], event["fold"])] = event
+        self._start = time.perf_counter() - before
 
     def elapsed(self) -> float:
         """Seconds of this search, earlier runs included."""
@@ -139,30 +143,27 @@ class FoldFits:
         On rung 0 a head that has a cheap version is fitted in that.
         """
         groups = [candidates] if self.evaluator.together else [[one] for one in candidates]
-        plan = [(fold, group) for fold in folds for group in groups]
-        known = [[self._known.get(key(rung, one.params, fold)) for one in group] for fold, group in plan]
         screening = None if rung else self.evaluator.screening
-        tasks = []
-        for (fold, group), events in zip(plan, known, strict=True):
-            if not all(events):
+        plan, tasks = [], []
+        for fold, group in itertools.product(folds, groups):
+            known = [self._known.get(key(rung, one.params, fold)) for one in group]
+            plan.append((fold, group, known))
+            if not all(known):
                 points = [one.params for one in group]
                 if screening is not None:
                     points = [{**point, **screening.cheaper(self.problem, point)} for point in points]
                 # What came through cheaper versions is dear to fit again at the end, only to judge it on more rows.
                 tasks.append((fold, points, self.evaluator.screening is not None))
         made = self._made(tasks)
-        for (fold, group), events in zip(plan, known, strict=True):
-            if all(events):
-                outcomes = [replay(event) for event in events if event]
+        for fold, group, known in plan:
+            if all(known):
+                outcomes = [replay(event or {}) for event in known]
                 self.replayed += len(group)
             else:
-                outcomes, elapsed = next(made), self.elapsed()
-                self.journal.append(
-                    [
-                        fit_event(one.number, one.params, fold, outcome, rung, elapsed)
-                        for one, outcome in zip(group, outcomes, strict=True)
-                    ]
-                )
+                outcomes, elapsed, events = next(made), self.elapsed(), []
+                for one, outcome in zip(group, outcomes, strict=True):
+                    events.append(fit_event(one.number, one.params, fold, outcome, rung, elapsed))
+                self.journal.append(events)
                 self.done += len(group)
                 self.tell()
             for one, outcome in zip(group, outcomes, strict=True):
@@ -204,7 +205,7 @@ class FoldFits:
         """
         held_out = [rows for _, rows in self.problem.folds]
         if self.metric.mean_of_images:
-            return float(np.average(one.scores, weights=[len(rows) for rows in held_out]))
+            return float(np.average(one.scores, weights=list(map(len, held_out))))
         known = self._judged.get(key(rung, one.params))
         if known is not None:
             return float(known)
@@ -286,23 +287,15 @@ def _trial(
             estimate = float(leader[1] + np.mean(one.scores - leader[0][: len(one.outcomes)]))
     elif cheap:
         status, mean, reason = "stopped", None, "screened only"
-    scores = [None if np.isnan(score) else float(score) for score in one.scores]
-    warnings = Counter[str]()
-    for outcome in one.outcomes:
+    fit_seconds, score_seconds, warnings = 0.0, 0.0, Counter[str]()
+    scores: list[float | None] = [None] * n_folds
+    for fold, outcome in enumerate(one.outcomes):
+        scores[fold] = None if np.isnan(outcome.score) else outcome.score
+        fit_seconds, score_seconds = fit_seconds + outcome.fit_seconds, score_seconds + outcome.score_seconds
         warnings.update(outcome.warnings)
-    return Trial(
-        number=one.number,
-        params=dict(one.params),
-        status=status,
-        fold_scores=(*scores, *[None] * (n_folds - len(scores))),
-        mean=mean,
-        estimate=estimate,
-        fit_seconds=sum(outcome.fit_seconds for outcome in one.outcomes),
-        score_seconds=sum(outcome.score_seconds for outcome in one.outcomes),
-        warnings=dict(warnings),
-        error=one.error,
-        reason=reason,
-    )
+    error, told = one.error, dict(warnings)
+    times = (fit_seconds, score_seconds)
+    return Trial(one.number, dict(one.params), status, tuple(scores), mean, estimate, *times, told, error, reason)
 
 
 def behind(candidate: NDArray[np.float64], leader: NDArray[np.float64], held_out_rows: float, bounded: bool) -> bool:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.errors import HeadError, first_line
 from pipeline.heads.head import Categorical, Dimension, Head, Integer, Params, Real
@@ -106,11 +105,29 @@ def _bayes(space: Mapping[str, Dimension], defaults: Params, trials: int, size: 
     """
     from skopt import Optimizer
     from skopt.sampler import Lhs
+    from skopt.space import Space
 
-    code = _Code(space)
+    # `Optimizer` gives its own copies the transformation of a Gaussian process; these need the same.
+    theirs = Space([_of_skopt(row) for row in space.values()])
+    theirs.set_transformer("normalize")
+    seen, tried = set[str](), list[list[Any]]()
+
+    def plain(point: Sequence[Any]) -> Params:
+        return {key: _plain(row, value) for (key, row), value in zip(space.items(), point, strict=True)}
+
+    def fresh(points: Iterable[Sequence[Any]]) -> list[list[Any]]:
+        """Return the first `size` points whose parameters were not tried yet."""
+        kept = list[list[Any]]()
+        for point in points:
+            key = _key(plain(point))
+            if key not in seen and len(kept) < size:
+                seen.add(key)
+                kept.append(list(point))
+        return kept
+
     generator = np.random.RandomState(seed)
     optimizer = Optimizer(
-        code.space.dimensions,
+        theirs.dimensions,
         base_estimator="GP",
         n_initial_points=1,
         acq_func="EI",
@@ -119,23 +136,25 @@ def _bayes(space: Mapping[str, Dimension], defaults: Params, trials: int, size: 
         random_state=generator.randint(2**31 - 1),
         avoid_duplicates=False,
     )
-    first = Lhs(lhs_type="centered", criterion=None).generate(
-        code.space.dimensions, max(1, size - 1), random_state=generator
-    )
-    batch = _fresh([code.encode(defaults), *first], [], code, size)
-    tried = list[list[Any]]()
+    lhs = Lhs(lhs_type="centered", criterion=None)
+    first = lhs.generate(theirs.dimensions, max(1, size - 1), random_state=generator)
+    start = list[Any]()
+    for key, row in space.items():
+        choice = isinstance(row, Categorical)
+        start.append(str(list(row.categories).index(defaults[key])) if choice else defaults[key])  # type: ignore[union-attr]
+    batch = fresh([start, *first])
     while batch:
-        values = yield [code.decode(point) for point in batch]
+        values = yield [plain(point) for point in batch]
         tried += batch
         told = [(point, -value) for point, value in zip(batch, values, strict=True) if value is not None]
         if told:
             optimizer.tell([point for point, _ in told], [value for _, value in told])
         if optimizer.models:
-            wanted = [optimizer.ask(), *_thompson(optimizer.models[-1], code, size - 1, generator, tried)]
+            wanted = [optimizer.ask(), *_thompson(optimizer.models[-1], theirs, size - 1, generator, tried)]
         else:
-            wanted = code.space.rvs(size, random_state=generator)
-        spare = code.space.rvs(DRAWS, random_state=generator)
-        batch = _fresh(wanted, tried, code, size) or _fresh(spare, tried, code, size)
+            wanted = theirs.rvs(size, random_state=generator)
+        spare = theirs.rvs(DRAWS, random_state=generator)
+        batch = fresh(wanted) or fresh(spare)
 
 
 STRATEGIES: Mapping[str, Callable[[Mapping[str, Dimension], Params, int, int, int], Rounds]] = {
@@ -143,31 +162,6 @@ STRATEGIES: Mapping[str, Callable[[Mapping[str, Dimension], Params, int, int, in
     "random": _random,
     "grid": _grid,
 }
-
-
-class _Code:
-    """Points of a search space as skopt's lists, and back to plain parameters."""
-
-    def __init__(self, space: Mapping[str, Dimension]) -> None:
-        from skopt.space import Space
-
-        self._source = space
-        # `Optimizer` gives its own copies the transformation of a Gaussian process; these need the same.
-        self.space = Space([_of_skopt(row) for row in space.values()])
-        self.space.set_transformer("normalize")
-
-    def encode(self, params: Params) -> list[Any]:
-        return [
-            str(list(row.categories).index(params[key])) if isinstance(row, Categorical) else params[key]
-            for key, row in self._source.items()
-        ]
-
-    def decode(self, point: Sequence[Any]) -> dict[str, Any]:
-        return {key: _plain(row, value) for (key, row), value in zip(self._source.items(), point, strict=True)}
-
-    def unit(self, points: Sequence[Sequence[Any]]) -> NDArray[np.float64]:
-        """Points in the cube the surrogate works in: shape (n, columns), 0 to 1."""
-        return np.asarray(self.space.transform([list(point) for point in points]), dtype=np.float64)
 
 
 def _of_skopt(row: Dimension) -> Any:
@@ -189,35 +183,24 @@ def _plain(row: Dimension, value: Any) -> Any:
 
 
 def _thompson(
-    model: Any, code: _Code, count: int, generator: np.random.RandomState, tried: Sequence[Sequence[Any]]
+    model: Any, space: Any, count: int, generator: np.random.RandomState, tried: Sequence[list[Any]]
 ) -> list[list[Any]]:
-    """Return the points that are lowest in functions drawn from a fitted process, away from each other."""
+    """Return the points that are lowest in functions drawn from a fitted process, away from each other and from those tried."""
     if count < 1:
         return []
-    points = code.space.rvs(DRAWS, random_state=generator)
-    unit = code.unit(points)
+    points = space.rvs(DRAWS, random_state=generator)
+    unit = np.asarray(
+        space.transform(points), dtype=np.float64
+    )  # in the cube the surrogate works in, each number 0 to 1
     drawn = np.asarray(model.sample_y(unit, n_samples=count, random_state=generator.randint(2**31 - 1)))
-    taken = list(code.unit(tried)) if tried else []
-    chosen = []
+    taken, chosen = list(np.asarray(space.transform(list(tried)), dtype=np.float64)), []
     for column in drawn.reshape(len(points), count).T:
         for place in np.argsort(column):
-            if all(np.abs(unit[place] - other).max() > APART for other in taken):
+            if np.abs(unit[place] - np.array(taken)).max(axis=1).min() > APART:
                 taken.append(unit[place])
                 chosen.append(points[place])
                 break
     return chosen
-
-
-def _fresh(points: Sequence[Any], tried: Sequence[Any], code: _Code, size: int) -> list[list[Any]]:
-    """Return the first `size` points that decode to parameters not tried yet."""
-    seen = {_key(code.decode(point)) for point in tried}
-    fresh: list[list[Any]] = []
-    for point in points:
-        key = _key(code.decode(point))
-        if key not in seen and len(fresh) < size:
-            seen.add(key)
-            fresh.append(list(point))
-    return fresh
 
 
 def _key(params: Params) -> str:

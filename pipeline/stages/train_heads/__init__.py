@@ -164,7 +164,7 @@ def _rows(asked: Asked) -> _Rows:
                 row = finished_row(folder, key)
                 made.reused += row is not None and key not in tried
                 made.seconds += 0 if row is None else (row.search_seconds or 0) + row.fit_seconds
-                row = row or make_row(head, embedding, vectors, config, files, key)
+                row = row or make_row(head, embedding, vectors, asked, key)
                 made.rows.append(replace(row, license=embedding.license))
             except UnfittedError as error:
                 why = ": ".join(filter(None, [error.message, "; ".join(error.problems)]))
@@ -209,7 +209,7 @@ def _make(config: str, rows: str, working: str, folder: Path, place: int, name: 
     head = next(head for head in embedding.heads if head.name == name)
     key = row_key(head, embedding, asked.config.seed)
     with suppress(UnfittedError):
-        make_row(head, embedding, SharedFeatures(embedding, folder), asked.config, asked.files, key)
+        make_row(head, embedding, SharedFeatures(embedding, folder), asked, key)
 
 
 @lru_cache(1)

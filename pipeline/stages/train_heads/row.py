@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.pipeline import Pipeline
 from sklearn.svm import SVC, NuSVC
 
-from pipeline.config import Config, TuningConfig
+from pipeline.config import TuningConfig
 from pipeline.data.classes import expand_scores
 from pipeline.errors import BundleError
 from pipeline.evaluation import METRICS, HeadPredictions, Metric, Predictions, Scores, metrics_for, scores
@@ -26,13 +26,14 @@ from pipeline.evaluation.intervals import Interval, expected_accuracy
 from pipeline.evaluation.leaderboard import LeaderboardRow, Nested, Seeds
 from pipeline.evaluation.leaderboard.recommendation import UNEVEN, unevenness
 from pipeline.evaluation.predictions import FILE_NAME
-from pipeline.experiment import Artifacts, bundle_file, plain
+from pipeline.experiment import bundle_file, plain
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, identity
+from pipeline.heads.choosing import weighted
 from pipeline.heads.tuning import FeatureMatrix, Projections, TuningRun, blocks, make_folds, part, tune
 from pipeline.io.digests import fingerprint
-from pipeline.stages.train_heads.task import Embedding, SharedFeatures, Task, predict
+from pipeline.stages.train_heads.task import Asked, Embedding, SharedFeatures, Task, predict
 
 log = logging.getLogger(__name__)
 
@@ -69,31 +70,34 @@ def finished_row(folder: Path, key: str) -> LeaderboardRow | None:
         return None
 
 
-def make_row(
-    head: Head, embedding: Embedding, vectors: SharedFeatures, config: Config, files: Artifacts, key: str
-) -> LeaderboardRow:
+def make_row(head: Head, embedding: Embedding, vectors: SharedFeatures, asked: Asked, key: str) -> LeaderboardRow:
     """Tune one head, score it once on the test images, repeat what was asked for, and save its bundle.
 
     UnfittedError where the head cannot be tuned here, or no trial of it could be fitted.
     """
     embedding.require(head)
     log.info("%s / %s", embedding.name, head.name)
-    record, task, tuning, seed = embedding.record, embedding.task, embedding.tuning, config.seed
+    record, task, tuning, seed, files = (
+        embedding.record,
+        embedding.task,
+        embedding.tuning,
+        asked.config.seed,
+        asked.files,
+    )
     journal, folder = files.trials(embedding.name, head.name), files.bundle(embedding.name, head.name)
     tuned = tune(head, vectors.train, task.y_train, task.folds, tuning, seed, journal, vectors.projections, task.target)
-    identity_of = plain(record) if record else {}
-    calibrator = calibrator_of(tuned, task)
-    bundle = ModelBundle(head.name, tuned.best.params, task.target, identity_of, tuned.pipeline, {}, calibrator)
-    out_of_fold = _out_of_fold(tuned, task, bundle)
-    target = task.target.settled(
-        task.y_train, out_of_fold.y_pred, out_of_fold.probabilities, METRICS[tuned.scoring].threshold
+    made_of = plain(record) if record else {}
+    bundle = ModelBundle(
+        head.name, tuned.best.params, task.target, made_of, tuned.pipeline, {}, calibrator_of(tuned, task)
     )
-    bundle, out_of_fold = replace(bundle, target=target), replace(out_of_fold, target=target)
+    own, by = _out_of_fold(tuned, task, bundle), METRICS[tuned.scoring].threshold
+    target = task.target.settled(task.y_train, own.y_pred, own.probabilities, by)
+    bundle, own = replace(bundle, target=target), replace(own, target=target)
     start = time.perf_counter()
     y_pred, probabilities = predict(bundle, vectors.test, tuning)
     seconds = time.perf_counter() - start
     units, paths = task.test.fold_groups(), task.test.paths
-    said = HeadPredictions(Predictions(task.y_test, y_pred, probabilities, units, paths, target=target), out_of_fold)
+    said = HeadPredictions(Predictions(task.y_test, y_pred, probabilities, units, paths, target=target), own)
     row = _row(head, embedding, tuned, said, seed)
     row = replace(
         row,
@@ -259,14 +263,8 @@ def reweighted(
     if not head.takes_class_weight or unevenness(np.bincount(task.y_train).tolist()) < UNEVEN:
         return None
     weights = None if head.build(seed)[-1].get_params()["class_weight"] else "balanced"
-
-    def build(seed: int) -> Pipeline:
-        pipeline = head.build(seed)
-        pipeline[-1].set_params(class_weight=weights)
-        return pipeline
-
-    params = {**head.fixed, **tuned.best.params}
-    switched = replace(head, build=build, space={}, defaults={}, fixed=params)
+    fixed = {**head.fixed, **tuned.best.params}
+    switched = replace(head, build=partial(weighted, head.build, weights), space={}, defaults={}, fixed=fixed)
     once = tuning.model_copy(update={"trials": 1})
     found = tune(switched, X, task.y_train, task.folds, once, seed, _beside(journal, "class-weights"), projections)
     guess = found.classes[found.out_of_fold.y_pred]

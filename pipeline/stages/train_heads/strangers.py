@@ -24,6 +24,7 @@ from pipeline.evaluation.learning_curve import stratified_order
 from pipeline.evaluation.predictions import FILE_NAME
 from pipeline.evaluation.strangeness import (
     NEIGHBOURS,
+    PROBABILITY,
     Reference,
     alike,
     auroc,
@@ -34,7 +35,6 @@ from pipeline.evaluation.strangeness import (
 )
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
-from pipeline.export.strangers import PROBABILITY
 from pipeline.io.digests import fingerprint
 from pipeline.stages.train_heads.task import Asked
 

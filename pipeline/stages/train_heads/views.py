@@ -95,7 +95,7 @@ def _find(best: Origin, parts: Sequence[EmbeddingRecord], asked: Asked, metric: 
             _predicted(before.out_of_fold, made, held_out[way]),
         )
         assert told.out_of_fold is not None
-        costs = [part.seconds_per_image for part in parts[: len(made.members)]]
+        costs = [part.seconds_per_image for part in parts[: len(made.parts)]]
         new = replace(
             row_like(row, name, "views", told.test, metric, asked.config.seed),
             **cross_validated(told.out_of_fold, task, metric),
@@ -122,13 +122,13 @@ def _sentence(best: Origin, row: LeaderboardRow, told: HeadPredictions, times: i
     """Say what a way brought, and what it costs."""
     assert told.out_of_fold is not None
     assert best.said.out_of_fold is not None
-    plain, kilobytes = best.row, 4 * (best.row.dim or 0) / 1e3
+    alone, kilobytes = best.row, 4 * (best.row.dim or 0) / 1e3
     held_out = paired_answers(ACCURACY, told.out_of_fold, best.said.out_of_fold, seed)
     test = paired_answers(ACCURACY, told.test, best.said.test, seed)
     price = [f"{times * kilobytes:.1f} kB of vectors an image in place of {kilobytes:.1f}"]
-    if row.fit_seconds != plain.fit_seconds:
-        price.append(f"fitted in {row.fit_seconds:.2g} s in place of {plain.fit_seconds:.2g}")
-    if row.embed_seconds and plain.embed_seconds:
-        price.append(f"{1e3 * row.embed_seconds:.0f} ms to embed an image in place of {1e3 * plain.embed_seconds:.0f}")
+    if row.fit_seconds != alone.fit_seconds:
+        price.append(f"fitted in {row.fit_seconds:.2g} s in place of {alone.fit_seconds:.2g}")
+    if row.embed_seconds and alone.embed_seconds and row.embed_seconds != alone.embed_seconds:
+        price.append(f"{1e3 * row.embed_seconds:.0f} ms to embed an image in place of {1e3 * alone.embed_seconds:.0f}")
     brought = f"{held_out.points} out of fold and {test.points} on the test: {held_out.verdict}"
     return f"{row.key}: {brought}; {', '.join(price)}; in {place}."
