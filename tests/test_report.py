@@ -423,7 +423,7 @@ def test_without_images_features_or_trials_the_page_says_what_is_missing(copy: P
 def test_of_many_images_a_stratified_part_is_looked_at(experiment: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(materials, "MOST_IMAGES", 90)
     found = gather(experiment)
-    assert "look at 90 of 180 images" in " ".join(found.missing)
+    assert "use 90 of 180 images" in " ".join(found.missing)
     assert found.map is not None
     assert found.index is not None
     labels = found.index.labels[found.map.rows].astype(str)
