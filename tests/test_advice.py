@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from documents import rewrite
 from judged_advice import judged
+from photos import make_photos, small_config
 from report_experiment import material, row, section, words
 
 from pipeline.cli import cli
@@ -22,7 +22,7 @@ from pipeline.evaluation.advice import ARMS, LABEL, OTHER, STOP, Advice, Way, fi
 from pipeline.experiment import ADVICE, Artifacts, read_document
 from pipeline.finetuning.pilot import statistics_shift
 from pipeline.stages import advise as stage
-from pipeline.stages import finetune
+from pipeline.stages import extract, finetune, train_heads
 from pipeline.stages.advise import probes
 
 LAST, ALL = advice.TRAIN
@@ -125,12 +125,15 @@ def test_the_shift_is_what_batch_norm_sees_of_other_images() -> None:
 
 
 @pytest.fixture(scope="module")
-def advised(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Advice]:
+def advised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Advice]:
+    """An experiment on a network that ends in a linear layer, with its advice."""
     root = tmp_path_factory.mktemp("advised")
-    output = Path(shutil.copytree(experiment.output, root / "output"))
-    shutil.copytree(Artifacts(experiment.output).stores, root / "features")
-    short = experiment.finetune.model_copy(update={"steps": 12, "batch_size": 4})
-    config = experiment.model_copy(update={"output": str(output), "finetune": short})
+    config = small_config(make_photos(root / "photos"), root / "output")
+    section = config.backbones[0].model_copy(update={"name": "shufflenet_v2_x0_5"})
+    short = config.finetune.model_copy(update={"steps": 12, "batch_size": 4})
+    config = config.model_copy(update={"backbones": (section,), "heads": config.heads[:1], "finetune": short})
+    extract.run(config)
+    train_heads.run(config)
     return config, stage.run(config)
 
 

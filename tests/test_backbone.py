@@ -543,6 +543,7 @@ def test_bundled_weights_load_from_the_package(
     regnet: tuple[Path, dict[str, object]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path, description = regnet
+    path = path.rename(tmp_path / "bundled.safetensors")
     path.with_suffix(".json").write_text(json.dumps(description))
     monkeypatch.setattr(weights, "BUNDLED", path)
     made = backbone.load(BackboneConfig(name="bundled", weights="bundled"), FP32, 0)

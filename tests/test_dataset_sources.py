@@ -17,9 +17,8 @@ from PIL import Image
 from pipeline.config import DatasetConfig
 from pipeline.data import manifest
 from pipeline.data.failures import shown
-from pipeline.data.folder import list_folder
+from pipeline.data.folder import Listing, list_folder
 from pipeline.data.sources import torchvision_manifest, written_once
-from pipeline.data.walk import Listing
 from pipeline.errors import ConfigError, DatasetError
 from pipeline.images import NO_IMAGE
 
@@ -271,7 +270,7 @@ class TestManifest:
             self.write(tmp_path, "path,label\na/1.png,x\na/9.png,x\nq/1.png,y\na/dir.png,y\na/1.png/z,y\n")
         )
         assert rows(listing) == [("a/1.png", "x")]
-        assert [image[5] for image in listing.images] == [(7, *_times(tmp_path / "a/1.png"))]
+        assert [image[5:] for image in listing.images] == [(7, *_times(tmp_path / "a/1.png"))]
         assert entries(listing) == [
             ("a/1.png/z", "missing"),
             ("a/9.png", "missing"),

@@ -141,7 +141,7 @@ def test_another_image_size_is_built_and_gives_other_vectors_of_the_same_weights
             ExtractionConfig(precision="fp32", engine="torch", device="cpu"),
             0,
         )
-        for asked in (None, PreprocessingConfig(resize=96, crop=65))
+        for asked in (PreprocessingConfig(resize=96, crop=64), PreprocessingConfig(resize=96, crop=65))
     )
     assert larger.preprocessing.size == (65, 65)
     assert usual.specs[0].weights_digest == larger.specs[0].weights_digest

@@ -96,7 +96,7 @@ def make_config(folder: Path, **finetuning: Any) -> Config:
             "baselines": ["majority"],
             "heads": ["logistic_regression", "ridge", "decision_tree"],
             "extraction": {"device": "cpu", "precision": "fp32"},
-            "tuning": {"trials": 2, "folds": 2, "jobs": 1},
+            "tuning": {"strategy": "random", "trials": 2, "folds": 2, "jobs": 1},
             "finetune": {**STEPS, **finetuning},
         },
         "test",

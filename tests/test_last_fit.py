@@ -98,7 +98,9 @@ def test_every_head_labels_with_the_likeliest_class(name, classes):
 
 def test_scikit_learns_centroids_contradict_themselves_and_ours_do_not(tmp_path):
     X, y = digits()
-    run = tune(HEADS["nearest_centroid"], X, y, make_folds(y, 3, 0), TuningConfig(trials=1), 0, tmp_path / "a.jsonl")
+    run = tune(
+        HEADS["nearest_centroid"], X, y, make_folds(y, 3, 0), TuningConfig(trials=1, jobs=1), 0, tmp_path / "a.jsonl"
+    )
     assert (run.pipeline.predict(X) != run.pipeline.predict_proba(X).argmax(axis=1)).any()
     assert np.array_equal(run.out_of_fold.y_pred, run.out_of_fold.scores.argmax(axis=1))
 
@@ -201,8 +203,8 @@ def test_a_last_fit_that_raises_is_a_reason_and_no_traceback(tmp_path):
 
 def test_warnings_of_the_last_fit_and_of_the_chosen_trial_are_kept(tmp_path):
     run = run_unlucky(unlucky(1, warn=True), tmp_path)
-    assert run.last_fit.warnings == {"RuntimeWarning: hard going": 1}
-    assert run.last_fit.fold_warnings == {"RuntimeWarning: hard going": 4}
+    assert run.last_fit.warnings == {"RuntimeWarning: hard going.": 1}
+    assert run.last_fit.fold_warnings == {"RuntimeWarning: hard going.": 4}
 
 
 def test_the_promise_allows_for_more_rows_and_for_chance():

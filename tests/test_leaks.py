@@ -56,7 +56,7 @@ def test_no_head_learns_from_the_rows_it_is_judged_on(name: str, tmp_path: Path)
     if name == "random_forest":  # a small one says the same
         head = replace(head, space={}, defaults={}, fixed={"n_estimators": 20})
     if name == "mlp":
-        head = replace(head, fixed={**head.fixed, "max_iter": 10})
+        head = replace(head, fixed={**head.fixed, "max_iter": 3})
     assert not held_out_rows_reach_the_fit(lambda X: head, tmp_path)
 
 

@@ -13,7 +13,7 @@ from documents import rewrite
 from photos import make_photos, small_config
 
 from pipeline.config import BackboneConfig, Config
-from pipeline.embed import graph, published, weights
+from pipeline.embed import graph, published, timm_models, weights
 from pipeline.embed.records import read_records
 from pipeline.errors import BackboneError, PipelineError
 from pipeline.evaluation.leaderboard import read_leaderboard
@@ -28,6 +28,8 @@ REFUSED = (
 
 @pytest.fixture(autouse=True)
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of torch's weights; and no network of timm is here, nor built to know how much there is to fetch."""
+    monkeypatch.setattr(timm_models, "_to_fetch", lambda found: published.Fetch(found.tag, tmp_path, 0))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     return tmp_path / "hub" / "checkpoints"
 

@@ -296,7 +296,7 @@ def test_a_pack_that_status_refuses_does_not_verify(experiment: Config, tmp_path
         "row": np.full(len(index), 10**6, "<u8"),
     }
     features = store.read(index.digests)
-    path.write_bytes(b"".join(compose("pack", store.store_type, len(index), arrays, lambda: [features]).parts))
+    path.write_bytes(b"".join(compose("pack", store.store_type, len(index), arrays, lambda: [features])[1]))
     with pytest.raises(StoreError, match="'row' points outside"):
         maintenance.status_of_pack(path)
     check = maintenance.verify_pack(path, full=True)

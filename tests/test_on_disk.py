@@ -24,7 +24,6 @@ from pipeline.embed.records import EmbeddingRecord, write_records
 from pipeline.embed.spec import EmbeddingSpec
 from pipeline.errors import ConfigError, HeadError
 from pipeline.evaluation import HeadPredictions
-from pipeline.evaluation.leaderboard import Leaderboard
 from pipeline.experiment import Artifacts
 from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS, RIDGE, Head, resolve
@@ -252,12 +251,14 @@ def stage_one(output: Path) -> Config:
 def test_stage_two_ends_with_the_same_table_and_bundles_less_what_cannot_work_on_disk(
     tmp_path: Path, small_blocks: None
 ) -> None:
-    config = stage_one(tmp_path / "memory")
-    here = train_heads.run(config).leaderboard
-    other = stage_one(tmp_path / "disk")
-    disk = train_heads.run(
-        other.model_copy(update={"tuning": other.tuning.model_copy(update={"memory": "0.4MB"})})
-    ).leaderboard
+    here, disk = (
+        train_heads.run(
+            config.model_copy(
+                update={"heads": config.heads[1:], "tuning": config.tuning.model_copy(update={"memory": memory})}
+            )
+        ).leaderboard
+        for memory, config in (("auto", stage_one(tmp_path / "memory")), ("0.4MB", stage_one(tmp_path / "disk")))
+    )
     assert {row.key for row in here.rows} - {row.key for row in disk.rows} == {"net/decision_tree"}
     for row in disk.rows:
         same = here.row(row.key)
@@ -281,20 +282,16 @@ def test_stage_two_ends_with_the_same_table_and_bundles_less_what_cannot_work_on
         "ridge, logistic_regression, linear_svm",
     ]
     assert not any("disk" in note for note in here.notes())
-    bundles_predict_what_the_leaderboard_says(tmp_path / "disk", disk)
-
-
-def bundles_predict_what_the_leaderboard_says(output: Path, board: Leaderboard) -> None:
+    output, row = tmp_path / "disk", disk.row("net/ridge")
     index = DatasetIndex.read(Artifacts(output).dataset).select("test")
     record = json.loads(Artifacts(output).features.read_text(encoding="utf-8"))["embeddings"][0]
     X = FeatureStore.open(output / record["store"]).read(index.digests)
-    for head in ("ridge", "logistic_regression"):
-        row = board.row(f"net/{head}")
-        labels, probabilities = bundles.load(output / str(row.bundle)).predict(X)
-        assert np.mean(labels == index.labels) == row.test.accuracy if row.test else False
-        saved = HeadPredictions.read(output / str(row.bundle) / "predictions.npz").test
-        assert saved is not None
-        np.testing.assert_allclose(probabilities, saved.probabilities, atol=1e-6)
+    labels, probabilities = bundles.load(output / str(row.bundle)).predict(X)
+    assert row.test is not None
+    assert np.mean(labels == index.labels) == row.test.accuracy
+    saved = HeadPredictions.read(output / str(row.bundle) / "predictions.npz").test
+    assert saved is not None
+    np.testing.assert_allclose(probabilities, saved.probabilities, atol=1e-6)
 
 
 @pytest.mark.parametrize("baselines", [(), ("majority",)])

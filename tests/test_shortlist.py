@@ -239,7 +239,7 @@ def test_all_that_is_here_and_allowed_is_a_candidate(
     hub = tmp_path / "hub" / "checkpoints"
     hub.mkdir(parents=True)
     (hub / "squeezenet1_1-b8a52dc0.pth").write_bytes(b"")
-    asked = small_config(photos, tmp_path / "out")
+    asked = small_config(photos, tmp_path / "out").model_copy(update={"backbones": (BackboneConfig(name="resnet18"),)})
     found, left_out = shortlist._candidates(asked, [])
     sections = [each for each in found if not isinstance(each, str)]
     assert sections[0] == asked.backbones[0]

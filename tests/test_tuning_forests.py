@@ -29,7 +29,7 @@ FOREST = replace(HEADS["random_forest"], fixed={"n_estimators": 64})
 def whole_search(tmp_path_factory):
     """A search of small forests: its arguments, what it found, and its fits."""
     X, y = network(90, 12, 3)
-    arguments = (FOREST, X, y, make_folds(y, 3, 0), TuningConfig(strategy="random", trials=8, jobs=1), 0)
+    arguments = (FOREST, X, y, make_folds(y, 3, 0), TuningConfig(strategy="random", trials=4, jobs=1), 0)
     journal = tmp_path_factory.mktemp("whole") / "trials.jsonl"
     run = tune(*arguments, journal)
     events = map(json.loads, journal.read_text().splitlines())
@@ -127,7 +127,7 @@ def test_a_group_does_not_vouch_for_itself(tmp_path):
     X = (generator.normal(size=(60, 10))[groups] + 0.01 * generator.normal(size=(300, 10))).astype(np.float32)
     y = generator.integers(0, 2, 60)[groups]
     folds = make_folds(y, 3, 0, groups)
-    run = tune(FOREST, X, y, folds, TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
+    run = tune(FOREST, X, y, folds, TuningConfig(trials=2, jobs=1), 0, tmp_path / "trials.jsonl")
     estimates = [trial.estimate for trial in run.trials]
     assert max(estimates) < 0.7
 
@@ -211,7 +211,7 @@ def test_of_those_that_go_on_the_better_half_is_fitted_further(whole_search):
 def test_those_worth_it_go_on_and_are_judged_in_full(tmp_path):
     X, y = network(160, 12, 3)
     folds = make_folds(y, 2, 0)
-    run = tune(FOREST, X, y, folds, TuningConfig(trials=12, strategy="random"), 0, tmp_path / "trials.jsonl")
+    run = tune(FOREST, X, y, folds, TuningConfig(trials=12, strategy="random", jobs=1), 0, tmp_path / "trials.jsonl")
     events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
     fits = [event for event in events if event.get("event") == "fit"]
     first = {number: [] for number in range(12)}
@@ -283,7 +283,7 @@ def test_the_choice_is_that_of_full_fits_within_noise(tmp_path):
 def test_a_search_of_forests_that_is_interrupted_among_those_that_go_on_ends_the_same(
     whole_search, tmp_path, monkeypatch
 ):
-    (arguments, whole, _), stop_after = whole_search, 27
+    (arguments, whole, _), stop_after = whole_search, 14
     append, seen = Journal.append, []
 
     def dying(self, events):
@@ -304,7 +304,7 @@ def test_a_search_of_forests_that_is_interrupted_among_those_that_go_on_ends_the
 
 def test_the_number_of_jobs_does_not_change_forests(whole_search, tmp_path):
     (head, X, y, folds, _, seed), whole, _ = whole_search
-    tuning = TuningConfig(strategy="random", trials=8, jobs=3)
+    tuning = TuningConfig(strategy="random", trials=4, jobs=3)
     run = tune(head, X, y, folds, tuning, seed, tmp_path / "trials.jsonl")
     assert summary(run) == summary(whole)
     assert np.array_equal(run.out_of_fold.scores, whole.out_of_fold.scores)

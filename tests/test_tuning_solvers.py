@@ -163,7 +163,9 @@ def test_standardising_is_what_the_scaler_does():
 def test_the_chosen_score_is_scikit_learns_own(name, tmp_path):
     X, y = network(300, 30, 4)
     folds = make_folds(y, 3, 0)
-    run = tune(HEADS[name], X, y, folds, TuningConfig(trials=6, strategy="random"), 0, tmp_path / "trials.jsonl")
+    run = tune(
+        HEADS[name], X, y, folds, TuningConfig(trials=6, strategy="random", jobs=1), 0, tmp_path / "trials.jsonl"
+    )
     own = [
         configure(HEADS[name], run.best.params, 0).fit(X[train], y[train]).score(X[held_out], y[held_out])
         for train, held_out in folds
@@ -173,7 +175,14 @@ def test_the_chosen_score_is_scikit_learns_own(name, tmp_path):
 
 def test_hopeless_penalties_leave_the_race_and_the_choice_stays(tmp_path, monkeypatch):
     X, y = network(400, 20, 3)
-    arguments = (HEADS["logistic_regression"], X, y, make_folds(y, 5, 0), TuningConfig(trials=12, strategy="grid"), 0)
+    arguments = (
+        HEADS["logistic_regression"],
+        X,
+        y,
+        make_folds(y, 5, 0),
+        TuningConfig(trials=12, strategy="grid", jobs=1),
+        0,
+    )
     raced = tune(*arguments, tmp_path / "raced.jsonl")
     monkeypatch.setattr(racing, "behind", lambda *pair: False)
     whole = tune(*arguments, tmp_path / "whole.jsonl")

@@ -53,7 +53,7 @@ def read_failures(folder: Path) -> list[Failure]:
         header, *rows = csv.reader(io.StringIO(read_file(path).decode("utf-8"), newline=""))
         if tuple(header) != Failure._fields:
             raise ValueError(f"expected the columns {', '.join(Failure._fields)}")
-        return [Failure(*map(from_cell, row)) for row in rows]
+        return [Failure._make(map(from_cell, row)) for row in rows]
     except FileNotFoundError:
         return []
     except PermissionError:

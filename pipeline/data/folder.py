@@ -1,4 +1,6 @@
-"""A folder of class folders, or the same below train/, validation/ and test/; archives of such, and WebDatasets."""
+"""What a source lists, not yet opened: images by their content, below class folders, or below train/, validation/ and test/ above them;
+archives of such, and WebDatasets; and a line for all that is passed over.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,204 @@ import json
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import ARCHIVES
-from pipeline.data.failures import noticed, shown
-from pipeline.data.walk import SPLIT_NAMES, Folder, Listing, Walk, is_hidden, is_image_name
+from pipeline.data.failures import Failure, noticed, shown
+from pipeline.data.index import LABEL
 from pipeline.errors import DatasetError, first, number_of
-from pipeline.images import Refused, entries, forget, inside, open_archive, read_elsewhere
+from pipeline.images import (
+    NO_IMAGE,
+    START_BYTES,
+    Refused,
+    Stat,
+    entries,
+    forget,
+    inside,
+    kind_of,
+    open_archive,
+    read_elsewhere,
+    stat_of,
+)
 from pipeline.io.remote import address_of
+
+EXTENSIONS = frozenset({
+    "apng", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "mpo", "pjp", "pjpeg", "png", "tif", "tiff", "webp",
+})  # fmt: skip
+"""File name endings, in any case, that say "image" without a look into the file."""
+
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""How users call a split, in lower case -> how it is called here."""
+
+_HIDDEN = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx"})
+
+
+ListedImage = tuple[str, str | tuple[str, ...], str, str, str, int, int, int]
+"""Path of an image below the root, label, split, group, domain, and the three numbers of its `Stat`; one plain tuple, as there are many.
+
+The label is a tuple where the source has several columns; split, group and domain are '' where it has none.
+"""
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name ends as an image's does, in any case."""
+    return name.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name is one that file managers and archivers leave behind."""
+    return name[0] == "." or name.lower() in _HIDDEN
+
+
+def is_folder(path: Path) -> bool | None:
+    """Whether a path is a folder of images, on this machine, remote or an archive; False for a file, None where there is nothing."""
+    if path.exists() and (path.is_dir() or inside(str(path)) is None):
+        return path.is_dir()
+    try:
+        entries(str(path))
+    except NotADirectoryError:
+        return False if inside(str(path)) or address_of(path) else None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DatasetError(f"{address_of(path) or path}: {error.strerror or error}") from None
+    return True
+
+
+@dataclass
+class Folder:
+    """What one folder holds: the names of folders, and of images with what tells whether each was touched."""
+
+    folders: list[str] = field(default_factory=list)
+    images: dict[str, Stat] = field(default_factory=dict)
+
+
+@dataclass
+class Listing:
+    """What a source holds below `root`: its images, a line for each file that is passed over, and counts of the rest.
+
+    Folders are walked with `below` or `read`, which take no image in by themselves. Paths are relative to the root; those of folders end
+    in '/', and the root's own is ''. Symbolic links are followed to files below `inside`. The root, or a folder in it, may be an archive,
+    the root also remote. `names` is what the columns of labels are called in the index.
+    """
+
+    root: Path
+    inside: str = "/"
+    images: list[ListedImage] = field(default_factory=list)
+    entries: list[Failure] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    warnings: list[str] = field(default_factory=list)
+    names: tuple[str, ...] = (LABEL,)
+
+    def below(self, start: str = "") -> Iterator[tuple[str, Folder]]:
+        """Yield every folder from `start` down with what it holds, in the order of their names."""
+        pending = [start]
+        while pending:
+            path = pending.pop()
+            found = self.read(path)
+            pending.extend(f"{path}{name}/" for name in reversed(found.folders))
+            yield path, found
+
+    def read(self, path: str) -> Folder:
+        """Read one folder."""
+        found = Folder()
+        try:
+            if address_of(self.root) is None and (self.root / path).is_dir():
+                self._read(path, found)
+            else:
+                self._read_elsewhere(path, found)
+        except OSError as error:  # also a disk that fails in the middle of it
+            told = f"the folder cannot be read to its end: {error.strerror or error}"
+            self.pass_over(path.rstrip("/"), "unreadable", told)
+        found.folders.sort()
+        return found
+
+    def _read(self, path: str, found: Folder) -> None:
+        descriptor = os.open(self.root / path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with os.scandir(descriptor) as entries:
+                for entry in entries:
+                    name = entry.name
+                    # The one hot line of a scan: nearly every entry is an image.
+                    if is_image_name(name) and name[0] != "." and entry.is_file(follow_symlinks=False):
+                        found.images[name] = stat_of(entry.stat(follow_symlinks=False))
+                    elif is_hidden(name):
+                        self.ignored["hidden files and folders"] += 1
+                    elif entry.is_symlink():
+                        self._take_link(path, name, found)
+                    elif entry.is_dir(follow_symlinks=False):
+                        found.folders.append(name)
+                    elif entry.is_file(follow_symlinks=False):
+                        self._take(path, name, stat_of(entry.stat(follow_symlinks=False)), found)
+                    else:
+                        status = "unreadable" if is_image_name(name) else "not_an_image"
+                        self.pass_over(path + name, status, "it is not a regular file")
+        finally:
+            os.close(descriptor)
+
+    def _read_elsewhere(self, path: str, found: Folder) -> None:
+        """Read a folder inside an archive, or a remote one."""
+        full = f"{self.root}/{path}".rstrip("/")
+        archive = open_archive(place[0]) if (place := inside(full)) else None
+        if archive is not None and archive.problem and path == "":
+            self.pass_over(self.root.name, "truncated", archive.problem)
+        for name, entry in sorted(entries(full).items()):
+            if is_hidden(name):
+                self.ignored["hidden files and folders"] += 1
+            elif entry is None:
+                found.folders.append(name)
+            elif not isinstance(entry, Refused):
+                self._take(path, name, entry, found, archive is not None and archive.holds_images)
+            elif is_image_name(name):
+                self.pass_over(path + name, *entry)
+            else:
+                self.ignored["files in archives that are no images"] += 1
+
+    def pass_over(self, path: str, status: str, reason: str) -> None:
+        """Add a line."""
+        self.entries.append(noticed(path, status, reason))
+
+    def _take(self, folder: str, name: str, stats: Stat, found: Folder, is_image: bool = False) -> None:
+        """Take in a file that is an image by its name or its content, or say what it is."""
+        problem = None if is_image or is_image_name(name) else self._problem(folder + name)
+        if problem is not None:
+            self.pass_over(folder + name, *problem)
+        else:
+            found.images[name] = stats
+
+    def _problem(self, path: str) -> tuple[str, str] | None:
+        """Say as status and reason why a file's content is not read as an image; None where it is."""
+        full = f"{self.root}/{path}"
+        try:
+            if address_of(full) or not os.path.isfile(full):
+                kind = kind_of(read_elsewhere(full, START_BYTES))
+            else:
+                with open(full, "rb") as file:
+                    kind = kind_of(file.read(START_BYTES))
+        except OSError as error:
+            return "unreadable", f"it cannot be read: {error.strerror}"
+        if kind is None:
+            return "not_an_image", NO_IMAGE
+        return ("unsupported_format", kind.refusal) if kind.refusal else None
+
+    def _take_link(self, folder: str, name: str, found: Folder) -> None:
+        """Take in a symbolic link to a file, or say why not."""
+        real = os.path.realpath(self.root / folder / name)
+        if os.path.commonpath([real, self.inside]) != self.inside:
+            self.pass_over(folder + name, "unreadable", f"it is a symbolic link that leaves {self.root}")
+        elif not os.path.isfile(real):
+            self.pass_over(folder + name, "unreadable", "it is a symbolic link to no file, and is not followed")
+        else:
+            self._take(folder, name, stat_of(os.stat(real)), found)
+
+
+# ---- what the folders mean
 
 LABELS = ("cls", "json", "txt")
 """Endings of files with the label of the image beside them, the surest first."""
@@ -104,17 +294,12 @@ def list_folder(root: Path, labelled: bool = True) -> Listing:
         )
     if labelled and (archives or is_archive):
         return _list_archives(root, archives)
-    walk, listing = _begun(root, os.path.realpath(root))
+    listing = Listing(root, os.path.realpath(root))
     if labelled:
-        _add_layout(listing, walk)
+        _add_layout(listing)
     for start in () if labelled else [f"{name}/" for name in archives] or [""]:
-        _add_images(listing, walk, start, "")
+        _add_images(listing, start, "")
     return listing
-
-
-def _begun(root: Path, inside: str = "/") -> tuple[Walk, Listing]:
-    walk = Walk(root, inside)
-    return walk, Listing(root, entries=walk.entries, ignored=walk.ignored)
 
 
 def _list_archives(root: Path, names: Sequence[str]) -> Listing:
@@ -122,20 +307,19 @@ def _list_archives(root: Path, names: Sequence[str]) -> Listing:
     listing = Listing(root)
     if _add_web_dataset(listing, names or [""]):
         return listing
-    look = Walk(root)
-    walk, listing = _begun(root if names else root / _descend(look, ""))
+    look = Listing(root)
     if not names:
-        _add_layout(listing, walk)
-        return listing
+        listing = Listing(root / _descend(look, ""))
+        _add_layout(listing)
     for name, split in zip(names, splits_of(names), strict=True):
         if problem := open_archive(address_of(root / name) or f"{root}/{name}").problem:
-            walk.pass_over(name, "truncated", problem)
+            listing.pass_over(name, "truncated", problem)
         top = _descend(look, f"{name}/")
-        _add_classes(listing, walk, walk.read(top), top, split)
+        _add_classes(listing, listing.read(top), top, split)
     return listing
 
 
-def _descend(look: Walk, path: str) -> str:
+def _descend(look: Listing, path: str) -> str:
     """Return the folder in an archive that holds the classes: the one in it, where somebody has packed a folder as a whole."""
     while True:
         found = look.read(path)
@@ -145,52 +329,52 @@ def _descend(look: Walk, path: str) -> str:
         path += f"{found.folders[0]}/"
 
 
-def _add_layout(listing: Listing, walk: Walk) -> None:
-    """List the images below the root of a walk by its class folders, or splits above them."""
-    top = walk.read("")
+def _add_layout(listing: Listing) -> None:
+    """List the images below the root by its class folders, or splits above them."""
+    top = listing.read("")
     splits = [SPLIT_NAMES.get(name.lower(), "") for name in top.folders]
     if not top.folders or not all(splits):
-        _refuse_half_splits(walk.root, dict(zip(top.folders, splits, strict=True)))
-        _add_classes(listing, walk, top, "", "")
+        _refuse_half_splits(listing.root, dict(zip(top.folders, splits, strict=True)))
+        _add_classes(listing, top, "", "")
         return
-    _pass_over_images(walk, top, "")
+    _pass_over_images(listing, top, "")
     for name, split in zip(top.folders, splits, strict=True):
-        found = walk.read(f"{name}/")
+        found = listing.read(f"{name}/")
         if found.folders or found.images:
-            _add_classes(listing, walk, found, f"{name}/", split)
+            _add_classes(listing, found, f"{name}/", split)
 
 
-def _pass_over_images(walk: Walk, found: Folder, path: str) -> None:
+def _pass_over_images(listing: Listing, found: Folder, path: str) -> None:
     for name in found.images:
-        walk.pass_over(path + name, "not_in_a_class", "it is in no class folder, so it has no label")
+        listing.pass_over(path + name, "not_in_a_class", "it is in no class folder, so it has no label")
 
 
-def _add_classes(listing: Listing, walk: Walk, found: Folder, above: str, split: str) -> None:
+def _add_classes(listing: Listing, found: Folder, above: str, split: str) -> None:
     """List the images of the class folders in a folder; DatasetError where there are none."""
     if not found.folders:
-        place = f"{address_of(walk.root) or walk.root}/{above}".rstrip("/")
+        place = f"{address_of(listing.root) or listing.root}/{above}".rstrip("/")
         raise DatasetError(
             f"{place}: holds no class folders ({number_of(len(found.images), 'image')} at its top); put the images of each class in a "
             "folder of its own, or list them in a CSV manifest (path,label) with dataset.source: manifest; `manyheads embed` takes "
             "photos that have no labels yet",
-            [each.reason for each in walk.entries if each.status == "truncated"],
+            [each.reason for each in listing.entries if each.status == "truncated"],
         )
-    _pass_over_images(walk, found, above)
+    _pass_over_images(listing, found, above)
     for name in found.folders:
-        if not _add_images(listing, walk, f"{above}{name}/", unicodedata.normalize("NFC", name), split):
+        if not _add_images(listing, f"{above}{name}/", unicodedata.normalize("NFC", name), split):
             listing.warnings.append(f"class folder {shown(above + name)} holds no images")
 
 
-def _add_images(listing: Listing, walk: Walk, start: str, label: str, split: str = "") -> bool:
+def _add_images(listing: Listing, start: str, label: str, split: str = "") -> bool:
     """List all images from a folder down under one label; return whether there are any."""
     before = len(listing.images)
-    for path, found in walk.below(start):
+    for path, found in listing.below(start):
         plain = _is_text(path)
         for file, stat in found.images.items():
             if plain and (file.isascii() or _is_text(file)):
-                listing.images.append((path + file, label, split, "", "", stat))
+                listing.images.append((path + file, label, split, "", "", *stat))
             else:
-                walk.pass_over(path + file, "bad_name", "its name is not UTF-8 text; rename it")
+                listing.pass_over(path + file, "bad_name", "its name is not UTF-8 text; rename it")
     return len(listing.images) > before
 
 
@@ -202,7 +386,7 @@ def _is_text(name: str) -> bool:
 def _refuse_half_splits(root: Path, splits: Mapping[str, str]) -> None:
     """Classes called train and test that hold nothing but folders are splits with something else beside them."""
     named = [name for name, split in splits.items() if split]
-    look = Walk(root)  # the listing's own walk will say what is wrong in there
+    look = Listing(root)  # the listing's own walk will say what is wrong in there
     found = [look.read(f"{name}/") for name in named]
     if len(named) > 1 and all(folder.folders and not folder.images for folder in found):
         others = ", ".join(shown(name) for name in splits if name not in named)
@@ -226,18 +410,18 @@ def _add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
     for name, split in zip(names, splits_of(names), strict=True):
         archive = open_archive(places[name])
         if archive.problem:
-            listing.entries.append(noticed(name or listing.root.name, "truncated", archive.problem))
+            listing.pass_over(name or listing.root.name, "truncated", archive.problem)
         for files in found[name].values():
             label = _label(places[name], files)
             for image in filter(is_image_name, files.values()):
                 path, about = f"{name}/{image}".lstrip("/"), archive.members[image]
                 if isinstance(about, Refused):
-                    listing.entries.append(noticed(path, *about))
+                    listing.pass_over(path, *about)
                 elif not label:
                     told = "it has no label: no .cls, .json or .txt of its key says one"
-                    listing.entries.append(noticed(path, "not_in_a_class", told))
+                    listing.pass_over(path, "not_in_a_class", told)
                 else:
-                    listing.images.append((path, label, split, "", "", about))
+                    listing.images.append((path, label, split, "", "", *about))
     return True
 
 

@@ -319,8 +319,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     record = read_document(path, INDEX)
-    plan = {"seed", "test_fraction"}
-    if not isinstance(record.get("root"), str) or not plan <= {*(record.get("made_splits") or plan)}:
+    made = record.get("made_splits") or {"seed": 0, "test_fraction": 0.0}
+    is_plan = isinstance(made, dict) and {"seed", "test_fraction"} <= {*made}
+    if not isinstance(record.get("root"), str) or not is_plan:
         raise INDEX.damaged(path, "it does not say where the images are and how splits were made")
     return record
 

@@ -24,10 +24,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from pipeline.config import NO_LABELS, DatasetConfig, guess, parse
-from pipeline.data.failures import noticed, shown
-from pipeline.data.folder import archives_of, splits_of
+from pipeline.data.failures import shown
+from pipeline.data.folder import SPLIT_NAMES, Listing, archives_of, is_folder, splits_of
 from pipeline.data.index import EXCLUDED, LABEL, SEPARATOR
-from pipeline.data.walk import SPLIT_NAMES, ListedImage, Listing, is_folder
 from pipeline.errors import DatasetError, first, number_of
 from pipeline.images import Refused, Stat, entries, forget, image_columns, open_archive, opened, stat_of
 from pipeline.io.files import make_folder, write_atomic
@@ -38,6 +37,10 @@ MOST_PROBLEMS = 50
 
 SPLITS = {**SPLIT_NAMES, EXCLUDED: EXCLUDED}
 """How a split may be called; images of the last stay out."""
+
+
+NamedImage = tuple[str, str | tuple[str, ...], str, str, str]
+"""What a row says of an image: path, label, split, group, domain."""
 
 
 class ManifestTable(NamedTuple):
@@ -124,7 +127,7 @@ def _listing(origin: Path, table: ManifestTable, config: DatasetConfig, problems
     # Several columns that are one target say 0 or 1, and hold no lists.
     lists = any(several) and len(several) == len(config.label_columns)
     separator = config.label_separator or (SEPARATOR if lists else None)
-    images: list[ListedImage] = []
+    rows: list[NamedImage] = []
     seen: dict[str, str] = {}
     nothing = [""] * len(table.where)
     places = _places(origin, config, listing, table.header)
@@ -153,15 +156,15 @@ def _listing(origin: Path, table: ManifestTable, config: DatasetConfig, problems
         seen.setdefault(name, where)
         problems += [f"{where}: {problem}" for problem in found]
         label = labels[0] if len(labels) == 1 else tuple(labels)
-        images.append((name, label, SPLITS.get(split.lower(), ""), group, domain, (0, 0, 0)))
-    unsplit = [split for *_, split, _, _, _ in images].count("")
-    if 0 < unsplit < len(images):
+        rows.append((name, label, SPLITS.get(split.lower(), ""), group, domain))
+    unsplit = [split for _, _, split, _, _ in rows].count("")
+    if 0 < unsplit < len(rows):
         problems.append(f"{unsplit:,} rows have no split, though others have one")
-    if config.domain_column and len(domains := {domain for *_, domain, _ in images}) == 1:
+    if config.domain_column and len(domains := {domain for *_, domain in rows}) == 1:
         problems.append(f"all images are of one domain, {domains.pop()!r}; expected at least 2")
     if problems:
         raise DatasetError(f"{origin}: {number_of(len(problems), 'problem')}", first(problems, MOST_PROBLEMS))
-    _find_files(listing, images)
+    _find_files(listing, rows)
     return listing
 
 
@@ -287,20 +290,20 @@ def _named(column: Any, about: Any) -> Any:
     return pa.array([[*map(name, cell)] if isinstance(cell, list) else name(cell) for cell in column.to_pylist()])
 
 
-def _find_files(listing: Listing, images: Sequence[ListedImage]) -> None:
+def _find_files(listing: Listing, rows: Sequence[NamedImage]) -> None:
     """List the images whose file is there; the others are failures."""
     look = _whereabouts(listing.root)
-    for path, *told, _ in images:
+    for row in rows:
         try:
-            found = look(path)
+            found = look(row[0])
         except (FileNotFoundError, NotADirectoryError):
             found = Refused("missing", "there is no such file")
         except (OSError, UnicodeEncodeError) as error:
             found = Refused("unreadable", f"it cannot be read: {getattr(error, 'strerror', None) or error}")
         if isinstance(found, Refused):
-            listing.entries.append(noticed(path, *found))
+            listing.pass_over(row[0], *found)
         else:
-            listing.images.append((path, *told, found))  # type: ignore[arg-type]
+            listing.images.append((*row, *found))
 
 
 def _whereabouts(root: Path) -> Callable[[str], Stat | Refused]:

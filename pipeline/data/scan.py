@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import NO_LABELS, DatasetConfig, unknown
 from pipeline.data.failures import REMARKS, Failure, noticed, read_failures, remembered, shown, write_failures
+from pipeline.data.folder import Listing
 from pipeline.data.index import (
     INDEX_FILE,
     SEPARATOR,
@@ -34,7 +34,6 @@ from pipeline.data.reading import StatCache, read_cache, read_digests
 from pipeline.data.sources import list_source
 from pipeline.data.splits import Copies, apply_leaks, find_copies, make_test_split, prior_sides
 from pipeline.data.targets import TARGETS, as_number, countable, kind_of
-from pipeline.data.walk import Listing
 from pipeline.errors import DatasetError, first, number_of
 from pipeline.images import inside
 from pipeline.io.remote import address_of
@@ -144,9 +143,9 @@ def _read_changed(
     of shape (n, 3), the files that could not be read, and how many were.
     """
     images = sorted(listing.images, key=itemgetter(0))
-    columns: list[list[Any]] = [[image[place] for image in images] for place in range(6)]
-    names, labels, splits, groups, domains, touched = columns
-    paths, stats = texts(names), np.fromiter(chain.from_iterable(touched), np.int64, 3 * len(names)).reshape(-1, 3)
+    columns: list[list[Any]] = [[image[place] for image in images] for place in range(8)]
+    names, labels, splits, groups, domains, *touched = columns
+    paths, stats = texts(names), np.array(touched, dtype=np.int64).T.copy()
     known, digests = cache.known(paths, stats)
     if rehash:
         known[:] = False

@@ -18,9 +18,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import NO_LABELS, DatasetConfig, guess
-from pipeline.data.folder import list_folder
+from pipeline.data.folder import SPLIT_NAMES, Listing, list_folder
 from pipeline.data.manifest import list_manifest
-from pipeline.data.walk import SPLIT_NAMES, Listing
 from pipeline.errors import DatasetError
 from pipeline.io.files import make_folder, rename
 from pipeline.io.process import bar

@@ -71,7 +71,7 @@ TracedNetwork = tuple[fx.GraphModule | Taps, dict[str, fx.Node | None]]
 
 
 def trace(model: nn.Module, probe: torch.Tensor | None = None) -> TracedNetwork:
-    """Return a network in eval mode as a graph, and its nodes by name in the order they run; as it is, with its modules, where that fails.
+    """Return a network in eval mode as a graph, with its nodes by name in the order they run; as it is, with its modules, where it fails.
 
     probe : images, float32 of shape (n, 3, height, width), of which a graph has to give the same
     """

@@ -187,17 +187,16 @@ def embed(
     preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
     loader = Loader(root, max_pixels, preprocessings, max(lane.limit for lane in lanes), threads(workers), hashed)
     for batch in loader.batches(items):
-        yield batch, [_part(batch, number, lane) for number, lane in enumerate(lanes)]
-
-
-def _part(batch: Batch, number: int, lane: Lane) -> Part | None:
-    rows = [row for row, item in enumerate(batch.items) if row not in batch.problems and number in item.wanted]
-    if not rows:
-        return None
-    pixels = batch.pixels[number]
-    began = time.perf_counter()
-    vectors = in_passes(lane, pixels[: len(rows)] if len(rows) == len(batch.items) else pixels[rows])
-    return Part(np.array(rows), vectors, time.perf_counter() - began)
+        made: list[Part | None] = []
+        for number, lane in enumerate(lanes):
+            rows = [row for row, item in enumerate(batch.items) if row not in batch.problems and number in item.wanted]
+            if not rows:
+                made.append(None)
+                continue
+            began, pixels = time.perf_counter(), batch.pixels[number]
+            vectors = in_passes(lane, pixels[: len(rows)] if len(rows) == len(batch.items) else pixels[rows])
+            made.append(Part(np.array(rows), vectors, time.perf_counter() - began))
+        yield batch, made
 
 
 def in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> LayerFeatures:

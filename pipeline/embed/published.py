@@ -39,7 +39,7 @@ def joined(licenses: Iterable[str]) -> str:
 
 
 def require_permitted(allowed: str, found: Iterable[tuple[str, str]]) -> None:
-    """See that a config's `licenses` allows those `found`, (name, licence) of some weights; BackboneError with a line for each other."""
+    """Refuse weights, given as (name, licence), that a config's `licenses` does not allow: BackboneError with a line for each."""
     if allowed == "any":
         return  # and nothing is asked about
     refused = [(name, license) for name, license in found if license not in {*PERMISSIVE, NO_WEIGHTS}]

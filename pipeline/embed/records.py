@@ -166,7 +166,7 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
 
 
 def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], config: Config, whose: str) -> list[str]:
-    """Return a line for each setting and backbone of a config that something was not made of: `made` by what `whose` had `shared`."""
+    """Return a line for each setting and backbone that a config has and another, whose `shared` is `made`, had not; `whose` names it."""
     then = DatasetConfig().model_dump(mode="json", exclude=NOT_SHARED)
     made = {**made, "dataset": {**then, **made["dataset"]}}
     lines = differences(made, shared(config), whose, "this config")
@@ -224,6 +224,8 @@ def open_features(record: EmbeddingRecord, files: Artifacts) -> FeatureStore | J
 
 def spec_key(section: BackboneConfig, config: Config) -> str:
     """The digest of all that the specs of a section depend on, none of which needs torch to be known."""
+    local = section.name.startswith(LOCAL_DIR)
+    files = sorted(Path(section.name.removeprefix(LOCAL_DIR)).glob("*")) if local else []
     return fingerprint(
         {
             "embed_version": EMBED_VERSION,
@@ -234,16 +236,9 @@ def spec_key(section: BackboneConfig, config: Config) -> str:
             "decode": dict(DECODE_POLICY),
             "file": _state_of(BUNDLED if section.weights == "bundled" else Path(section.weights)),
             **({"vectors": _state_of(Path(section.name))} if names_vectors(section.name) else {}),
-            **({"timm": _state_of_timm(section.name)} if names_timm(section.name) else {}),
+            **({"timm": [version("timm"), *map(_state_of, files)]} if names_timm(section.name) else {}),
         }
     )
-
-
-def _state_of_timm(name: str) -> list[Any]:
-    """The version of timm and, where the network is a folder's, the state of its files."""
-    folder = Path(name.removeprefix(LOCAL_DIR)) if name.startswith(LOCAL_DIR) else None
-    files = sorted(folder.iterdir()) if folder and folder.is_dir() else []
-    return [version("timm"), *map(_state_of, files)]
 
 
 def _state_of(path: Path) -> list[Any] | None:

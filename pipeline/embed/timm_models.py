@@ -28,6 +28,9 @@ from pipeline.io.process import version
 
 logger = logging.getLogger(__name__)
 
+LOCAL = "local-dir"
+"""What timm calls the source of weights in a folder."""
+
 
 class TimmWeights(NamedTuple):
     """What a name stands for."""
@@ -85,7 +88,7 @@ def _token(network: str) -> dict[str, Any]:
 
 
 def create(found: TimmWeights, weights: Mapping[str, Any] | None = None) -> nn.Module:
-    """Construct a network that gives its own feature, at layer `pooled`; `weights` tells timm which to take, none where it is None."""
+    """Construct a network that gives its own feature, at layer `pooled`: of random weights, or those that `weights` tells timm to take."""
     arguments = dict(found.arguments)
     size = arguments.pop("image_size", None)
     if size is not None and found.cfg.get("fixed_input_size"):
@@ -158,8 +161,6 @@ def _load(found: TimmWeights, name: str, weights: Mapping[str, Any]) -> nn.Modul
 
 def _load_published(name: str, arguments: Arguments) -> nn.Module:
     found = find(name, arguments)
-    if _is_local(found):
-        return _load(found, name, {})
     path = _here(found) or _fetch(found, name)
     # A file of the Hub is in timm's own format; others may be the authors'.
     foreign = bool(found.cfg.get("custom_load")) and not found.cfg.get("hf_hub_id")
@@ -175,7 +176,7 @@ def _load_file(name: str, arguments: Arguments, path: Path) -> nn.Module:
 
 def _weights(name: str) -> dict[str, Published]:
     found = find(name, {})
-    if _is_local(found) or "." in found.tag:
+    if found.cfg.get("source") == LOCAL or "." in found.tag:
         has_weights = any(found.cfg.get(key) for key in ("source", "hf_hub_id", "url"))
         return {"pretrained": _published(name)} if has_weights else {}
     prefix = f"{found.network}."
@@ -196,12 +197,8 @@ def _published(name: str) -> Published:
 # ---- where weights are
 
 
-def _is_local(found: TimmWeights) -> bool:
-    return found.cfg.get("source") == "local-dir"
-
-
 def _to_fetch(found: TimmWeights) -> Fetch | None:
-    if _is_local(found) or _here(found):
+    if _here(found):
         return None
     numbers = 0
     with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
@@ -222,7 +219,9 @@ def _cache(found: TimmWeights) -> Path:
 
 
 def _here(found: TimmWeights) -> Path | None:
-    """Return the file of weights that was fetched before, found without asking anybody."""
+    """Return the file of weights that was fetched before, or their folder, found without asking anybody."""
+    if found.cfg.get("source") == LOCAL:
+        return Path(found.cfg["file"])
     repository = found.cfg.get("hf_hub_id")
     if not repository:
         path = _cache(found) / str(found.cfg["url"]).rpartition("/")[2]

@@ -135,10 +135,26 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         problems = Problems()
         with _BUSY:
             spec = self._spec()
-            if self.store is not None:
-                return self._from_store(images, spec, problems), problems
-            parts = [vectors for _, vectors in self._embed(images, range(len(images)), problems)]
-        return np.concatenate([np.empty((0, spec.dim), np.float32), *parts]), problems
+            if self.store is None:
+                parts = [vectors for _, vectors in self._embed(images, range(len(images)), problems)]
+                return np.concatenate([np.empty((0, spec.dim), np.float32), *parts]), problems
+            path = place(spec, Artifacts(self.store, self.store))
+            digests: Digests = np.zeros((len(images), 2), np.uint64)
+            for number, image in enumerate(images):
+                try:
+                    digests[number] = np.frombuffer(given_key(image, self.max_pixels), "<u8")
+                except ImageProblem as problem:
+                    problems[number] = problem
+            store = open_store(path, spec.fingerprint())
+            missing = np.ones(len(images), bool) if store is None else store.missing(digests)
+            missing[list(problems)] = False
+            if missing.any():
+                self._fill(path, spec, images, digests, np.flatnonzero(missing), problems)
+                store = open_store(path, spec.fingerprint())
+            usable = np.ones(len(images), bool)
+            usable[list(problems)] = False
+            vectors = np.empty((0, spec.dim), np.float32) if store is None else store.read(digests[usable])
+        return vectors, problems
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
         """Return a name for each number of a vector, such as `efficientnet_lite0_7`: object (str) of shape (dim,)."""
@@ -224,22 +240,6 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
                 batch.store_hashes(hashes, digests)
             if part is not None:
                 yield contents[part.rows], part.vectors[0]
-
-    def _from_store(self, images: Images, spec: EmbeddingSpec, problems: Problems) -> NDArray[np.float32]:
-        """Return the vectors of the k images of n that can be used, float32 of shape (k, dim), having embedded what the store lacks."""
-        assert self.store is not None
-        path = place(spec, Artifacts(self.store, self.store))
-        digests, unread = digests_of(images, self.max_pixels)
-        problems |= unread
-        store = open_store(path, spec.fingerprint())
-        missing = np.ones(len(images), bool) if store is None else store.missing(digests)
-        missing[list(problems)] = False
-        if missing.any():
-            self._fill(path, spec, images, digests, np.flatnonzero(missing), problems)
-            store = open_store(path, spec.fingerprint())
-        usable = np.ones(len(images), bool)
-        usable[list(problems)] = False
-        return np.empty((0, spec.dim), np.float32) if store is None else store.read(digests[usable])
 
     def _fill(
         self,

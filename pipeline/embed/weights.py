@@ -168,7 +168,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     ours = DIGEST_KEY in metadata or MADE_BY in description
     if ours and metadata.get(DIGEST_KEY) != weights_digest(state, metadata):
         raise BackboneError(f"weights file {path} is damaged: its content is not the one that its digest names")
-    return _tensors(state, path), description
+    return _tensors(state, path), bundled() if path == BUNDLED else description
 
 
 def weights_digest(state: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> str:
@@ -201,6 +201,12 @@ def bundled() -> dict[str, Any]:
     return dict(json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8")))
 
 
+def _file_of(config: BackboneConfig) -> Path | None:
+    """The file with a section's weights, None where it names published ones, or random numbers."""
+    named = Path(config.weights) if config.weights.endswith(WEIGHTS_FILES) else None
+    return BUNDLED if config.weights == "bundled" else named
+
+
 # ---- networks
 
 
@@ -226,28 +232,25 @@ class Network:
 def load_network(config: BackboneConfig, seed: int) -> Network:
     """Build the network a config section asks for, BackboneError where that cannot be; `seed` makes the weights of an untrained control."""
     config = _sized(config)
-    if config.weights == "bundled":
-        described = bundled()
-        return _from_state(config, read_weights(BUNDLED)[0], described, BUNDLED, "bundled")
-    if config.weights.endswith(WEIGHTS_FILES):
-        path = Path(config.weights)
-        state, described = read_weights(path)
-        make = family_of(config.name).load_file if not described else None
-        if make is None:
-            return _from_state(config, state, described, path, path.stem)
-        whole = _in_eval_mode(lambda arguments: make(config.name, arguments, path), config.name, config.arguments)
-        return _network(config, whole, path.stem)
     if config.weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = build(config.name, config.arguments)
         return _network(config, module, "random", untrained=True, license=NO_WEIGHTS)
-    found = published(config)
-    module = _in_eval_mode(found.load, config.name, config.arguments)
-    has_classifier = config.weights != OWN
-    return _network(
-        config, module, config.weights, found.preprocessing, license=found.license, has_classifier=has_classifier
-    )
+    path = _file_of(config)
+    if path is None:
+        found = published(config)
+        module = _in_eval_mode(found.load, config.name, config.arguments)
+        own = config.weights == OWN
+        return _network(
+            config, module, config.weights, found.preprocessing, license=found.license, has_classifier=not own
+        )
+    state, described = read_weights(path)
+    make = None if described else family_of(config.name).load_file
+    if make is None:
+        return _from_state(config, state, described, path)
+    whole = _in_eval_mode(lambda arguments: make(config.name, arguments, path), config.name, config.arguments)
+    return _network(config, whole, path.stem)
 
 
 def _sized(config: BackboneConfig) -> BackboneConfig:
@@ -281,7 +284,7 @@ def _network(
 
 
 def _from_state(
-    config: BackboneConfig, state: dict[str, torch.Tensor], description: Mapping[str, Any], origin: Path, readable: str
+    config: BackboneConfig, state: dict[str, torch.Tensor], description: Mapping[str, Any], origin: Path
 ) -> Network:
     architecture = description.get("architecture", config.name)
     if description and config.name != architecture and config.name in network_names():
@@ -303,7 +306,7 @@ def _from_state(
     return _network(
         config,
         module,
-        readable,
+        origin.stem,
         resolved=(architecture, arguments),
         trained_on=description.get("trained_on"),
         license=description.get("license", UNKNOWN),
@@ -362,7 +365,7 @@ def check(config: BackboneConfig) -> list[str]:
     """Return what the section's embeddings will be called, fetching nothing; BackboneError when a part of it is not to be had."""
     config = _sized(config)
     weights, has_classifier = config.weights, True
-    if config.weights == "bundled" or config.weights.endswith(WEIGHTS_FILES):
+    if _file_of(config) is not None:
         network = load_network(config, seed=0)
         module, size, has_classifier = network.module, network.preprocessing.size, network.has_classifier
         weights = network.weights
@@ -386,17 +389,12 @@ def check(config: BackboneConfig) -> list[str]:
 
 def to_fetch(config: BackboneConfig) -> Fetch | None:
     """Return what a section's weights have to be fetched from; None where they are here."""
-    here = config.weights in ("bundled", "random") or config.weights.endswith(WEIGHTS_FILES)
-    return None if here else published(config).to_fetch()
+    return None if config.weights == "random" or _file_of(config) else published(config).to_fetch()
 
 
 def license_of(config: BackboneConfig) -> str:
     """Return the licence of a section's weights, loading and fetching nothing; BackboneError where they are not to be had."""
     if config.weights == "random":
         return NO_WEIGHTS
-    if config.weights == "bundled":
-        return str(bundled().get("license", UNKNOWN))
-    if config.weights.endswith(WEIGHTS_FILES):
-        described = read_weights(Path(config.weights))[1] if config.weights.endswith(".safetensors") else {}
-        return str(described.get("license", UNKNOWN))
-    return published(config).license
+    path = _file_of(config)
+    return published(config).license if path is None else str(read_weights(path)[1].get("license", UNKNOWN))

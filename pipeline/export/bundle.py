@@ -223,7 +223,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
-    """Load a bundle; BundleError when it is damaged, of another scikit-learn, or a joblib file, which can run code, not trusted."""
+    """Load a bundle; BundleError when it is damaged, of another scikit-learn, or a file that can run code and is not trusted."""
     document = describe(folder)
     try:
         file, found = document["file"], str(document["versions"]["scikit-learn"])

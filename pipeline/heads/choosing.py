@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from sklearn.pipeline import Pipeline
 
@@ -47,8 +46,13 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
         elif len(values) == 1:
             fixed[key] = values[0]
             del space[key], defaults[key]
+        elif isinstance(dimension := head.space[key], Categorical):
+            space[key] = Categorical(tuple(values))
+            defaults[key] = defaults[key] if defaults[key] in values else values[0]
         else:
-            space[key], defaults[key] = _changed(head.space[key], values, defaults[key])
+            low, high = values
+            space[key] = replace(dimension, low=low, high=high)  # type: ignore[arg-type]
+            defaults[key] = min(max(defaults[key], low), high)
     build = head.build
     if config.class_weight is not None:
         if head.takes_class_weight:
@@ -122,14 +126,6 @@ def _mismatch(dimension: Dimension, values: Sequence[Scalar]) -> str | None:
     if dimension.prior == "log-uniform" and numbers[0] <= 0:
         return f"is searched on a logarithmic scale, so low must be above 0, got {given}"
     return None
-
-
-def _changed(dimension: Dimension, values: Sequence[Any], default: Any) -> tuple[Dimension, Any]:
-    """Return a dimension with other values, and the one of them that is nearest to its default."""
-    if isinstance(dimension, Categorical):
-        return Categorical(tuple(values)), default if default in values else values[0]
-    low, high = values
-    return replace(dimension, low=low, high=high), min(max(default, low), high)
 
 
 def held_at(head: Head, params: Params) -> Head:

@@ -49,21 +49,18 @@ class CosineVote(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sciki
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return each class's share of the vote, float64 of shape (n, n_classes), for rows X of any dtype, (n, dim)."""
         rows = directions(np.asarray(X, dtype=np.float32), self.mean_)
-        block = max(1, BLOCK_NUMBERS // len(self.references_))
-        return np.concatenate(
-            [self._votes(rows[start : start + block]) for start in range(0, max(len(rows), 1), block)]
-        )
+        count, made = len(self.references_), np.empty((len(rows), len(self.classes_)))
+        neighbours = count if self.n_neighbors is None else min(self.n_neighbors, count)
+        block = max(1, BLOCK_NUMBERS // count)
+        for start in range(0, len(rows), block):
+            cosines = (rows[start : start + block] @ self.references_.T).astype(np.float64)
+            least = np.partition(cosines, count - neighbours, axis=1)[:, count - neighbours, None]
+            weights = np.exp((cosines - cosines.max(axis=1, keepdims=True)) / self.temperature)
+            weights[cosines < least] = 0
+            votes = weights @ np.eye(len(self.classes_))[self.codes_]
+            made[start : start + block] = votes / votes.sum(axis=1, keepdims=True)
+        return made
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Return the class with most votes for each row of X, of the dtype of `classes_`, shape (n,)."""
         return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
-
-    def _votes(self, rows: NDArray[np.float32]) -> NDArray[np.float64]:
-        cosines = (rows @ self.references_.T).astype(np.float64)
-        count = cosines.shape[1]
-        neighbours = count if self.n_neighbors is None else min(self.n_neighbors, count)
-        least = np.partition(cosines, count - neighbours, axis=1)[:, count - neighbours, None]
-        weights = np.exp((cosines - cosines.max(axis=1, keepdims=True)) / self.temperature)
-        weights[cosines < least] = 0
-        votes = weights @ np.eye(len(self.classes_))[self.codes_]
-        return np.asarray(votes / votes.sum(axis=1, keepdims=True))

@@ -168,3 +168,8 @@ def bar(total: int, unit: str, label: str, initial: int = 0, delay: float = 0.0)
         disable=total <= initial,
     ) as raw:
         yield Progress(raw, interval)
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes for people, such as 1.23MB."""
+    return str(tqdm.format_sizeof(count, "B"))

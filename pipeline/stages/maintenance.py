@@ -23,6 +23,7 @@ from pipeline.experiment import Artifacts, bundle_file, parse_arrays, require_wh
 from pipeline.images import HASH_STORE, policy_key
 from pipeline.io.digests import Digests, digest_keys, digests_to_hex
 from pipeline.io.files import read_file
+from pipeline.io.process import size_text
 from pipeline.stages.extract.stores import alone, contents_of_others, take_parts, write_entry
 from pipeline.stages.load import open_images
 from pipeline.store import FeatureStore, lock, maintain, share
@@ -384,9 +385,5 @@ def merge(target: Path, sources: Sequence[str]) -> list[str]:
 
 def _size(path: Path) -> str:
     """The bytes of a file, or of all in a folder, for people."""
-    size = float(sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()))
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+    size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+    return size_text(size)

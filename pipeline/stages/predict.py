@@ -24,11 +24,10 @@ from numpy.typing import NDArray
 from pipeline.config import checked_device, names_vectors
 from pipeline.data import REMARKS, DatasetIndex, Failure
 from pipeline.data.failures import shown as as_named
-from pipeline.data.folder import archives_of, is_pattern
+from pipeline.data.folder import Listing, archives_of, is_folder, is_pattern
 from pipeline.data.index import INDEX_FILE
 from pipeline.data.scan import passed_over_lines
 from pipeline.data.targets import Target
-from pipeline.data.walk import Walk, is_folder
 from pipeline.embed.baselines import no_network
 from pipeline.embed.loader import Batch, Item, Lane, Part, embed
 from pipeline.embed.records import EmbeddingRecord, Places, open_networks
@@ -253,7 +252,7 @@ def run(
     explained = None
     if explain is not None:
         (model,), (place,) = models.values(), folders.values()
-        some = list(islice(images_in(images, list(map(Walk, filter(is_folder, images)))), explaining.MOST))
+        some = list(islice(images_in(images, list(map(Listing, filter(is_folder, images)))), explaining.MOST))
         explained = explaining.run(explain, place, model, given.lanes, some, given.total, limit)
     untrained = any(record.untrained for record in records)
     return PredictRun(output, folders, labels, unreadable, given.passed_over, untrained, agreement, models, explained)
@@ -301,14 +300,14 @@ def _of_images(
     images: Sequence[Path], taken: Mapping[str, Sequence[EmbeddingRecord]], limit: int, device: str, trust: bool
 ) -> ToLabel:
     """Return image files, and those in folders, as they come out of the networks of some embeddings."""
-    walks = [Walk(path) for path in images if is_folder(path)]
+    walks = [Listing(path) for path in images if is_folder(path)]
     total = sum(1 for _ in images_in(images, walks))
     unread, passed_over = _passed_over(walks)
     if not total and not unread:
         raise DatasetError(f"no image files in {', '.join(map(str, images))}", passed_over)
     embedders, places = open_networks(taken, device, trust_code=trust)
     lanes = [Lane(embedder, BATCH_SIZE) for embedder in embedders]
-    paths, ahead = tee(images_in(images, [Walk(walk.root) for walk in walks]))
+    paths, ahead = tee(images_in(images, [Listing(walk.root) for walk in walks]))
     every = tuple(range(len(lanes)))
     items = (Item(number, absolute(path), None, every) for number, path in enumerate(ahead))
     return ToLabel(embed(lanes, items, Path("/"), limit), paths, total, places, lanes, unread, passed_over)
@@ -371,7 +370,7 @@ def expanded(paths: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def images_in(paths: Sequence[Path], walks: Sequence[Walk]) -> Iterator[str]:
+def images_in(paths: Sequence[Path], walks: Sequence[Listing]) -> Iterator[str]:
     """Yield the files named, and every image in the folders named, each once and in order; `walks` has a new walk of each folder."""
     seen: set[str] = set()
     left = iter(walks)
@@ -390,12 +389,12 @@ def images_in(paths: Sequence[Path], walks: Sequence[Walk]) -> Iterator[str]:
             yield file
 
 
-def _full(walk: Walk, path: str) -> str:
+def _full(walk: Listing, path: str) -> str:
     whole = str(walk.root / path)
     return address_of(whole) or whole
 
 
-def _passed_over(walks: Sequence[Walk]) -> tuple[list[PredictionRow], list[str]]:
+def _passed_over(walks: Sequence[Listing]) -> tuple[list[PredictionRow], list[str]]:
     """Return a row for each image that finished walks passed over, and lines on the rest."""
     unread, others, ignored = set[tuple[str, str]](), set[Failure](), Counter[str]()
     for walk in walks:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data import DatasetIndex
-from pipeline.data.walk import Walk, is_folder
+from pipeline.data.folder import Listing, is_folder
 from pipeline.embed.records import EmbeddingRecord, choose, open_features, read_records
 from pipeline.embed.transformer import digests_of
 from pipeline.errors import DatasetError, PipelineError, first, number_of
@@ -80,7 +80,7 @@ def run(
     if output is not None:
         require_place(output)
     stored = Stored.open(experiment_at(place), embedding)
-    walks = [Walk(path) for path in images if is_folder(path)]
+    walks = [Listing(path) for path in images if is_folder(path)]
     paths = list(images_in(images, walks))
     if not paths:
         raise DatasetError(f"no image files in {', '.join(map(str, images))}")

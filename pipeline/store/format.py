@@ -63,36 +63,26 @@ class Field:
     optional: bool = False
 
 
-FEATURES = Field(("<f4", "<f2"), ("n", "d"))
-CONTENT = Field(("<u8",), ("n", 2))
-BLOCKS = Field(("|u1",), ("b", BLOCK_DIGEST_BYTES))
-IDENTITY = Field(("|u1",), ("j",))
-PROBE = Field(("<f4",), ("k", "d"))
-TEXT = Field(("|S*",), ("m",), optional=True)
+_BLOCKS = Field(("|u1",), ("b", BLOCK_DIGEST_BYTES))
+_ORIGIN = {"identity_json": Field(("|u1",), ("j",)), "canary": Field(("<f4",), ("k", "d"))}
+_SEGMENT = {
+    "features": Field(("<f4", "<f2"), ("n", "d")),
+    "content": Field(("<u8",), ("n", 2)),
+    "block_digest": _BLOCKS,
+}
+_TEXTS = dict.fromkeys(("path", "label", "split", "group"), Field(("|S*",), ("m",), optional=True))
 
 LAYOUTS: dict[str, dict[str, Field]] = {
-    "segment": {"features": FEATURES, "content": CONTENT, "block_digest": BLOCKS},
+    "segment": _SEGMENT,
     "snapshot": {
         "rows": Field(("<u8",), (4, "n")),
-        "block_digest": BLOCKS,
+        "block_digest": _BLOCKS,
         "segment_digest": Field(("|u1",), ("s", 32)),
         "segment_rows": Field(("<u8",), ("s",)),
         "segment_bytes": Field(("<u8",), ("s",)),
-        "identity_json": IDENTITY,
-        "canary": PROBE,
+        **_ORIGIN,
     },
-    "pack": {
-        "features": FEATURES,
-        "content": CONTENT,
-        "block_digest": BLOCKS,
-        "identity_json": IDENTITY,
-        "canary": PROBE,
-        "row": Field(("<u8",), ("m",), optional=True),
-        "path": TEXT,
-        "label": TEXT,
-        "split": TEXT,
-        "group": TEXT,
-    },
+    "pack": {**_SEGMENT, **_ORIGIN, "row": Field(("<u8",), ("m",), optional=True), **_TEXTS},
 }
 BULK = {"segment": "features", "snapshot": "rows", "pack": "features"}
 
@@ -123,15 +113,6 @@ def slices(count: int, row_bytes: int, most_bytes: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-@dataclass(frozen=True)
-class Composed:
-    """A file ready to be written: its bytes in order, the digest that names it, its size in bytes."""
-
-    parts: Iterator[bytes | memoryview]
-    digest: str
-    size: int
-
-
 def differences(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], one: str = "the store", other: str = "this run"
 ) -> list[str]:
@@ -159,8 +140,11 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def compose(
     kind: str, store_type: StoreType, rows: int, arrays: Mapping[str, NDArray[Any]], chunks: Chunks, **others: str | int
-) -> Composed:
-    """Lay out one file: the bulk dataset of `rows` rows from `chunks`, the small datasets, and the attributes of its kind."""
+) -> tuple[str, Iterator[bytes | memoryview]]:
+    """Lay out one file: the bulk dataset of `rows` rows from `chunks`, the small datasets, and the attributes of its kind.
+
+    Returns the digest that names it, and its bytes in order.
+    """
     dtype, shape = ("<u8", (4, rows)) if kind == "snapshot" else (store_type.dtype, (rows, store_type.dim))
     blocks = block_digests(chunk.reshape(-1).view(np.uint8) for chunk in map(np.ascontiguousarray, chunks()))
     attributes: dict[str, str | int] = {
@@ -183,7 +167,7 @@ def compose(
             yield np.ascontiguousarray(chunk).data.cast("B") if chunk.size else b""
         yield trailer
 
-    return Composed(parts(), trailer[-32:].hex(), len(head) + prod(shape) * np.dtype(dtype).itemsize + len(trailer))
+    return trailer[-32:].hex(), parts()
 
 
 def origin(identity: Mapping[str, Any], probe: NDArray[np.float32] | None, dim: int) -> dict[str, NDArray[Any]]:

@@ -85,20 +85,20 @@ def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport
     newest = snapshots[0]
     content, (segments, rows) = newest.table.lines[:2].T, newest.table.lines[2:].astype(np.int64)
     bad = np.zeros(len(content), np.bool_)
-    for number, entry in enumerate(newest.segments):
+    for number, segment in enumerate(newest.segments):
         mine = np.flatnonzero(segments == number)
         lost = mine
         try:
-            file = entry.open(path, newest.store_type)
+            file = newest.open_segment(number)
             if not np.array_equal(file.arrays["content"][rows[mine]], content[mine]):
                 raise StoreError("does not hold the images that the snapshot says")
             damaged = damaged_rows(file) if full else np.zeros(0, np.intp)
             lost = mine[np.isin(rows[mine], damaged)]
             if len(damaged):
-                raise StoreError(f"{len(damaged)} of its {entry.rows} features are damaged or not finite")
+                raise StoreError(f"{len(damaged)} of its {len(file.bulk)} features are damaged or not finite")
         except StoreError as error:
             bad[lost] = True
-            wrong(entry.path(path), error)
+            wrong(segment, error)
     _check_others(path, snapshots, full, wrong)
     return VerifyReport(full, newest.generation, newest.rows, tuple(problems), content[bad])
 
@@ -108,14 +108,14 @@ def _check_others(
 ) -> None:
     """Check the files that the newest snapshot does not need: those of the previous snapshot and of the journal."""
     newest, *older = snapshots
-    entries = {entry.path(path) for snapshot in older for entry in snapshot.segments if entry not in newest.segments}
-    for place in (*sorted(entries), *groups(path)):
+    segments = {*(segment for snapshot in older for segment in snapshot.segments)}.difference(newest.segments)
+    for place in (*sorted(segments), *groups(path)):
         try:
-            file = open_segment(place, newest.store_type, place.stem if place in entries else None)
+            file = open_segment(place, newest.store_type, place.stem if place in segments else None)
             if full and len(damaged_rows(file)):
                 raise StoreError("is damaged; only the previous snapshot or the next run needs it")
         except FileNotFoundError:
-            if place in entries:
+            if place in segments:
                 wrong(place, StoreError("is missing; only the previous snapshot needs it"))
         except StoreError as error:
             wrong(place, error)
@@ -123,7 +123,7 @@ def _check_others(
 
 def damaged_rows(file: StoreFile) -> NDArray[np.intp]:
     """Check every block and number of a segment; return the unusable rows, intp of shape (k,)."""
-    row_bytes = file.bulk.shape[1] * file.bulk.dtype.itemsize
+    row_bytes = file.store_type.row_bytes
     bad = np.zeros(len(file.bulk), np.bool_)
     for block in file.bad_blocks():
         bad[block * BLOCK_BYTES // row_bytes : -(-(block + 1) * BLOCK_BYTES // row_bytes)] = True

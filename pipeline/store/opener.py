@@ -87,17 +87,13 @@ class StoreFile:
                 "nothing of them was used; run 'manyheads store repair' to embed just these images again"
             )
 
-    def check_items(self, items: NDArray[Any], width: int = 1) -> None:
-        """Check the blocks of some items, of `width` numbers each, before use; StoreError for damage.
-
-        items : of any integer dtype, shape (k,)
-        """
+    def check_rows(self, rows: NDArray[np.int64]) -> None:
+        """Check the blocks of some rows of the bulk, int64 of shape (k,), before use; StoreError for damage."""
         if self._checked.all():
             return
-        item_bytes = self.bulk.dtype.itemsize * width
-        first = items.astype(np.intp) * item_bytes // BLOCK_BYTES
-        last = ((items.astype(np.intp) + 1) * item_bytes - 1) // BLOCK_BYTES
-        # A mask, not a sorted set: there may be ten million items in a thousand blocks.
+        first = rows * self.store_type.row_bytes // BLOCK_BYTES
+        last = ((rows + 1) * self.store_type.row_bytes - 1) // BLOCK_BYTES
+        # A mask, not a sorted set: there may be ten million rows in a thousand blocks.
         touched = np.zeros(len(self._checked), np.bool_)
         for step in range(int((last - first).max(initial=0)) + 1):
             touched[np.minimum(first + step, last)] = True
@@ -287,15 +283,14 @@ def _places(root: Any, kind: str) -> dict[str, _Place]:
     return places
 
 
-FORBIDDEN_MESSAGES = {0x0007: "external storage", 0x000B: "a filter"}
-"""Object header messages of datasets whose bytes are not stored plainly."""
+FORBIDDEN_MESSAGES = 1 << 0x0007 | 1 << 0x000B
+"""Object header messages of external storage and of filters: such a dataset's bytes are not stored plainly."""
 
 
 def _place(root: Any, name: str, wanted: Field) -> _Place:
     info = h5py.h5o.get_info(root, name.encode())
     _require(info.type == h5py.h5o.TYPE_DATASET, f"{name!r} is not a dataset")
-    for message, what in FORBIDDEN_MESSAGES.items():
-        _require(not int(info.hdr.mesg.present) >> message & 1, f"{name!r} has {what}")
+    _require(not int(info.hdr.mesg.present) & FORBIDDEN_MESSAGES, f"{name!r} has external storage or a filter")
     dataset = h5py.h5d.open(root, name.encode())
     is_contiguous = dataset.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
     _require(is_contiguous, f"{name!r} is not stored in one piece")

@@ -95,28 +95,6 @@ class Table:
         return self.lines[:2].T[np.lexsort((self.lines[3], self.lines[2]))]
 
 
-@dataclass(frozen=True)
-class SegmentEntry:
-    """A segment as listed in the snapshot; its digest is that of the segment's head."""
-
-    digest: str
-    rows: int
-
-    def path(self, store: Path) -> Path:
-        """Where the segment's file is."""
-        return store / SEGMENTS / f"{self.digest}.h5"
-
-    def open(self, store: Path, store_type: StoreType, data: mmap.mmap | None = None) -> StoreFile:
-        """Open the segment; StoreError when it is missing, damaged or a different one."""
-        path = self.path(store)
-        try:
-            return open_segment(path, store_type, self.digest, data)
-        except FileNotFoundError:
-            raise StoreError(
-                f"{path}: is missing with {self.rows} features; put it back, or run 'manyheads store repair'"
-            ) from None
-
-
 def open_segment(
     path: Path, store_type: StoreType, digest: str | None = None, data: mmap.mmap | None = None
 ) -> StoreFile:
@@ -138,7 +116,8 @@ class FeatureStore:
     file: StoreFile
     """The snapshot, or the packed file."""
     identity: dict[str, Any]
-    segments: tuple[SegmentEntry, ...]
+    segments: tuple[Path, ...]
+    """The file of each segment, named by the digest of its head."""
     _files: dict[int, StoreFile] = field(default_factory=dict, repr=False)
     """Segment number -> its file, opened and checked when first read."""
     _mapped: dict[int, mmap.mmap] = field(default_factory=dict, repr=False)
@@ -155,8 +134,7 @@ class FeatureStore:
         try:
             if path.is_file() if address_of(path) is None else path.suffix in PACKED:
                 file = open_file(path, "pack")
-                entry = SegmentEntry(file.digest, len(file.bulk))
-                store = FeatureStore(path, file, _identity(file), (entry,), {0: file})
+                store = FeatureStore(path, file, _identity(file), (path,), {0: file})
             else:
                 store = _open_folder(path)
         except FileNotFoundError:
@@ -175,7 +153,7 @@ class FeatureStore:
             return Table.of([self.file.arrays["content"]])
         self.file.require_whole()
         table = Table(self.file.bulk)
-        if problem := table.problem([entry.rows for entry in self.segments]):
+        if problem := table.problem(self.file.arrays["segment_rows"].tolist()):
             raise StoreError(f"{self.file.path}: not a valid feature store file: {problem}")
         return table
 
@@ -272,17 +250,28 @@ class FeatureStore:
             here = segments == number
             yield self._segment(number, rows[here], digests[here]), rows[here]
 
+    def open_segment(self, number: int) -> StoreFile:
+        """Open a segment of the snapshot; StoreError when it is missing, damaged or a different one."""
+        path = self.segments[number]
+        try:
+            return open_segment(path, self.store_type, path.stem, self._mapped.get(number))
+        except FileNotFoundError:
+            rows = self.file.arrays["segment_rows"][number]
+            raise StoreError(
+                f"{path}: is missing with {rows} features; put it back, or run 'manyheads store repair'"
+            ) from None
+
     def _segment(self, number: int, rows: NDArray[np.int64], digests: Digests) -> StoreFile:
         """Return a segment after checking that k rows, int64, are undamaged and belong to the digests, uint64 of shape (k, 2)."""
         if number not in self._files:
-            self._files[number] = self.segments[number].open(self.path, self.store_type, self._mapped.get(number))
+            self._files[number] = self.open_segment(number)
         file = self._files[number]
         content = file.arrays["content"]
         if (rows >= len(content)).any() or not np.array_equal(content[rows], digests):
             raise StoreError(
                 f"{file.path}: does not hold the images that the snapshot says; run 'manyheads store verify --full'"
             )
-        file.check_items(rows, self.dim)
+        file.check_rows(rows)
         return file
 
 
@@ -293,9 +282,9 @@ def _open_folder(path: Path) -> FeatureStore:
     """Open the newest snapshot and map all its segments at once, as a writer may remove them later."""
     for _ in range(ATTEMPTS):
         store = newest_snapshot(path)
-        for number, entry in enumerate(store.segments):
+        for number, segment in enumerate(store.segments):
             with contextlib.suppress(FileNotFoundError, StoreError):  # reported when the segment is read
-                store._mapped[number] = map_file(entry.path(path))
+                store._mapped[number] = map_file(segment)
         if len(store._mapped) == len(store.segments) or newest_snapshot(path).digest == store.digest:
             break
         # A writer has removed segments and published a newer snapshot: open that one.
@@ -310,8 +299,8 @@ def open_snapshot(path: Path) -> FeatureStore:
     names = [digest.tobytes().hex() for digest in file.arrays["segment_digest"]]
     if len(set(names)) != len(names):
         raise StoreError(f"{path}: not a valid feature store file: a segment is named twice")
-    segments = map(SegmentEntry, names, file.arrays["segment_rows"].tolist())
-    return FeatureStore(path.parent, file, _identity(file), tuple(segments))
+    segments = tuple(path.parent / SEGMENTS / f"{name}.h5" for name in names)
+    return FeatureStore(path.parent, file, _identity(file), segments)
 
 
 def _identity(file: StoreFile) -> dict[str, Any]:

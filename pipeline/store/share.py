@@ -66,14 +66,14 @@ def pack(
             if (longest := max(map(len, encoded), default=0)) > MAX_TEXT:
                 raise StoreError(f"{name}: a text has {longest} bytes, at most {MAX_TEXT} can be packed")
             others[COLUMNS[name]] = np.array(encoded, f"S{max(1, longest)}")
-    composed = compose(
+    _, parts = compose(
         "pack",
         store.store_type,
         len(content),
         {"content": content, **others},
         lambda: (features.astype(store.dtype) for _, features in store.pieces(content)),
     )
-    _write(path, composed.parts)
+    _write(path, parts)
     return FeatureStore.open(path)
 
 
@@ -228,7 +228,7 @@ class PartWriter:
         self.store_type = StoreType(fingerprint(dict(identity)), dim, np.dtype(dtype).str)
         self._origin = origin(identity, probe, dim)
         self._waiting: list[tuple[Digests, NDArray[Any]]] = []
-        self._waiting_bytes, self._since = 0, time.monotonic()
+        self._since = time.monotonic()
         heads = map(self._head, part_files(place, store.stem) if look else ())
         found = [file.arrays["content"] for file in heads if file is not None]
         self._known = digest_keys(np.concatenate([np.zeros((0, 2), np.uint64), *found]))
@@ -252,15 +252,14 @@ class PartWriter:
     def append(self, digests: Digests, features: NDArray[Any]) -> int:
         """Add vectors, float of shape (n, dim), of n distinct digests, uint64 of shape (n, 2); return n."""
         if len(digests):
-            vectors = np.ascontiguousarray(features, self.store_type.dtype)
-            self._waiting.append((np.ascontiguousarray(digests, "<u8"), vectors))
-            self._waiting_bytes += vectors.nbytes
+            self._waiting.append((digests, np.ascontiguousarray(features, self.store_type.dtype)))
         return len(digests)
 
     @property
     def due(self) -> bool:
         """Whether it is time to commit a part."""
-        return self._waiting_bytes >= PART_BYTES or time.monotonic() - self._since >= PART_SECONDS
+        waiting = sum(vectors.nbytes for _, vectors in self._waiting)
+        return waiting >= PART_BYTES or time.monotonic() - self._since >= PART_SECONDS
 
     def commit(self) -> None:
         """Write everything appended since the last commit as a part."""
@@ -269,14 +268,14 @@ class PartWriter:
             return
         content, vectors = zip(*self._waiting, strict=True)
         arrays = {"content": np.concatenate(content), **self._origin}
-        composed = compose("pack", self.store_type, len(arrays["content"]), arrays, lambda: vectors)
-        path = f"{self.folder}/{composed.digest}.h5"
+        digest, parts = compose("pack", self.store_type, len(arrays["content"]), arrays, lambda: vectors)
+        path = f"{self.folder}/{digest}.h5"
         if address_of(path):
             with explained(Path(self.folder)):
-                write_remote(path, b"".join(composed.parts))
+                write_remote(path, b"".join(parts))
         else:
-            _write(Path(path), composed.parts)
-        self._waiting, self._waiting_bytes = [], 0
+            _write(Path(path), parts)
+        self._waiting = []
 
     def __enter__(self) -> PartWriter:
         return self

@@ -32,7 +32,6 @@ from pipeline.store.format import (
     QUARANTINE,
     SEGMENTS,
     TEMPORARY,
-    Composed,
     StoreType,
     compose,
     differences,
@@ -112,9 +111,9 @@ def groups(store: Path) -> list[Path]:
     return sorted((store / JOURNAL).glob(f"{'[0-9]' * 8}.h5"))
 
 
-def _write(store: Path, composed: Composed, path: Path) -> None:
+def _write(store: Path, parts: Iterable[bytes | memoryview], path: Path) -> None:
     """Write and sync a file under its name, so that it survives a power loss."""
-    files.rename(files.write_temporary(store / TEMPORARY, composed.parts), path)
+    files.rename(files.write_temporary(store / TEMPORARY, parts), path)
 
 
 def _set_aside(store: Path, path: Path) -> None:
@@ -161,14 +160,14 @@ def _sweep(store: Path, newest: FeatureStore, keep: int) -> None:
     numbers = generations(store)
     for generation in numbers[keep:]:
         files.remove(snapshot_path(store, generation))
-    named = {entry.digest for entry in newest.segments}
+    named = {*newest.segments}
     for generation in numbers[1:keep]:
         try:
-            named |= {entry.digest for entry in open_snapshot(snapshot_path(store, generation)).segments}
+            named.update(open_snapshot(snapshot_path(store, generation)).segments)
         except StoreError:
             return  # its segments are unknown, so none is removed
-    for path in (store / SEGMENTS).iterdir():
-        if path.suffix == ".h5" and path.stem not in named:
+    for path in [*(store / SEGMENTS).glob("*.h5")]:
+        if path not in named:
             files.remove(path)
 
 
@@ -196,7 +195,7 @@ class FileRows:
         """Yield the checked vectors of rows `start` to `stop`, (k, dim) at a time, a few megabytes each."""
         rows = self.rows[start:stop]
         for part in slices(len(rows), self.file.store_type.row_bytes, COPY_BYTES):
-            self.file.check_items(rows[part], self.file.bulk.shape[1])
+            self.file.check_rows(rows[part])
             yield self.file.bulk[rows[part]]
 
 
@@ -206,10 +205,11 @@ def _write_segments(store: Path, store_type: StoreType, sources: Sequence[FileRo
     content = np.concatenate([np.zeros((0, 2), np.uint64), *contents])
     for part in slices(len(content), store_type.row_bytes, SEGMENT_BYTES):
         arrays = {"content": content[part]}
-        composed = compose("segment", store_type, part.stop - part.start, arrays, partial(_pieces, sources, part))
-        path = store / SEGMENTS / f"{composed.digest}.h5"
-        _write(store, composed, path)
-        yield open_segment(path, store_type, composed.digest)
+        rows = part.stop - part.start
+        digest, parts = compose("segment", store_type, rows, arrays, partial(_pieces, sources, part))
+        path = store / SEGMENTS / f"{digest}.h5"
+        _write(store, parts, path)
+        yield open_segment(path, store_type, digest)
 
 
 def _pieces(sources: Sequence[FileRows], part: slice) -> Iterator[NDArray[Any]]:
@@ -238,7 +238,6 @@ class StoreWriter:
         """Rows of the journal, in the order of appending."""
         self._new: set[bytes] = set()
         self._waiting: list[tuple[Digests, NDArray[Any]]] = []
-        self._waiting_bytes = 0
         self._last_commit = time.monotonic()
         self._next_group = 1
 
@@ -288,9 +287,9 @@ class StoreWriter:
             self._publish(1, "0" * 64, probe)
         self._snapshot, fell_back = _newest_whole_snapshot(self.path)
         self._require_same(self.identity, self.store_type, probe)
-        named = {entry.path(self.path) for entry in self._snapshot.segments}
         # The segments of a damaged newer snapshot have rows that no other snapshot lists.
-        found = sorted({*(self.path / SEGMENTS).glob("*.h5")} - named) if fell_back else []
+        others = {*(self.path / SEGMENTS).glob("*.h5")}.difference(self._snapshot.segments)
+        found = sorted(others) if fell_back else []
         opened = [*_whole(self.path, self.store_type, [*found, *groups(self.path)])]
         self._open_segments()
         for file in opened:
@@ -321,13 +320,13 @@ class StoreWriter:
 
     def _open_segments(self) -> None:
         """Open the snapshot's segments; the rows of missing or damaged ones count as missing from now on."""
-        for entry in self._snapshot.segments:
+        for number, path in enumerate(self._snapshot.segments):
             try:
-                self._segments.append(entry.open(self.path, self.store_type))
+                self._segments.append(self._snapshot.open_segment(number))
             except StoreError as error:
-                log.warning("%s; its %d images will be embedded again", error, entry.rows)
-                if entry.path(self.path).exists():
-                    _set_aside(self.path, entry.path(self.path))
+                log.warning("%s; its images will be embedded again", error)
+                if path.exists():
+                    _set_aside(self.path, path)
         if len(self._segments) < len(self._snapshot.segments):
             self._replace([FileRows.all(file) for file in self._segments])
 
@@ -375,11 +374,7 @@ class StoreWriter:
         """
         self._require_open()
         digests = np.ascontiguousarray(digests, np.uint64).reshape(-1, 2)
-        features = np.asarray(features)
-        if features.shape != (len(digests), self.store_type.dim):
-            raise ValueError(
-                f"features of shape {features.shape} for {len(digests)} digests of dim {self.store_type.dim}"
-            )
+        features = np.asarray(features).reshape(len(digests), self.store_type.dim)
         bad = ~storable(features, self.store_type)
         if bad.any():
             raise StoreError(
@@ -391,7 +386,6 @@ class StoreWriter:
         if fresh.any():
             kept, vectors = digests[fresh], np.ascontiguousarray(features[fresh], self.store_type.dtype)
             self._waiting.append((kept, vectors))
-            self._waiting_bytes += vectors.nbytes
             self._new.update(digest_keys(kept).tolist())
         if self.due:
             self.commit()
@@ -400,7 +394,8 @@ class StoreWriter:
     @property
     def due(self) -> bool:
         """Whether it is time to commit."""
-        return self._waiting_bytes >= GROUP_BYTES or time.monotonic() - self._last_commit >= GROUP_SECONDS
+        waiting = sum(vectors.nbytes for _, vectors in self._waiting)
+        return waiting >= GROUP_BYTES or time.monotonic() - self._last_commit >= GROUP_SECONDS
 
     def commit(self) -> None:
         """Make everything appended so far safe from a kill and a power loss."""
@@ -410,13 +405,13 @@ class StoreWriter:
             return
         content, vectors = zip(*self._waiting, strict=True)
         digests = np.concatenate(content)
-        composed = compose("segment", self.store_type, len(digests), {"content": digests}, lambda: vectors)
+        digest, parts = compose("segment", self.store_type, len(digests), {"content": digests}, lambda: vectors)
         path = self.path / JOURNAL / f"{self._next_group:08d}.h5"
         with explained(self.path):
-            _write(self.path, composed, path)
+            _write(self.path, parts, path)
         self._next_group += 1
-        self._waiting, self._waiting_bytes = [], 0
-        self._sources.append(FileRows.all(open_segment(path, self.store_type, composed.digest)))
+        self._waiting = []
+        self._sources.append(FileRows.all(open_segment(path, self.store_type, digest)))
 
     def compact(self) -> None:
         """Publish everything appended as the next snapshot and clear the journal."""
@@ -469,8 +464,8 @@ class StoreWriter:
         }
         lines = Table.of([file.arrays["content"] for file in segments]).lines
         others: dict[str, Any] = {"generation": generation, "parent": parent}
-        composed = compose("snapshot", self.store_type, lines.shape[1], arrays, lambda: [lines], **others)
-        scratch = files.write_temporary(self.path / TEMPORARY, composed.parts)
+        _, parts = compose("snapshot", self.store_type, lines.shape[1], arrays, lambda: [lines], **others)
+        scratch = files.write_temporary(self.path / TEMPORARY, parts)
         try:
             files.publish(scratch, snapshot_path(self.path, generation))
         except FileExistsError:

@@ -246,7 +246,10 @@ class Path:
             self._state = _State(self._axes, self._family, penalties, *self._nothing())
         else:
             self._state.repenalise(penalty)
-        self._state.run(self._axes, self._family.tolerance)
+        for _ in range(MOST_STEPS):
+            if self._state.solved(self._family.tolerance).all():
+                break
+            self._state.advance(self._axes)
         self._weights.append(self._state.weights)
         self._thetas.append(self._state.theta)
 
@@ -300,13 +303,6 @@ class _State:
         """Which problems need no further step, or can make none."""
         solved = np.abs(self.gradient).max(axis=(0, 2)) <= tolerance * len(self.scores)
         return np.asarray(solved | (self.stalled >= 2))
-
-    def run(self, axes: Axes, tolerance: float) -> None:
-        """Take steps until every problem is solved."""
-        for _ in range(MOST_STEPS):
-            if self.solved(tolerance).all():
-                return
-            self.advance(axes)
 
     def repenalise(self, penalty: float) -> None:
         """Change the penalty and keep all that is known: loss, slope and curvature change by known amounts."""

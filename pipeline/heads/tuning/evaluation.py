@@ -301,7 +301,7 @@ def _count(message: Warning | str, category: type[Warning], *place: Any, **more:
     # What a library plans to change is said to programmers, and is no news of a fit.
     if counts is not None and not issubclass(category, (FutureWarning, DeprecationWarning)):
         vague = category in (UserWarning, RuntimeWarning)
-        text = str(message).split("\n")[0].partition(". ")[0][:80]
+        text = str(message).split("\n")[0].partition(". ")[0].removesuffix(".")[:80]
         counts[f"{category.__name__}: {text}" if vague else category.__name__] += 1
 
 

@@ -38,13 +38,10 @@ def on_disk(X: FeatureMatrix) -> bool:
 
 
 def blocks(X: FeatureMatrix, rows: NDArray[np.int64] | None = None) -> Iterator[tuple[Any, NDArray[np.float32]]]:
-    """Yield places in `rows` (all rows in order where none are given) and the features there, a block at a time.
+    """Yield places in `rows` (all rows in order where none are given) and the features there, a block at a time, as they lie on disk.
 
-    Rows on disk are read in the order in which they lie there. With `rows` the blocks are copies; without, those of an
-    array in memory are views.
-
-    X : float32 of shape (n, dim); rows : int64 of shape (k,); a block is float32 of shape (m, dim), its place a slice,
-        or with `rows` an integer array of shape (m,)
+    X : float32 of shape (n, dim); rows : int64 of shape (k,); a block is float32 of shape (m, dim), its place a slice and a view of
+        what is in memory, or with `rows` an integer array of shape (m,) and a copy
     """
     step = max(1, BLOCK_BYTES // (4 * X.shape[1]))
     n = len(X) if rows is None else len(rows)

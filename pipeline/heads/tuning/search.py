@@ -106,9 +106,8 @@ def tune(
         raise HeadError(problems[0])
     wrong = next((place for place, block in blocks(X) if not np.isfinite(block).all()), None)
     if wrong is not None:
-        raise HeadError(
-            f"the features hold NaN or infinity, first within rows {wrong.start} to {min(wrong.stop, len(X)) - 1}; extract them again in fp32"
-        )
+        rows = f"rows {wrong.start} to {wrong.stop - 1}"
+        raise HeadError(f"the features hold NaN or infinity, first within {rows}; extract them again in fp32")
     given = np.asarray(y)
     with fits_of(head, X, given, folds, tuning, seed, journal, projections, target) as (fits, classes):
         search = _Search(fits)
@@ -256,8 +255,7 @@ def _out_of_fold(fits: FoldFits, best: Trial, kept: Candidate | None) -> tuple[P
     # solved again alone, so that a resumed search and an uninterrupted one give the same to the last digit.
     if fits.evaluator.together or not outcomes or any(outcome.training is None for outcome in outcomes):
         outcomes = fits.on_every_fold(best.params)
-    predictions = np.zeros_like(problem.y)
-    place = np.full(len(problem.y), -1, dtype=np.int64)
+    predictions, place = np.zeros_like(problem.y), np.full(len(problem.y), -1, dtype=np.int64)
     kinds = {outcome.kind for outcome in outcomes}
     scores = np.zeros((len(problem.y), problem.target.width), dtype=np.float32) if None not in kinds else None
     for fold, outcome in enumerate(outcomes):

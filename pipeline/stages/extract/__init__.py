@@ -45,7 +45,6 @@ from pipeline.stages.extract.work import (
     hash_store,
     note_failures,
 )
-from pipeline.stages.targets import write_experiments
 from pipeline.store import FeatureStore
 from pipeline.store.writer import StoreWriter
 
@@ -177,7 +176,7 @@ def run(
         work.seconds["start-up"] += resolving
         # An image costs its reading and decoding, and its own network.
         shared = (work.seconds["read"] + work.seconds["decode"]) / work.workers / max(work.images, 1)
-        rates |= {name: shared + seconds / work.network_images[name] for name, seconds in work.network_seconds.items()}
+        rates |= {name: shared + work.network_seconds[name] / count for name, count in work.vectors.items() if count}
         contents = Contents.of(scanned.index, files, config)
     records = known if plan else _write(config, files, scanned, targets, rates)
     if work is not None:
@@ -273,7 +272,10 @@ def _write(
     make_folder(files.root)
     write_records(files.features, records, config, scanned.index.fingerprint())
     write_text_atomic(files.config, dump_yaml(config, files.root))
-    write_experiments(config, scanned.index, records)
+    if len(config.dataset.kinds) > 1 or files.targets.exists():
+        from pipeline.stages.targets import write_experiments  # with scikit-learn, which no worker should wait for
+
+        write_experiments(config, scanned.index, records)
     return records
 
 

@@ -76,8 +76,7 @@ class Shard:
 
     def has(self, digests: Digests) -> NDArray[np.bool_]:
         """Say for each of n digests, uint64 of shape (n, 2), whether it is in this shard: bool of shape (n,)."""
-        mine: NDArray[np.bool_] = digests[:, 0] % np.uint64(self.count) == self.number - 1
-        return mine
+        return np.asarray(digests[:, 0] % np.uint64(self.count) == self.number - 1)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,14 @@ def take_parts(place: str | Path, stores: Path, *, remove: bool = False) -> dict
     """
     new = {}
     for name in part_folders(place):
-        found = {path: store for path in part_files(place, name) if (store := _whole(path)) is not None}
+        found = dict[str, FeatureStore]()
+        for path in part_files(place, name):
+            try:
+                store = FeatureStore.open(path)
+                store.file.require_whole()
+                found[path] = store
+            except StoreError as error:
+                log.warning("%s; passed over", error)
         if found:
             new[name] = sum(copy_rows(list(found.values()), stores / f"{name}.store"))
             log.info("%s: %d vectors from %d parts in %s", name, new[name], len(found), place)
@@ -101,16 +108,6 @@ def take_parts(place: str | Path, stores: Path, *, remove: bool = False) -> dict
                 os.rmdir(Path(place) / f"{name}{PARTS}")
                 os.rmdir(place)
     return new
-
-
-def _whole(path: str) -> FeatureStore | None:
-    try:
-        store = FeatureStore.open(path)
-        store.file.require_whole()
-    except StoreError as error:
-        log.warning("%s; passed over", error)
-        return None
-    return store
 
 
 # ---- the experiments that use the folder

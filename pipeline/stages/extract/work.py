@@ -60,8 +60,6 @@ class Work:
     """Per kind of work; reading and decoding are summed over threads and go on beside the network."""
     network_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Embedding -> seconds in its network."""
-    network_images: Counter[str] = field(default_factory=Counter)
-    """Embedding -> images that went through its network."""
 
     @property
     def rate(self) -> float:
@@ -84,7 +82,6 @@ class Work:
         self.failures += other.failures
         self.unavailable += other.unavailable
         self.vectors.update(other.vectors)
-        self.network_images.update(other.network_images)
         for name, seconds in other.network_seconds.items():
             self.network_seconds[name] += seconds
         for name in self.seconds.keys() - {"start-up"}:
@@ -215,7 +212,6 @@ def _store(
         for output in own:
             name, vectors = output.target.spec.name, part.vectors[output.target.output]
             work.network_seconds[name] += part.seconds
-            work.network_images[name] += len(made)
             wanted, finite = output.missing[numbers], storable(vectors, output.writer.store_type)
             for place in np.flatnonzero(wanted & ~finite).tolist():
                 failed(made[place], "not_finite", f"{name} gives it a vector that is not finite")

@@ -25,11 +25,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """The row that others are made of, its bundle with the key it was made by, and what it said."""
+    """The row that others are made of, its bundle, whose provenance has the key it was made by, and what it said."""
 
     row: LeaderboardRow
     bundle: ModelBundle
-    key: str
     said: HeadPredictions
 
 
@@ -59,8 +58,7 @@ def origin(board: Leaderboard, embeddings: Collection[str], asked: Asked) -> Ori
         return None
     folder = asked.files.root / str(rows[0].bundle)
     try:
-        key = bundles.describe(folder)["provenance"]["key"]
-        return Origin(rows[0], bundles.load(folder), key, HeadPredictions.read(folder / FILE_NAME))
+        return Origin(rows[0], bundles.load(folder), HeadPredictions.read(folder / FILE_NAME))
     except BundleError as error:  # such as code, which nobody has said is to be trusted
         log.info("%s: no further rows are made of it: %s", rows[0].key, error)
         return None

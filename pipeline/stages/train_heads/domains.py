@@ -84,7 +84,8 @@ def with_domains(board: Leaderboard, asked: Asked) -> Leaderboard:
     if best is None:
         return board
     domains = np.concatenate(parts)
-    key = fingerprint({"version": VERSION, "row": best.key, "domains": domains.tolist(), "adapt": config.adapt})
+    made_by = best.bundle.provenance["key"]
+    key = fingerprint({"version": VERSION, "row": made_by, "domains": domains.tolist(), "adapt": config.adapt})
 
     def make(found: ApartRows) -> None:
         indexes = (task.train, task.test)

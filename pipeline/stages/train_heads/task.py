@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from pipeline.config import Config, TuningConfig
 from pipeline.data import DatasetIndex, failed_digests, lineage
 from pipeline.data.targets import Target, choose, record_of
-from pipeline.embed.published import NO_WEIGHTS
 from pipeline.embed.records import EmbeddingRecord
 from pipeline.errors import DatasetError, StoreError, UnfittedError
 from pipeline.experiment import Artifacts
@@ -178,11 +177,6 @@ class Embedding:
     def name(self) -> str:
         """The embedding's name."""
         return self.task.target.constant if self.record is None else self.record.name
-
-    @property
-    def license(self) -> str:
-        """That of its network's weights."""
-        return NO_WEIGHTS if self.record is None else self.record.spec.license
 
     @property
     def shape(self) -> tuple[int, int]:

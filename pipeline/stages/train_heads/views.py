@@ -46,7 +46,7 @@ def with_views(board: Leaderboard, asked: Asked) -> Leaderboard:
         viewed += [] if best is None else [(best, parts)]
     if not viewed:
         return board
-    rows = [[best.key, *(part.fingerprint for part in parts)] for best, parts in viewed]
+    rows = [[best.bundle.provenance["key"], *(part.fingerprint for part in parts)] for best, parts in viewed]
 
     def make(found: ApartRows) -> None:
         for best, parts in viewed:
