@@ -4,12 +4,12 @@
     run.leaderboard                      # a pandas DataFrame
     run.predict(["new.jpg", "more/"])    # another
 
-Every function here is a command of the command line too, and this is the one place that declares it: `pipeline/cli.py` makes the
-command of the function's parameters and its docstring, whose last lines are on the options. What `--set` changes are keywords here
-(`tuning__trials=8`, or `tuning={"trials": 8}`). A function returns what the stage made. Where a command takes CONFIG, it takes the path
-of a config file, of an experiment's output folder or of images, or a `Config`.
+Every function here is also a command: `pipeline/cli.py` builds the command line from the functions' parameters and docstrings, whose
+last lines describe the options. Config overrides (`--set`) are keyword arguments here (`tuning__trials=8`, or `tuning={"trials": 8}`).
+A function returns the result of its stage. CONFIG is a `Config`, or the path of a config file, of an experiment's output folder or of
+images.
 
-Importing this costs nothing: what is used is imported when it is asked for.
+Importing this module is cheap: each function imports what it needs when it is called.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -57,7 +57,7 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what lies elsewhere when it is asked for."""
+    """Import a public name of another module on first use."""
     from importlib import import_module
 
     if name not in _ELSEWHERE:
@@ -80,9 +80,9 @@ _Parts: TypeAlias = Generator[Any, None, _R]
 
 
 def _in_parts(command: Callable[_P, _Parts[_R]]) -> Callable[_P, _R]:
-    """Return a function that goes through all that a command yields, and returns what it returns.
+    """Turn a command that yields its output in parts into a function that runs it to the end and returns its result.
 
-    The command line, which has the command as `__wrapped__`, prints what is yielded as it comes.
+    The command line calls the generator, `__wrapped__`, and prints each part as it is yielded.
     """
 
     @wraps(command)
@@ -109,17 +109,17 @@ def fit(
     open: bool = False,
     **overrides: Any,
 ) -> "_Parts[Run]":
-    """From photos to a leaderboard and a page, in one go: look, embed, tune, compare.
+    """Go from photos to a leaderboard and a report page in one run: check, embed, tune, compare.
 
-    WHAT is a folder that holds a folder of photos for each class, an archive of one, a manifest (.csv, .parquet) or a config file.
-    `manyheads photos` is short for it. What is finished is not done again.
+    WHAT is a folder with one subfolder of photos per class, an archive of such a folder, a manifest (.csv, .parquet) or a config file.
+    `manyheads photos` is short for `manyheads fit photos`. Finished work is not repeated.
 
     Example: manyheads fit photos --budget 10m --open
 
-    target COLUMN : The column of a manifest to learn, `label` otherwise; again for each more.
+    target COLUMN : Column of the manifest to learn (default: label); repeat it for several targets.
     budget TIME : Time for the search, such as 90s, 10m or 1h.
-    output : The folder of the results; artifacts/NAME otherwise.
-    open : Show the page in the browser.
+    output : Folder for the results (default: artifacts/NAME).
+    open : Show the report page in the browser.
     """
     from pipeline.stages import fit as stage
 
@@ -152,20 +152,20 @@ def features(
     workers: int | None = None,
     **overrides: Any,
 ) -> "_Parts[FeaturesRun | ShardRun]":
-    """Stage one: embed the images that the feature stores do not have yet.
+    """Stage one: embed the images that are not in the feature stores yet.
 
-    With --shard 3/16 only the third of sixteen shards, into parts that `store merge` puts together; with --engine ray on all of a
-    Ray cluster. docs/scale.md has the rest.
+    --shard 3/16 embeds only the third of sixteen shards and writes part files, which `store merge` combines; --engine ray uses a
+    whole Ray cluster. See docs/scale.md.
 
     Example: manyheads features configs/folder.yaml --plan
 
-    plan : Only say what a run would do and roughly how long it takes.
+    plan : Only say what a run would do and roughly how long it would take.
     rehash : Read every image again instead of trusting its size and times.
-    shard K/N : Embed only the K-th of N shards, which content decides; into parts.
-    parts PLACE : Where to write parts: a folder, or an address such as s3://bucket/run.
-    engine : Work on a cluster; needs manyheads[NAME].
-    address ADDRESS : Of a cluster that runs; one is started on this machine otherwise.
-    workers : How many; otherwise as many as there is room for.
+    shard K/N : Embed only the K-th of N shards and write part files; an image's content decides its shard.
+    parts PLACE : Where to write the part files: a folder, or an address such as s3://bucket/run.
+    engine : Run on a cluster; needs manyheads[NAME].
+    address ADDRESS : Address of a running cluster; by default one is started on this machine.
+    workers : Number of workers; by default as many as there is room for.
     """
     from pipeline.stages import extract as stage
 
@@ -174,15 +174,15 @@ def features(
     made = stage.asked(asked, plan=plan, rehash=rehash, workers=workers, **options)
     yield made
     if shard is None and not plan:
-        yield f"to go on   manyheads heads {quote(asked.output)}"
+        yield f"next step  manyheads heads {quote(asked.output)}"
     return made
 
 
 @_in_parts
 def embed(config: _Given, **overrides: Any) -> "_Parts[FeaturesRun]":
-    """Embed images that have no labels yet, for `similar` and `pick`. CONFIG may be a folder of photos, whatever lies in it where.
+    """Embed images that have no labels yet, for `similar` and `pick`. CONFIG may be a folder of photos, nested in any way.
 
-    Once they have labels, `features` embeds none of them again.
+    Once the images have labels, `features` reuses these embeddings.
 
     Example: manyheads embed photos
     """
@@ -192,7 +192,7 @@ def embed(config: _Given, **overrides: Any) -> "_Parts[FeaturesRun]":
     made = extract.without_labels(asked)
     yield made
     place = quote(asked.output)
-    yield f"to go on   manyheads similar IMAGE --in {place}, or manyheads pick {place} for those to label first"
+    yield f"next step  manyheads similar IMAGE --in {place}, or manyheads pick {place} to choose what to label first"
     return made
 
 
@@ -207,16 +207,16 @@ def heads(
 ) -> "_Parts[HeadsRun | dict[str, HeadsRun] | Sequence[str]]":
     """Stage two: tune the heads on the stored features and print the leaderboard.
 
-    With --engine the heads are tuned by the workers of a Dask or Ray cluster, which must see the output folder; docs/scale.md says more.
+    With --engine, the workers of a Dask or Ray cluster tune the heads; they must see the output folder. See docs/scale.md.
 
     Example: manyheads heads configs/digits.yaml --set tuning.strategy=random
 
-    engine : Work on a cluster; needs manyheads[NAME].
-    address ADDRESS : Of a cluster that runs; one is started on this machine otherwise.
-    workers : How many; otherwise as many as there is room for.
-    list : Say which there are.
+    engine : Run on a cluster; needs manyheads[NAME].
+    address ADDRESS : Address of a running cluster; by default one is started on this machine.
+    workers : Number of workers; by default as many as there is room for.
+    list : List the available heads; needs no config.
 
-    In Python it returns of several targets what was made of each by its name, and with `list`, which needs no config, lines.
+    In Python, several targets give a dict of results by target name, and `list` gives the lines of the list.
     """
     from pipeline.errors import ConfigError
     from pipeline.heads.table import listed
@@ -234,7 +234,7 @@ def heads(
 
 
 def replay(config: _Given, **overrides: Any) -> "list[Replay]":
-    """Make every number of a leaderboard again from the stored features, and say what differs; exit code 1 when something does.
+    """Recompute every number of a leaderboard from the stored features and report differences; exit code 1 if there are any.
 
     CONFIG may also be the output folder. Nothing in it is changed.
 
@@ -247,9 +247,9 @@ def replay(config: _Given, **overrides: Any) -> "list[Replay]":
 
 @_in_parts
 def advise(config: _Given, **overrides: Any) -> "_Parts[Advice]":
-    """Say what to do next: stop, label more, take another layer or backbone, or fine-tune, each with its gain and price.
+    """Advise what to do next: stop, label more, use another layer or backbone, or fine-tune, each with its gain and cost.
 
-    Costs at most a twentieth of a whole fine-tuning, and looks at no test image.
+    Takes at most a twentieth of the cost of fine-tuning, and uses no test image.
 
     Example: manyheads advise configs/folder.yaml
     """
@@ -264,7 +264,7 @@ def advise(config: _Given, **overrides: Any) -> "_Parts[Advice]":
 
 @_in_parts
 def finetune(config: _Given, output: _Place | None = None, **overrides: Any) -> "_Parts[FinetuneRun | None]":
-    """Stage three: train the best backbone end to end, from the best head, and say whether it was worth it.
+    """Stage three: train the best backbone end to end, starting from the best head, and say whether it was worth it.
 
     Prints the advice of `manyheads advise` first; `finetune: auto` in the config follows it.
 
@@ -272,7 +272,7 @@ def finetune(config: _Given, output: _Place | None = None, **overrides: Any) -> 
 
     output : Also copy the weights to this file.
 
-    In Python it returns None where the advice is followed, and is to train nothing.
+    In Python it returns None where `finetune: auto` follows advice to train nothing.
     """
     from pipeline.io import files
     from pipeline.stages import advise
@@ -285,7 +285,7 @@ def finetune(config: _Given, output: _Place | None = None, **overrides: Any) -> 
     yield [given, ""]
     run = stage.run(asked)
     if run is None:
-        yield "Nothing is trained, as finetune: auto follows the advice; set finetune.unfreeze to [[0, all]] to train nevertheless."
+        yield "Nothing is trained, as finetune: auto follows the advice; set finetune.unfreeze to [[0, all]] to train anyway."
         return None
     yield run
     if output is not None:
@@ -303,19 +303,19 @@ def fewshot(
     embedding: str | None = None,
     **overrides: Any,
 ) -> "_Parts[dict[str, FewShotRun]]":
-    """Say how well classes are learned from a few images each, on the stored features: prototypes, kNN, logistic regression, MAML.
+    """Measure few-shot accuracy on the stored features: prototypes, kNN, logistic regression, MAML.
 
-    Draws many episodes of N classes with K labelled images each, and judges every method on other images of the same classes.
+    Draws many episodes of N classes with K labelled images each, and scores every method on other images of the same classes.
 
     Example: manyheads fewshot configs/folder.yaml --ways 5 --shots 1 --shots 5
 
-    ways : Classes of an episode, 2 at least; 5, or all where there are fewer.
-    shots : Labelled images per class, each a point of the curve; 1, 2, 5, 10 and 20.
-    queries : Images per class to be judged by.
-    episodes : Episodes for each number of shots, 20 at least.
-    embedding NAME : Which, where there are several backbones.
+    ways : Classes per episode, at least 2 (default: 5, or all if there are fewer).
+    shots : Labelled images per class; repeat it for more points of the curve (default: 1, 2, 5, 10 and 20).
+    queries : Query images per class, on which the methods are scored.
+    episodes : Episodes per number of shots, at least 20.
+    embedding NAME : Embedding to use where there are several backbones.
 
-    In Python it returns what was found by the name of the target, '' being a single one.
+    In Python it returns results by target name; a single target's name is ''.
     """
     from pipeline.stages import fewshot as stage
     from pipeline.stages import targets
@@ -328,14 +328,14 @@ def fewshot(
 
 @_in_parts
 def refit(config: _Given, row: str | None = None, **overrides: Any) -> "_Parts[RefitRun]":
-    """Fit a saved head again with new images or a new class, at its stored parameters, and say whether a new search is worth it.
+    """Refit a saved head with new images or a new class, keeping its hyperparameters, and say whether a new search is worth it.
 
-    Only new images are embedded. The leaderboard stays what it was; what is made lies in the folder `refit` of the experiment, which
-    `predict` takes.
+    Only new images are embedded. The leaderboard does not change; the refitted heads go to the folder `refit` of the experiment, which
+    `predict` accepts.
 
     Example: manyheads refit configs/folder.yaml
 
-    row EMBEDDING/HEAD : Which head, or all; the recommended one otherwise.
+    row EMBEDDING/HEAD : Head to refit, or all (default: the recommended head).
     """
     from pipeline.stages import extract
     from pipeline.stages import refit as stage
@@ -362,20 +362,20 @@ def predict(
 ) -> "PredictRun":
     """Label new images with a saved head.
 
-    BUNDLE is a bundle's folder, or an experiment's output folder, whose best head is then used, of several targets the best of
-    each. IMAGES are image files and folders. Rows are written as they come: a run that is stopped leaves them beside the output, as NAME.*.partial.
+    BUNDLE is a bundle folder, or an experiment's output folder, whose best head (for several targets, the best head of each) is used.
+    IMAGES are image files and folders. Rows are written as they are made: an interrupted run leaves them next to the output, as NAME.*.partial.
 
     Example: manyheads predict artifacts/digits photos/ --output labels.csv
 
     output : The CSV file to write.
-    top : Labels with probabilities per image.
+    top : Labels to list with probabilities per image.
     unknown SHARE : Mark images of no known class, with this share of false alarms.
-    sets SHARE : Also the labels of which one is right for this share of images.
-    align : Move the images' features to the mean and covariance of the training images first: for photos from elsewhere.
-    explain FOLDER : Also pages on why the first 200 images got their labels: maps, and training images for and against.
+    sets SHARE : Also list a set of labels per image that holds the right one for this share of images.
+    align : First align the images' features to the mean and covariance of the training images: for photos from another source.
+    explain FOLDER : Also write pages on why the first 200 images got their labels: maps, and training images for and against.
     device : auto, cpu, mps, cuda or cuda:N.
-    trust : Load a joblib bundle, or a network of code, which can do anything.
-    max_pixels : Larger images are not read; the experiment's limit otherwise.
+    trust : Load a joblib bundle or a backbone's own code, either of which can run any code.
+    max_pixels : Skip images with more pixels than this (default: the experiment's limit).
     """
     from pipeline.stages import predict as stage
 
@@ -385,16 +385,16 @@ def predict(
 
 
 def export(experiment: _Place, onnx: _Place | None = None, row: str | None = None, trust: bool = False) -> list[str]:
-    """Write a saved head with its network as one file for other programs, proven to say what `predict` says.
+    """Write a saved head and its network into one file for other programs, checked to give the same results as `predict`.
 
-    EXPERIMENT is an output folder or its config, whose best head is taken, of several targets the best of each, or a bundle's folder.
-    The file takes decoded images of any size. Where it does not say what `predict` says of the test images, it is not written.
+    EXPERIMENT is a bundle folder, or an output folder or its config, whose best head (for several targets, the best head of each) is
+    exported. The file takes decoded images of any size. It is not written if it disagrees with `predict` on the test images.
 
     Example: manyheads export artifacts/digits --onnx digits.onnx
 
     onnx FILE : Write an ONNX file, which onnxruntime runs.
-    row EMBEDDING/HEAD : Which head; the best one otherwise.
-    trust : Load a joblib bundle, or a network of code, which can do anything.
+    row EMBEDDING/HEAD : Head to export (default: the best).
+    trust : Load a joblib bundle or a backbone's own code, either of which can run any code.
     """
     from pipeline.stages import export as stage
 
@@ -409,17 +409,17 @@ def similar(
     output: _Place | None = None,
     trust: bool = False,
 ) -> "SimilarRun":
-    """Show the stored images that are nearest to some images, with their labels and distances.
+    """Show the nearest stored images of given images, with their labels and distances.
 
-    IMAGES are image files and folders, which may be stored or new.
+    IMAGES are image files and folders, stored already or new.
 
     Example: manyheads similar photos/cat/1.jpg --in artifacts/photos --count 5
 
-    place EXPERIMENT : An output folder, a config or a folder of photos; the only one in artifacts/ otherwise.
-    count : Neighbours of each image.
-    embedding NAME : Which; the best row's of the leaderboard otherwise.
-    output : Also write them to this CSV file.
-    trust : Load a network of code, which can do anything.
+    place EXPERIMENT : An output folder, a config or a folder of photos (default: the only one in artifacts/).
+    count : Neighbours per image.
+    embedding NAME : Embedding to search in (default: that of the leaderboard's best row).
+    output : Also write the neighbours to this CSV file.
+    trust : Load a backbone's own code, which can do anything.
     """
     from pipeline.stages import similar as stage
 
@@ -435,16 +435,16 @@ def pick(
     trust: bool = False,
     **overrides: Any,
 ) -> "PickRun":
-    """Say which unlabelled images to label next, in a CSV file: typical ones first, later those the best head is unsure of.
+    """Choose which unlabelled images to label next: typical images first, later those the best head is unsure of.
 
-    CONFIG is of the unlabelled images, or the folder they lie in; they are embedded as those with labels are.
+    CONFIG names the unlabelled images, or is the folder they are in; they are embedded in the same way as the labelled ones.
 
     Example: manyheads pick new --in artifacts/photos --count 50 --output next.csv
 
-    place EXPERIMENT : Of the images with labels, where there are any.
+    place EXPERIMENT : Experiment of the labelled images, if there are any.
     count : Images to pick.
     output : The CSV file to write.
-    trust : Load a joblib head, which can do anything.
+    trust : Load a joblib head, which can run any code.
     """
     from pipeline.stages import pick as stage
 
@@ -452,9 +452,9 @@ def pick(
 
 
 def clean(config: _Given, output: _Place = "cleaned.csv", **overrides: Any) -> "CleanRun":
-    """Propose a cleaned manifest: labels that look wrong and near-duplicates of test images left out, others alike kept together.
+    """Propose a cleaned manifest: leave out doubtful labels and near-duplicates of test images, group other near-duplicates.
 
-    No label is changed, and each row says why it was touched. It goes back in as `dataset.path`; the command for that is printed.
+    No label is changed, and each changed row gives the reason. Use the manifest as `dataset.path`; the command for that is printed.
 
     Example: manyheads clean configs/folder.yaml --output cleaned.csv
 
@@ -467,11 +467,11 @@ def clean(config: _Given, output: _Place = "cleaned.csv", **overrides: Any) -> "
 
 @_in_parts
 def report(config: _Given, explain: bool = False, **overrides: Any) -> _Parts[Path]:
-    """Build the report page again from the saved results.
+    """Rebuild the report page from the saved results.
 
     Example: manyheads report configs/digits.yaml
 
-    explain : Show why the worst mistakes were made, in maps and training images; needs the images and the network.
+    explain : Explain the worst mistakes with maps and training images; needs the images and the network.
     """
     from pipeline import report as pages
 
@@ -488,13 +488,13 @@ def report(config: _Given, explain: bool = False, **overrides: Any) -> _Parts[Pa
 def compare(outputs: Sequence[_Place], output: _Place = "comparison", row: str | None = None) -> list[str]:
     """Compare finished experiments.
 
-    OUTPUTS are output folders. On several data sets: average ranks of the rows that all share, with a critical-difference
-    diagram. On one data set, searched differently: the searches side by side.
+    OUTPUTS are output folders. Experiments on several data sets are compared by average ranks of the rows they share, with a
+    critical-difference diagram; different searches on one data set are shown side by side.
 
     Example: manyheads compare artifacts/digits-bayes artifacts/digits-random artifacts/digits-grid --output comparison
 
     output : The folder for the tables and plots.
-    row EMBEDDING/HEAD : Whose searches to draw; the best row's otherwise.
+    row EMBEDDING/HEAD : Row whose searches are drawn (default: the best).
     """
     from pipeline.report import several
 
@@ -505,12 +505,12 @@ def compare(outputs: Sequence[_Place], output: _Place = "comparison", row: str |
 def layers(
     config: Annotated[_Given, "MODEL|CONFIG"], **overrides: Any
 ) -> _Parts[list[str] | list[tuple[str, tuple[int, ...], str]]]:
-    """List the layers of a backbone that can be embedded, with their shapes, and what they are called in every backbone.
+    """List the layers of a backbone that can be embedded, with their shapes and their names common to all backbones.
 
-    Of a CONFIG whose features are made: which of its layers hold the signal, by ridge in cross-validation, and whether
-    several side by side hold more.
+    For a CONFIG whose features exist: compare its layers by ridge regression in cross-validation, and say whether several
+    concatenated layers are better.
 
-    MODEL is a name that `manyheads backbones` lists, module:function of your own, or a weights file that `finetune` wrote.
+    MODEL is a name that `manyheads backbones` lists, your own module:function, or a weights file written by `finetune`.
 
     Example: manyheads layers efficientnet_lite0
     """
@@ -531,9 +531,9 @@ def layers(
 
 
 def backbones(word: str = "") -> list[str]:
-    """List the networks and weights that a config can name, with their size, their licence, and whether they are here.
+    """List the networks and weights that a config can name, with size and licence, and whether they are on this machine.
 
-    WORD, a part of a name, family or licence, shows all that has it; without one, what is here is shown.
+    WORD, a part of a name, family or licence, lists all matches; without it, those on this machine are listed.
 
     Example: manyheads backbones resnet50
     """
@@ -545,15 +545,15 @@ def backbones(word: str = "") -> list[str]:
 def shortlist(
     config: _Given, images: int = 1000, candidates: str | Sequence[str] = (), **overrides: Any
 ) -> "Shortlist":
-    """Say which networks are worth a full run: accuracy on a sample against time and memory.
+    """Find the networks that are worth a full run: accuracy on a sample against time and memory.
 
-    CONFIG may also be a folder of photos. All that is here is compared, losers are dropped early, and a config of the networks that
-    cannot be told apart from the best is written.
+    CONFIG may also be a folder of photos. Networks that fall behind are dropped early, and a config is written with those that are
+    not significantly worse than the best.
 
     Example: manyheads shortlist photos --images 400 --candidates efficientnet_lite0,regnet_small,hog
 
     images : Training images in the sample.
-    candidates NAME,... : NAME or NAME/WEIGHTS; all that are here otherwise.
+    candidates NAME,... : NAME or NAME/WEIGHTS (default: all on this machine).
     """
     from pipeline.stages import shortlist as stage
 
@@ -562,13 +562,13 @@ def shortlist(
 
 
 class store:
-    """Care for the feature stores: check, repair, share."""
+    """Maintain the feature stores: check, repair, share."""
 
     @staticmethod
     def status(config: _Given, **overrides: Any) -> list[str]:
-        """Say what is cached, missing, changed, stale and failed. CONFIG may also be a packed file.
+        """Count cached, missing, changed, stale and failed images. CONFIG may also be a packed file.
 
-        The images are looked at, and those that are new or changed are read; nothing is embedded or written.
+        New and changed images are read; nothing is embedded or written.
 
         Example: manyheads store status configs/folder.yaml
         """
@@ -582,12 +582,12 @@ class store:
     def verify(
         config: _Given, full: bool = False, sample: int | None = None, **overrides: Any
     ) -> "_Parts[list[Check]]":
-        """Check the feature stores, and with --full every file; exit code 1 when something is wrong. CONFIG may also be a packed file.
+        """Check the feature stores, and with --full every file; exit code 1 if something is wrong. CONFIG may also be a packed file.
 
         Example: manyheads store verify configs/folder.yaml --full --sample 20
 
-        full : Read every byte, of all files of the experiment.
-        sample K : Embed K random images anew and compare.
+        full : Read every byte of all files of the experiment.
+        sample K : Embed K random images again and compare the vectors.
 
         In Python it returns a check for each store, which has `ok` and `lines()`.
         """
@@ -609,7 +609,7 @@ class store:
     @staticmethod
     @_in_parts
     def repair(config: _Given, **overrides: Any) -> "_Parts[FeaturesRun]":
-        """Drop damaged vectors and embed exactly those images again.
+        """Drop damaged vectors and embed only those images again.
 
         Example: manyheads store repair configs/folder.yaml
         """
@@ -623,7 +623,7 @@ class store:
 
     @staticmethod
     def gc(config: _Given, **overrides: Any) -> list[str]:
-        """Remove the vectors that belong to no image of any experiment that uses the stores.
+        """Remove vectors that belong to no image of any experiment using the stores.
 
         Example: manyheads store gc configs/folder.yaml
         """
@@ -639,7 +639,7 @@ class store:
 
         Example: manyheads store pack features.h5 configs/folder.yaml
 
-        embedding NAME : Which, where there are several; `store status` lists them.
+        embedding NAME : Embedding to pack where there are several; `store status` lists them.
         anonymous : Leave out the paths.
         """
         from pipeline.stages import maintenance
@@ -652,7 +652,7 @@ class store:
 
         Example: manyheads store export features.parquet configs/folder.yaml
 
-        embedding NAME : Which, where there are several; `store status` lists them.
+        embedding NAME : Embedding to export where there are several; `store status` lists them.
         """
         from pipeline.stages import maintenance
 
@@ -660,10 +660,10 @@ class store:
 
     @staticmethod
     def merge(target: Annotated[_Place, "STORE"], sources: Sequence[_Place]) -> list[str]:
-        """Add the vectors of other stores or packed files of the same identity, such as those of several machines, to STORE.
+        """Add the vectors of other stores or packed files with the same identity, such as those of other machines, to STORE.
 
-        SOURCES may be addresses, such as s3://bucket/features.h5. Where they are folders of parts, which `features --shard` writes, STORE
-        is the folder of the stores.
+        SOURCES may be addresses, such as s3://bucket/features.h5. If they are folders of part files, as `features --shard` writes them,
+        STORE is the folder of the stores.
 
         Example: manyheads store merge artifacts/features/efficientnet_lite0.store other-machine/efficientnet_lite0.store
         """

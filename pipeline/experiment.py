@@ -1,10 +1,10 @@
-"""The output folder of an experiment: the names of its files, and the one reader and writer of each kind of them.
+"""The output folder of an experiment: the names of its files, and the reader and writer of each file format.
 
-The feature stores lie beside it, in a folder that all experiments around share.
+The feature stores are in a folder next to it, which neighbouring experiments share.
 
-A document (JSON) and each line of a journal (JSON lines) carry a digest of their content, which their reader checks; files
-of other kinds have theirs in the document that names them. What release 0.1 wrote has no `made_by` and no digest, and is
-read as it is. A digest finds damage; it is no signature.
+A document (JSON) and each line of a journal (JSON lines) carry a digest of their content, which the reader checks; other
+files have theirs in the document that names them. Files of release 0.1 have no `made_by` and no digest, and are read without
+this check. A digest detects damage; it is no signature.
 """
 
 from __future__ import annotations
@@ -33,79 +33,79 @@ from pipeline.io.process import version
 log = logging.getLogger(__name__)
 
 MADE_BY = "made_by"
-"""Names the program that wrote a file; a file that has it has digests too."""
+"""The field for the program that wrote a file; files with it have digests too."""
 DIGEST = "digest"
 LINE_DIGEST = "line_digest"
 
 T = TypeVar("T")
 
 MOST_JSON = 1 << 28
-"""Bytes of the largest document or journal that is read."""
+"""Size limit of a document or journal, in bytes."""
 
 
 STORES = "features"
-"""The folder of the feature stores, beside the output folders; up to 0.1 each output folder had one of its own."""
+"""The folder of the feature stores, next to the output folders; up to 0.1 each output folder had its own."""
 
 
 class Artifacts:
-    """Names of the files of one experiment; the one place that knows them.
+    """The paths of all files of one experiment.
 
-    `store` is the config's folder of feature stores, where it names one.
+    `store` is the config's folder of feature stores, if it names one.
     """
 
     def __init__(self, output: str | Path, store: str | Path | None = None) -> None:
         self.root = Path(output)
         self.stores = self.root.parent / STORES if store is None else Path(store)
-        """The feature stores, which all experiments around share."""
+        """The feature stores, which neighbouring experiments share."""
         self.config = self.root / "config.yaml"
         self.dataset = self.root / "dataset"
         """index.csv, failures.csv and the stat cache."""
         self.specs = self.root / "specs.json"
-        """What the embeddings of a config are, so that a run with nothing to do loads no network."""
+        """The specs of a config's embeddings, so that a run with nothing to do loads no network."""
         self.features = self.root / "features.json"
-        """What stage one made: one record per embedding, with its store and identity."""
+        """The results of stage one: one record per embedding, with its store and identity."""
         self.leaderboard = self.root / "leaderboard.json"
         self.leaderboard_md = self.root / "leaderboard.md"
         self.few_shot = self.root / "fewshot.json"
         self.layers = self.root / "layers.json"
-        """Which layers of its networks hold the signal, where several are embedded."""
+        """Comparison of a network's layers, where several are embedded."""
         self.advice = self.root / "advice.json"
+        """The recommended next step, with the expected gain and price of each option."""
         self.mistakes = self.root / "mistakes" / "mistakes.json"
-        """What to do next, with the expected gain and price of each way."""
         self.budget = self.root / "budget.json"
-        """How long searches took, where there is a budget for them."""
+        """Durations of searches under a time budget."""
         self.audit = self.root / "audit.json"
-        """Near-duplicates and outliers that stage two came upon."""
+        """Near-duplicates and outliers found by stage two."""
         self.finetuned = self.root / "finetuned"
         """One folder per fine-tuning."""
         self.refit = self.root / "refit"
-        """Heads fitted again on more images: an output folder of its own, without a leaderboard."""
+        """Heads refitted on more images: an output folder of its own, without a leaderboard."""
         self.refitted = self.root / "refit.json"
-        """In that folder: which heads were fitted again, and what speaks for a new search."""
+        """In that folder: the refitted heads, and the evidence for a new search."""
         self.parts = self.root / "parts"
-        """Vectors that shards or workers have made, until the stores have them."""
+        """Vectors made by shards or workers, until the stores have them."""
         self.targets = self.root / "targets.json"
-        """The names of the targets, where the data set has several; each is an experiment in a folder of its own."""
+        """The names of several targets, each of which is an experiment in its own folder."""
 
     def store(self, embedding: str, fingerprint: str) -> Path:
         """The feature store of one embedding."""
         return self.stores / f"{embedding}-{fingerprint[:12]}.store"
 
     def find_store(self, name: str) -> Path:
-        """Where the store is that a record names."""
+        """Return the path of the store that a record names."""
         return next(iter(self.find_stores(name)), self.stores / Path(name).name)
 
     def find_stores(self, name: str) -> list[Path]:
-        """Every place that has a store of a name, the best first: the experiment may have been moved, or be of release 0.1."""
+        """Return the existing stores of a name, best first: the experiment may have been moved, or be of release 0.1."""
         places = [self.root / name, *(folder / Path(name).name for folder in self._folders_of_stores())]
         return [place for place in dict.fromkeys(places) if os.path.exists(place)]
 
     def stores_before(self) -> list[Path]:
-        """Folders elsewhere that may have its stores: those of its last run, and its own of release 0.1."""
+        """Return other folders that may have its stores: those of its last run, and its own of release 0.1."""
         return [folder for folder in self._folders_of_stores() if folder != self.stores]
 
     def _folders_of_stores(self) -> list[Path]:
-        """Those that `features.json` names, seen from the output folder and by their full path, the config's, and those of release 0.1."""
+        """Return the folders in `features.json` (relative to the output folder, and absolute), the config's, and those of release 0.1."""
         told: list[str] = []
         if os.path.lexists(self.features):
             try:
@@ -120,16 +120,16 @@ class Artifacts:
         return [*last, self.stores, self.root / STORES, self.dataset]
 
     def seen_from_stores(self) -> str:
-        """The output folder as seen from that of the feature stores: both may be moved together."""
+        """Return the output folder relative to that of the feature stores: both may be moved together."""
         return os.path.relpath(os.path.realpath(self.root), os.path.realpath(self.stores))
 
     @property
     def entry(self) -> Path:
-        """This experiment in the list of those that use the feature stores."""
+        """This experiment's entry in the list of users of the feature stores."""
         return self.stores / "experiments" / f"{fingerprint({'path': self.seen_from_stores()})[:16]}.json"
 
     def stores_told(self) -> dict[str, Any]:
-        """What `features.json` says of the feature stores: where they are, and the experiment's entry there."""
+        """Return the fields of `features.json` on the feature stores: their folder, and the experiment's entry there."""
         place = os.path.realpath(self.stores)
         return {"stores": [os.path.relpath(place, os.path.realpath(self.root)), place], "entry": self.entry.stem}
 
@@ -138,7 +138,7 @@ class Artifacts:
         return self.root / "targets" / re.sub(r"[^\w -]", lambda found: f"%{ord(found[0]):02X}", name)
 
     def each_target(self) -> dict[str, Path]:
-        """The output folder of each target by its name; of a single one this folder by ''.
+        """Return the output folders of the targets by name; a single target has this folder and the name ''.
 
         PipelineError when the list of them is damaged.
         """
@@ -160,7 +160,7 @@ class Artifacts:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of file: what it calls itself, the version that is written, and what to do where it is bad or there is none."""
+    """One file format: its name, its current version, and the advice to users where a file is damaged or missing."""
 
     format: str
     version: int
@@ -168,10 +168,10 @@ class Kind:
     missing: str
     error: type[PipelineError] = PipelineError
     older: tuple[int, ...] = ()
-    """Versions of before that are still read."""
+    """Older versions that are still read."""
 
     def damaged(self, path: Path, found: str) -> PipelineError:
-        """Return the error for a file that cannot be what was written."""
+        """Return the error for a damaged file."""
         return self.error(f"{path}: is damaged: {found}; {self.again}")
 
 
@@ -201,11 +201,11 @@ TRIALS = Kind("manyheads trials", 1, _ANEW.format("heads"), "run `manyheads head
 INDEX = Kind("manyheads index", 2, _ANEW.format("features"), "run `manyheads features` first", DatasetError, (1,))
 _EACH = "run `manyheads features` with each experiment that uses the store"
 USER = Kind("manyheads store user", 1, f"{_EACH}, after deleting this file", _EACH, StoreError)
-"""In the folder of the feature stores: one experiment that uses them."""
+"""A file in the folder of the feature stores: one experiment that uses them."""
 
 
 def made_by() -> str:
-    """Return the name and version of this program, which every file that it writes carries."""
+    """Return the name and version of this program, which it writes into every file."""
     return f"manyheads {version('manyheads')}"
 
 
@@ -213,35 +213,35 @@ def made_by() -> str:
 
 
 def to_document(kind: Kind, content: Mapping[str, Any]) -> str:
-    """Return the text of a document; values that JSON does not know become plain ones."""
+    """Return the text of a document, with values converted by `plain`."""
     document = {"format": kind.format, "version": kind.version, MADE_BY: made_by(), **plain(content)}
     document[DIGEST] = fingerprint(document)
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    # A path that is not UTF-8 has characters that cannot be written as such.
+    # Paths that are not UTF-8 have surrogates, which must be escaped.
     return json.dumps(document, indent=2) + "\n" if re.search("[\ud800-\udfff]", text) else text
 
 
 def write_document(path: Path, kind: Kind, content: Mapping[str, Any]) -> None:
-    """Write a document in one move."""
+    """Write a document atomically."""
     write_text_atomic(path, to_document(kind, content))
 
 
 def read_document(path: Path, kind: Kind) -> dict[str, Any]:
     """Read and check a document.
 
-    PipelineError, of the kind's own type, when it is missing, damaged, or of another format or version; OSError when the system does
-    not let it be read, which says nothing about the document.
+    PipelineError, of the kind's own type, when it is missing, damaged, or of another format or version; OSError when the system
+    cannot read it, which does not mean damage.
     """
     return parse_document(_bytes_of(path, kind), kind, path)
 
 
 def write_record(path: Path, kind: Kind, record: Any) -> None:
-    """Write a dataclass as a document in one move."""
+    """Write a dataclass as a document atomically."""
     write_document(path, kind, plain(record))
 
 
 def read_record(path: Path, kind: Kind, of: type[T]) -> T:
-    """Read the dataclass that `write_record` wrote, of a type `of`; errors are those of `read_document`."""
+    """Read a dataclass of type `of` that `write_record` wrote; errors are those of `read_document`."""
     document = read_document(path, kind)
     try:
         return cast(T, from_plain(of, {each.name: document[each.name] for each in fields(cast(Any, of))}))
@@ -275,7 +275,7 @@ def _whole_document(data: bytes | str, kind: Kind, path: Path) -> dict[str, Any]
 
 
 def require_whole(path: Path) -> None:
-    """See that a document or journal, of whatever kind and version, is the one that was written; PipelineError where it is not."""
+    """Check a document or journal of any kind and version for damage; PipelineError if it is damaged or missing."""
     kind = Kind("", 0, "run the command that wrote it again", "run the command that writes it")
     if path.suffix == ".jsonl":
         read_lines(path, kind)
@@ -296,7 +296,7 @@ def _bytes_of(path: Path, kind: Kind, most: int | None = MOST_JSON) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """Return the value made of what JSON knows: numpy scalars, arrays and dataclasses become Python's, NaN and infinity None."""
+    """Convert a value for JSON: numpy scalars, arrays and dataclasses become Python's types, NaN and infinity None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
@@ -316,9 +316,9 @@ def plain(value: Any) -> Any:
 
 
 def from_plain(kind: Any, value: Any) -> Any:
-    """Return the value of a type that `plain` had made into what JSON knows: dataclasses, tuples and mappings by their annotations.
+    """Undo `plain` for a type: rebuild dataclasses, tuples and mappings by their annotations.
 
-    KeyError, TypeError, ValueError or AttributeError for what is not of that type.
+    KeyError, TypeError, ValueError or AttributeError for a value of another type.
     """
     origin, of = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -341,24 +341,24 @@ def from_plain(kind: Any, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Lines:
-    """What a journal holds: the objects of its good lines, and where these end."""
+    """The content of a journal: the objects of its valid lines, and where these end."""
 
     records: tuple[dict[str, Any], ...] = ()
     length: int = 0
-    """Bytes of the good lines."""
+    """Bytes of the valid lines."""
     digest: str = ""
-    """The digest of all good lines, which the next one is chained to."""
+    """The digest of all valid lines, to which the next line is chained."""
     rest: bytes = field(default=b"", repr=False)
-    """What follows the good lines."""
+    """The bytes after the valid lines."""
 
     @property
     def damaged(self) -> bool:
-        """Whether more follows than one line that a kill has torn."""
+        """Whether more follows than one incomplete line, which a kill may leave."""
         return b"\n" in self.rest
 
 
 def to_lines(records: Iterable[Mapping[str, Any]], before: str) -> tuple[bytes, str]:
-    """Return the lines of some records, and the digest to chain the next ones to; `before` is that of the lines above."""
+    """Return the lines of some records and the digest for chaining the next ones; `before` is that of the lines above."""
     lines = []
     for record in records:
         before = _chained(before, record)
@@ -367,7 +367,7 @@ def to_lines(records: Iterable[Mapping[str, Any]], before: str) -> tuple[bytes, 
 
 
 def parse_lines(data: bytes) -> Lines:
-    """Return the good lines at the beginning of a journal."""
+    """Return the valid lines at the beginning of a journal."""
     records: list[dict[str, Any]] = []
     length, digest = 0, ""
     for line in data.splitlines(keepends=True):
@@ -388,9 +388,9 @@ def parse_lines(data: bytes) -> Lines:
 
 
 def read_lines(path: Path, kind: Kind) -> Lines:
-    """Read a journal to its end; a line that a kill has torn is left out.
+    """Read a journal; an incomplete last line, which a kill may leave, is left out.
 
-    PipelineError, of the kind's own type, when it is missing, or a line is not the one that was written.
+    PipelineError, of the kind's own type, when it is missing, or a line is damaged.
     """
     lines = parse_lines(_bytes_of(path, kind))
     if lines.damaged:
@@ -406,7 +406,7 @@ def _chained(before: str, record: Mapping[str, Any]) -> str:
 
 
 def bundle_file(folder: Path, name: str) -> bytes:
-    """Return the bytes of a file of a bundle after comparing them with the digest in its document, where there is one.
+    """Return the bytes of a bundle's file, checked against the digest in the bundle's document, if there is one.
 
     BundleError when the file is missing, or it or the document is damaged.
     """
@@ -421,13 +421,13 @@ def bundle_file(folder: Path, name: str) -> bytes:
 
 
 MOST_INFLATED = 64 << 20
-"""Bytes that any archive may inflate to."""
+"""Inflated size that any archive may have, in bytes."""
 MOST_RATIO = 200
-"""How many times its size an archive may inflate to beyond that; predictions of many equal labels reach half of it."""
+"""Further inflated size allowed, as a multiple of the archive's; predictions of many equal labels reach half of it."""
 
 
 def require_modest(data: bytes) -> None:
-    """See that a zip archive inflates to a size in proportion to its own; ValueError where it does not."""
+    """Check the inflated size of a zip archive; ValueError for a zip bomb."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         inflated = sum(member.file_size for member in archive.infolist())
     if inflated > MOST_INFLATED + MOST_RATIO * len(data):
@@ -435,7 +435,7 @@ def require_modest(data: bytes) -> None:
 
 
 def parse_arrays(data: bytes) -> dict[str, NDArray[Any]]:
-    """Return the arrays of an .npz archive, of whatever shapes and dtypes; ValueError, in one line, for what is wrong with it."""
+    """Return the arrays of an .npz archive, of any shapes and dtypes; ValueError with a one-line message if it is invalid."""
     try:
         require_modest(data)
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
@@ -448,12 +448,12 @@ DIGEST_MARK = b"MHDIGEST"
 
 
 def with_digest(data: bytes) -> bytes:
-    """Return bytes with their digest behind them, for a file that no document names."""
+    """Append a digest to bytes, for a file that no document names."""
     return data + DIGEST_MARK + bytes.fromhex(bytes_digest(data))
 
 
 def without_digest(data: bytes) -> bytes:
-    """Return what `with_digest` was given; bytes of release 0.1, which have no digest, as they are. ValueError for damage."""
+    """Check and remove the digest that `with_digest` appended; bytes of release 0.1 have none. ValueError for damage."""
     body = data[:-40]
     if data[-40:-32] != DIGEST_MARK:
         return data
@@ -469,10 +469,10 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def to_cell(text: str) -> str:
-    """Return a text as a cell that no spreadsheet runs: a `'` is put before a first character that would start a formula."""
+    """Escape a text for a spreadsheet: prefix `'` if its first character would start a formula."""
     return f"'{text}" if _RUNS.match(text) and not _NUMBER.fullmatch(text) else text
 
 
 def from_cell(cell: str) -> str:
-    """Return the text that `to_cell` was given."""
+    """Undo `to_cell`."""
     return cell.removeprefix("'")

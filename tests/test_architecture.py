@@ -229,7 +229,7 @@ print(len(pipeline.embed.baselines.load('hog').probe))
 """
     nothing, help, without, done, hog = run(code).split("[]\n")
     assert nothing == ""
-    assert "store      Care for the feature stores" in help
+    assert "store      Maintain the feature stores" in help
     assert without == ""
     assert done.startswith("None ")
     assert "nothing to embed" in done

@@ -180,5 +180,5 @@ def test_a_process_ends_with_the_exit_code_and_without_a_traceback() -> None:
 def test_help_says_what_an_option_is_by_default(run: Callable[..., Done]) -> None:
     words = " ".join(run("fewshot", "--help").stdout.split())
     assert "[default: 15; x>=1]" in words
-    assert "1, 2, 5, 10 and 20." in words
+    assert "1, 2, 5, 10 and 20)." in words
     assert '""' not in run("shortlist", "--help").stdout

@@ -397,7 +397,7 @@ def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -
     assert said[0] == "finished before and kept"
     assert any(line.startswith("verdict    against the best row") for line in said)
     going_on = (
-        f'to go on   put {{"name": "toy", "weights": "{tuned.weights}"}} under backbones: and run features and heads'
+        f'next step  put {{"name": "toy", "weights": "{tuned.weights}"}} under backbones: and run features and heads'
     )
     kept = "           nothing that was learned helped on the validation images: the network is the start"
     for alpha, expected in ((0.5, [True, False]), (0.0, [False, True])):
@@ -406,8 +406,8 @@ def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -
     odd = replace(
         again, result={**again.result, "alpha": 0.5}, weights=Path("it's my #1: {best}.safetensors"), network="1e3"
     )
-    (told,) = [line for line in odd.summary_lines() if line.startswith("to go on")]
-    assert yaml.safe_load(told.removeprefix("to go on   put ").partition(" under backbones:")[0]) == {
+    (told,) = [line for line in odd.summary_lines() if line.startswith("next step")]
+    assert yaml.safe_load(told.removeprefix("next step  put ").partition(" under backbones:")[0]) == {
         "name": "1e3",
         "weights": "it's my #1: {best}.safetensors",
     }

@@ -371,7 +371,7 @@ def test_a_leaderboard_of_labels_has_its_scores_and_the_shares_to_beat(
     config, board = experiment
     assert board == read_leaderboard(Path(config.output))
     assert board.rows[-1].key == "shares/constant"
-    assert (board.scoring, board.told_by.name) == ("mean_average_precision", "mean_average_precision")
+    assert (board.scoring, board.test_metric.name) == ("mean_average_precision", "mean_average_precision")
     assert all(name in board.to_text() for name in ("CV mAP", "F1", "micro", "subset", "Hamming"))
     best, shares = board.best.test, board.rows[-1].test
     assert best is not None

@@ -238,7 +238,7 @@ def test_a_leaderboard_of_numbers_has_its_scores_and_the_mean_to_beat(experiment
     config, board = experiment
     assert board == read_leaderboard(Path(config.output))
     assert board.rows[-1].key == "mean/constant"
-    assert (board.scoring, board.told_by.name, board.target.kind) == ("mae", "mae", "regression")
+    assert (board.scoring, board.test_metric.name, board.target.kind) == ("mae", "mae", "regression")
     text = board.to_text()
     assert "CV MAE" in text
     assert "test MAE [95 %]" in text

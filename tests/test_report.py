@@ -91,7 +91,7 @@ def test_rows_on_other_images_are_ranked_apart_and_never_win():
     assert board_of(board.to_json()) == board
     saved = Leaderboard((dataclasses.replace(apart[0], bundle="heads/tuned/ridge"), *frozen))
     assert (
-        "To label with a row that stands apart, give `manyheads predict` its folder, heads/tuned/ridge."
+        "To label with a row that is ranked separately, give `manyheads predict` its folder, heads/tuned/ridge."
         in saved.notes()
     )
     # Where there is no other backbone the fine-tuned one's rows are compared, and the guess stands apart.
@@ -423,7 +423,7 @@ def test_without_images_features_or_trials_the_page_says_what_is_missing(copy: P
 def test_of_many_images_a_stratified_part_is_looked_at(experiment: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(materials, "MOST_IMAGES", 90)
     found = gather(experiment)
-    assert "look at 90 of 180 images" in " ".join(found.missing)
+    assert "use 90 of 180 images" in " ".join(found.missing)
     assert found.map is not None
     assert found.index is not None
     labels = found.index.labels[found.map.rows].astype(str)

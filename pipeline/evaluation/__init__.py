@@ -1,16 +1,16 @@
 """Numbers from predictions: scores with intervals, honest comparison, calibration, and the learning curve.
 
-Needs scikit-learn, no torch, no plots. `Predictions` is what a head said of images, `METRICS` has a row per score, `scores`
-gives all of one head, and `compare` says which heads are worse than the best.
+Needs scikit-learn, no torch, no plots. `Predictions` holds one head's predictions, `METRICS` has a row per metric, `scores`
+computes all scores of one head, and `compare` finds the heads that are worse than the best.
 
-    predictions.py  what a head said, in memory and in a file        intervals.py   how far a share or a mean can be trusted
-    metric.py       the table of scores, and how each is resampled   scoring.py     all scores of one head, class by class
-    comparison.py   who is better, corrected for many pairs and for having been picked
-    calibration.py  scores into probabilities, and how true they are  learning_curve.py  accuracy by images
-    strangeness.py  how strange an image is, sets of labels           picking.py    what to label next
-    audit.py        labels, near-duplicates and outliers to look at   fewshot.py    a handful of images of each class
-    advice.py       what fine-tuning should bring                     logme.py      which features should transfer
-    domains.py      how far apart two sources lie, ways to adapt
+    predictions.py  a head's predictions, in memory and in a file    intervals.py   confidence intervals of shares and means
+    metric.py       the table of metrics, and their resampling       scoring.py     all scores of one head, and per class
+    comparison.py   paired tests, corrected for multiple comparisons and for selection
+    calibration.py  fit and measure probabilities                    learning_curve.py  accuracy by number of images
+    strangeness.py  out-of-distribution scores, label sets           picking.py     which images to label next
+    audit.py        label issues, near-duplicates, outliers          fewshot.py     few-shot episodes
+    advice.py       the expected gain of fine-tuning                 logme.py       transferability of features
+    domains.py      distances between domains, adaptation
     leaderboard/    rows, the recommendation, the table
 """
 

@@ -1,8 +1,8 @@
-"""The rule of `manyheads advise`: what fine-tuning should bring, learned from measured cells, and which way to recommend.
+"""The rule of `manyheads advise`: the expected gain of fine-tuning, learned from measured cells, and the recommendation.
 
-A cell is a data set at a size with a network, of which the signs that can be had cheaply and the truth that took hours were both
-measured (`make advisor-cells`); the cells are data of the package. Of an experiment whose signs lie outside of theirs nothing is
-said. Gains are shares of the error that the frozen features leave, so that a cell of many errors does not outweigh the others.
+A cell is a data set of a given size with a network. Both its cheap signs and its true gain, which took hours, were measured
+(`make advisor-cells`); the cells ship with the package. The rule makes no prediction for an experiment whose signs lie outside those
+of the cells. Gains are shares of the error with frozen features, so that a cell with many errors does not outweigh the others.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from pipeline.evaluation.intervals import Interval
 from pipeline.experiment import ADVICE, from_plain, read_document
 
 ARMS = ("last_stage", "all")
-"""What can be trained, as `finetune.unfreeze` calls it."""
+"""Parts of a network that can be trained, named as in `finetune.unfreeze`."""
 COVERAGE = 0.8
-"""Of the intervals of expected gains."""
+"""Coverage of the intervals of expected gains."""
 WORTH = 0.005
-"""The least expected gain in accuracy for which anything is recommended."""
+"""Smallest expected gain in accuracy that is worth recommending."""
 PENALTIES = (1.0, 3.0, 10.0, 30.0)
-"""Of the ridge regression over cells, on standardised signs."""
+"""Candidate penalties of the ridge regression over cells, on standardised signs."""
 MOST_SIGNS = 2
-"""One for each eight cells or so: more would be learned by heart."""
+"""Most signs in the regression, about one for each eight cells: more would overfit."""
 BEYOND = 0.25
-"""How far outside of the cells a sign may lie, as a share of their range."""
+"""How far outside the cells' range a sign may lie, as a share of that range."""
 
 Record = Mapping[str, Any]
-"""What was measured of a cell or an experiment: `signs`, `pilot`, and of a cell `truth`, as `advisor_cells.json` has them."""
+"""Measurements of a cell or an experiment as in `advisor_cells.json`: `signs`, `pilot`, and `truth` for a cell."""
 
 
 SIGNS: Mapping[str, tuple[str, str]] = {
@@ -50,11 +50,11 @@ SIGNS: Mapping[str, tuple[str, str]] = {
     "drop": ("share of the loss that the pilot took away", "{value:.2f}"),
     "growth": ("share of the loss that more images took away in the pilot", "{value:.2f}"),
 }
-"""What is looked at: by name what it is in words, and how it is written."""
+"""The cheap signs: name -> (description, format)."""
 
 
 def signs_of(record: Record) -> dict[str, float]:
-    """Return what is looked at of a record, by the names of `SIGNS`; images per class and errors are decimal logarithms."""
+    """Return the signs of a record by the names of `SIGNS`; images per class and errors are decimal logarithms."""
     found, pilot = record["signs"], record["pilot"]
     start, (fewer, all_of_them) = max(float(pilot["start"]), 1e-6), pilot["losses"]
     return {
@@ -79,7 +79,7 @@ def _said(name: str, value: float) -> str:
 
 @dataclass(frozen=True)
 class Expected:
-    """What an arm should bring in accuracy, and the interval that holds it in `COVERAGE` of the cells."""
+    """The expected gain of an arm in accuracy, and its interval with coverage `COVERAGE`."""
 
     gain: float
     interval: Interval
@@ -87,21 +87,21 @@ class Expected:
 
 @dataclass(frozen=True)
 class Rule:
-    """A ridge regression of each arm's gain on some signs, and how far it was off for cells that it had not seen."""
+    """A ridge regression of each arm's gain on some signs, with its leave-one-out errors."""
 
     names: tuple[str, ...]
-    """Of the signs that it goes by; the others are shown, and kept with the cells."""
+    """Names of the signs it uses; the others are only shown and stored with the cells."""
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     centre: NDArray[np.float64]
     spread: NDArray[np.float64]
     weights: Mapping[str, NDArray[np.float64]]
-    """By arm, float64 of shape (1 + n_signs,), the constant first."""
+    """Coefficients by arm, float64 of shape (1 + n_signs,), the intercept first."""
     errors: Mapping[str, NDArray[np.float64]]
-    """By arm the residuals of cells left out, as shares, float64 of shape (n_cells,)."""
+    """Leave-one-out residuals by arm, as shares of the error, float64 of shape (n_cells,)."""
 
     def outside(self, record: Record) -> tuple[str, ...]:
-        """Say which signs lie outside of the cells; nothing where the rule may speak."""
+        """Describe the signs that lie outside the cells' range; empty where the rule applies."""
         x, room = _row(record, self.names), BEYOND * (self.high - self.low)
         return tuple(
             f"{_said(name, value)}, measured from {_written(name, low)} to {_written(name, high)}"
@@ -110,12 +110,12 @@ class Rule:
         )
 
     def expect(self, record: Record) -> dict[str, Expected]:
-        """Return what each arm should bring."""
+        """Return the expected gain of each arm."""
         x = np.concatenate([[1.0], (_row(record, self.names) - self.centre) / self.spread])
         error, found = 1 - record["signs"]["cv"], {}
         for arm in ARMS:
             share, off = float(x @ self.weights[arm]), np.sort(np.abs(self.errors[arm]))
-            # Within it a new cell lies with probability `COVERAGE`.
+            # A new cell's error is at most this with probability `COVERAGE` (split conformal).
             half = float(off[min(math.ceil((len(off) + 1) * COVERAGE), len(off)) - 1])
             found[arm] = Expected(error * share, (error * (share - half), error * (share + half)))
         return found
@@ -137,10 +137,9 @@ def cells() -> dict[str, Record]:
 def _ridge(
     X: NDArray[np.float64], Y: NDArray[np.float64], penalty: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Fit a ridge regression with a free constant on standardised X, float64 (n, k), and Y, float64 (n, n_arms).
+    """Fit a ridge regression with an unpenalised intercept on standardised X, float64 (n, k), and Y, float64 (n, n_arms).
 
-    Returns weights, float64 (1 + k, n_arms), and how far it is off for each cell when it is fitted on the others, float64 (n, n_arms):
-    the residual over one minus the cell's own weight in its prediction.
+    Returns coefficients, float64 (1 + k, n_arms), and leave-one-out residuals, float64 (n, n_arms): residual / (1 - leverage).
     """
     A = np.column_stack([np.ones(len(X)), X])
     solver = np.linalg.solve(A.T @ A + np.diag([0.0] + [penalty] * X.shape[1]), A.T)
@@ -149,7 +148,7 @@ def _ridge(
 
 
 def fit(records: Sequence[Record]) -> Rule:
-    """Fit the rule on cells: signs and penalty are those that are least off, in accuracy, for cells left out."""
+    """Fit the rule on cells, with the signs and penalty of the smallest leave-one-out error in accuracy."""
     signs = np.stack([_row(record, SIGNS) for record in records])
     centre, spread = signs.mean(axis=0), np.maximum(signs.std(axis=0), 1e-9)
     Z, error = (signs - centre) / spread, np.array([[1 - record["signs"]["cv"]] for record in records])
@@ -181,16 +180,16 @@ def fit(records: Sequence[Record]) -> Rule:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to go on: what it should bring in accuracy with an 80 % interval, where that is known, and its price."""
+    """One possible next step: its expected gain in accuracy with an 80 % interval, where known, and its price."""
 
     name: str
     gain: float | None = None
     interval: Interval | None = None
     minutes: float = 0.0
     images: int = 0
-    """To be labelled."""
+    """Images to be labelled."""
     basis: str = ""
-    """What the gain rests on, or why there is none."""
+    """Evidence for the gain, or the reason why none is known."""
 
     @property
     def gain_text(self) -> str:
@@ -202,7 +201,7 @@ class Way:
 
     @property
     def price(self) -> str:
-        """What it takes, in images or minutes."""
+        """The price in images to label or minutes."""
         if self.images:
             return f"{self.images:,} images"
         return f"{self.minutes:.1f} minutes" if self.minutes else "nothing"
@@ -216,10 +215,10 @@ TRAIN: Mapping[str, str] = {"fine-tune the last stage": "last_stage", "fine-tune
 
 
 def recommend(ways: Sequence[Way]) -> Way:
-    """Return the way to take: of those that cost no labels the largest gain worth having, else more labels, else stop.
+    """Return the step to recommend: the largest worthwhile gain that costs no labels, else more labels, else stop.
 
-    Labels are dearer than minutes, so they are asked for only where nothing else should bring `WORTH`. Of two arms that should
-    bring the same within `WORTH` the cheaper is taken.
+    Labels cost more than computing time, so they are recommended only where nothing else is expected to gain `WORTH`. Where expected
+    gains differ by less than `WORTH` the cheapest step is taken.
     """
     named = {way.name: way for way in ways}
     able = [way for way in ways if way.name != LABEL and (way.gain or 0.0) >= WORTH]
@@ -232,28 +231,28 @@ def recommend(ways: Sequence[Way]) -> Way:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do next, and what speaks for it."""
+    """The recommended next step and its evidence."""
 
     embedding: str
     recommended: str
     ways: tuple[Way, ...]
     outside: tuple[str, ...]
-    """Signs that lie outside of what was measured; where there are any, nothing is said of fine-tuning."""
+    """Signs outside the measured range; if there are any, no gain of fine-tuning is predicted."""
     cells: int
     share: float
-    """What the pilot cost, as a share of the passes of a whole fine-tuning."""
+    """Cost of the pilot, as a share of the passes of a whole fine-tuning."""
     signs: Mapping[str, float]
-    """What was looked at, by its name in `SIGNS`."""
+    """Values of the signs by their names in `SIGNS`."""
     transfer: str = ""
-    """Whether the network's pretraining helps, out of fold; '' where there is nothing to hold it against."""
+    """Whether the network's pretraining helps, out of fold; '' without a baseline to compare with."""
 
     @property
     def scope(self) -> str | None:
-        """What `finetune.unfreeze` is to be by this advice; None where nothing is to be trained."""
+        """The recommended part to train, as `finetune.unfreeze` names it; None where nothing should be trained."""
         return TRAIN.get(self.recommended)
 
     def summary_lines(self) -> list[str]:
-        """The advice, every way with its gain and price, and what it rests on."""
+        """The advice, every option with its gain and price, and the evidence."""
         lines = [f"advice     {self.recommended} ({self.embedding})", ""]
         lines += [f"  {way.name:<26} {way.gain_text:<24} {way.price:<16} {way.basis}".rstrip() for way in self.ways]
         lines += [
@@ -273,7 +272,7 @@ class Advice:
 
 
 def read_advice(path: Path, key: str | None = None) -> Advice | None:
-    """Read the advice that was given last; None where there is none, it is damaged, or of another `key`."""
+    """Read the latest advice; None where it is missing, damaged, or has another `key`."""
     try:
         document = read_document(path, ADVICE)
         made: Advice = from_plain(Advice, document["advice"])

@@ -1,6 +1,6 @@
-"""The data audit: labels that look wrong, images that are there nearly twice, images that are like no other.
+"""The data audit: labels that look wrong, near-duplicate images, and outliers.
 
-Works on what stages one and two leave behind, out-of-fold probabilities, features and perceptual hashes, and gives tables of
+Works on the stored results of stages one and two (out-of-fold probabilities, features, perceptual hashes) and makes tables of
 image paths. Nothing is removed: a person looks and decides. Sources: confident learning, Northcutt, Jiang, Chuang 2021;
 outliers by the distance to the k-th neighbour, Ramaswamy, Rastogi, Shim 2000.
 """
@@ -33,7 +33,7 @@ from pipeline.store import FeatureStore
 log = logging.getLogger(__name__)
 
 MOST_IMAGES = 20_000
-"""Images that are searched for near-duplicates and outliers, so that memory and time have a bound."""
+"""Most images searched for near-duplicates and outliers, which bounds memory and time."""
 COMPONENTS = 64
 """Principal components kept for distances: enough to tell pictures apart, few enough to be quick."""
 DOUBT = 0.25
@@ -41,7 +41,7 @@ DOUBT = 0.25
 found 76 to 100 % of them at a precision of 0.54 to 0.95; the original rule (another class reaches its own usual
 probability) found 54 to 72 % at 0.63 to 0.95."""
 NEAR, FAR = 10, 40
-"""Neighbours by which the usual distance around an image is measured: the tenth, or the fortieth where ten are copies."""
+"""The usual distance around an image is that to its tenth neighbour, or to its fortieth where the first ten are copies."""
 CLOSE = 0.35
 """Near-duplicates lie closer than this share of the usual distance around them, whatever their hashes say ..."""
 ALIKE, ALIKE_BITS = 0.8, 0.08
@@ -53,7 +53,7 @@ OUTLIER_DEVIATIONS = 4.0
 
 @dataclass(frozen=True)
 class LabelIssue:
-    """An image whose label the heads do not believe: `probability` is what they give it, `suggested` what they take it for."""
+    """An image whose label the heads doubt: `probability` is that of its label, `suggested` the label they predict."""
 
     path: str
     label: str
@@ -64,7 +64,7 @@ class LabelIssue:
 
 @dataclass(frozen=True)
 class LabelIssues:
-    """Labels that look wrong, least probable first, and how many would be named of as many images labelled rightly."""
+    """Labels that look wrong, least probable first, and the expected number of false alarms."""
 
     found: tuple[LabelIssue, ...] = ()
     expected: float = 0.0
@@ -84,7 +84,7 @@ class NearDuplicate:
 
     @property
     def across(self) -> bool:
-        """Whether one of the two is a test image and the other is not, so that the test sees what was trained on."""
+        """Whether exactly one of the two is a test image, so that training data leaks into the test."""
         return (self.split == "test") != (self.other_split == "test")
 
 
@@ -100,7 +100,7 @@ class Outlier:
 
 @dataclass(frozen=True)
 class Findings:
-    """What stands out among the features of all images, worst first; stage two writes it down as it looks for leaks."""
+    """Near-duplicates and outliers among all images, worst first; stage two stores them when it looks for leaks."""
 
     near_duplicates: tuple[NearDuplicate, ...] = ()
     outliers: tuple[Outlier, ...] = ()
@@ -123,23 +123,23 @@ def to_csv(issues: LabelIssues, findings: Findings) -> dict[str, str]:
 
 
 def read_findings(path: Path) -> Findings:
-    """Read what stage two found; PipelineError when it is missing, damaged, or of another format or version."""
+    """Read the findings of stage two; PipelineError when they are missing, damaged, or of another format or version."""
     return read_record(path, AUDIT, Findings)
 
 
 def label_issues(
     probabilities: NDArray[np.floating], y: NDArray[np.integer], classes: Sequence[str], paths: Sequence[str]
 ) -> LabelIssues:
-    """Find labels that confident learning takes for wrong, those with the lowest probability first.
+    """Find probably wrong labels by confident learning, those with the lowest probability first.
 
     probabilities : ndarray of shape (n, n_classes), of any float dtype, out of fold; y : column of each given label,
-    of any integer dtype, shape (n,). A label is doubted when another class is likelier and it gets less than `DOUBT` of
-    what its class usually gets, so a head that is unsure of a class as a whole does not accuse it.
+    of any integer dtype, shape (n,). A label is doubted when another class is more likely and its probability is below `DOUBT`
+    times the mean of its class, so that a head's uncertainty about a whole class raises no doubts.
     """
     p, rows = np.asarray(probabilities, dtype=np.float64), np.arange(len(y))
     usual = np.array([p[y == column, column].mean() if np.any(y == column) else 0.0 for column in range(p.shape[1])])
     suggested = p.argmax(axis=1)
-    doubted = p < DOUBT * usual  # would the label be doubted, were it this one: (n, n_classes)
+    doubted = p < DOUBT * usual  # whether each class would be doubted as the label: (n, n_classes)
     doubted[rows, suggested] = False
     own = p[rows, y]
     found = sorted(np.flatnonzero(doubted[rows, y]).tolist(), key=lambda row: (own[row], paths[row]))
@@ -149,11 +149,11 @@ def label_issues(
 
 
 def noise_rate(p: NDArray[np.float64], y: NDArray[np.integer]) -> float:
-    """Estimate the share of labels that are replaced by any other class at random.
+    """Estimate the share of labels that were replaced by another class at random.
 
     p : probabilities, float64 of shape (n, n_classes), y : column of each given label, of any integer dtype, (n,).
-    Maximum likelihood of labels that are drawn from p**sharpness, made to sum to 1, or with this rate from all classes
-    alike: probabilities that were calibrated on labels with errors are too flat, which `sharpness` undoes.
+    Maximum likelihood where labels are drawn from p**sharpness, normalised to sum 1, or with this rate uniformly from all
+    classes: probabilities calibrated on noisy labels are too flat, which `sharpness` corrects.
     """
     if len(y) == 0 or p.shape[1] < 2:
         return 0.0
@@ -166,13 +166,13 @@ def noise_rate(p: NDArray[np.float64], y: NDArray[np.integer]) -> float:
         return -float(np.log((1 - rate) * true + rate / p.shape[1]).mean())
 
     best = minimize(loss, [0.0, -3.0], method="Nelder-Mead").x
-    # Some of the replaced labels are replaced by themselves.
+    # A uniform draw replaces some labels by themselves.
     share: float = expit(best[1]) * (1 - 1 / p.shape[1])
     return share
 
 
 def project(features: NDArray[np.floating], components: int = COMPONENTS) -> NDArray[np.float32]:
-    """Return features on their first principal components, shape (n, at most `components`), float32."""
+    """Project features onto their first principal components: float32 of shape (n, at most `components`)."""
     X = np.asarray(features, dtype=np.float32)
     projected: NDArray[np.float32] = PCA(min(components, *X.shape), random_state=0).fit_transform(X)
     return projected
@@ -185,7 +185,7 @@ def neighbours(features: NDArray[np.floating], k: int = FAR) -> tuple[NDArray[np
     """
     X = np.asarray(features, dtype=np.float32)
     _, rows = NearestNeighbors(n_neighbors=min(k, len(X) - 1), algorithm="brute").fit(X).kneighbors()
-    # Differences anew: the search's shortcut loses the digits that matter between near-duplicates.
+    # Recompute the distances: the search's dot-product formula loses the digits that matter between near-duplicates.
     exact = np.stack([np.linalg.norm(X - X[column], axis=1) for column in rows.T], axis=1)
     order = np.lexsort((rows, exact), axis=1)
     return np.take_along_axis(rows, order, axis=1), np.take_along_axis(exact, order, axis=1)
@@ -198,10 +198,10 @@ def examine(
     splits: Sequence[str],
     hashes: NDArray[np.uint8] | None = None,
 ) -> tuple[NDArray[np.intp], Findings]:
-    """Look for near-duplicates, which are returned as pairs of rows too, intp of shape (m, 2), and outliers among images.
+    """Find near-duplicates and outliers; returns the near-duplicates also as pairs of rows, intp of shape (m, 2).
 
     features : ndarray of shape (n, dim), of any float dtype, a row per path
-    hashes : perceptual hashes of shape (n, HASH_BYTES), uint8, rows of 0 where there is none
+    hashes : perceptual hashes of shape (n, HASH_BYTES), uint8, a row of 0 for an image without one
     """
     if len(paths) < 2:
         return np.zeros((0, 2), dtype=np.intp), Findings()
@@ -217,10 +217,10 @@ def examine(
 def _close_pairs(
     rows: NDArray[np.intp], distances: NDArray[np.float32], hashes: NDArray[np.uint8] | None
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Find the pairs of images that are nearly the same, each once: rows, shape (m, 2), and `NearDuplicate.ratio`, shape (m,).
+    """Find each pair of near-duplicates once: rows, shape (m, 2), and `NearDuplicate.ratio`, shape (m,).
 
-    The yardstick is local and ignores copies: the distance to the tenth neighbour, of the two images the smaller one. It fits any
-    embedding, and finds copies also where they are the rule.
+    Distances are relative to the usual distance around an image, the smaller one of the two images. That suits any embedding, and
+    finds copies even where most images have some.
     """
     n, k = distances.shape
     tenth, fortieth = (distances[:, min(place, k) - 1] for place in (NEAR, FAR))
@@ -238,9 +238,9 @@ def _close_pairs(
 
 
 def _spanning(pairs: NDArray[np.intp], named: Sequence[NearDuplicate], n: int) -> tuple[NearDuplicate, ...]:
-    """Return enough pairs to join each set of alike images once, those across splits first, then the closest.
+    """Return a spanning forest of the pairs, those across splits first, then the closest.
 
-    A burst of 50 frames is 49 lines and not 1,225.
+    A burst of 50 similar frames gives 49 pairs and not 1,225.
     """
     order = sorted(named, key=lambda pair: (not pair.across, pair.ratio, pair.path))
     place = {pair: number for number, pair in enumerate(order, 1)}
@@ -259,10 +259,9 @@ def _outliers(distances: NDArray[np.float32], paths: Sequence[str], labels: Sequ
 
 
 def read_hashes(files: Artifacts, digests: Digests) -> NDArray[np.uint8]:
-    """Read perceptual hashes of shape (n, HASH_BYTES), uint8; a row of 0 where an image has none.
+    """Read perceptual hashes of shape (n, HASH_BYTES), uint8; a row of 0 for an image without one.
 
-    Stage one makes them of every image it decodes, so those embedded by an older version have none; without hashes,
-    near-duplicates are found by the embedding alone.
+    Images embedded by an older version have no hash; their near-duplicates are found by the embedding alone.
     """
     hashes = np.zeros((len(digests), HASH_BYTES), dtype=np.uint8)
     for path in reversed(files.find_stores(HASH_STORE)):

@@ -1,4 +1,4 @@
-"""Do probabilities mean what they say? Fit them on out-of-fold scores, measure them, correct them for other priors.
+"""Calibration: turn out-of-fold scores into probabilities, measure their calibration, correct them for other priors.
 
 Sources: temperature, Guo et al. 2017; expected calibration error, Naeini et al. 2015; prior correction, Saerens et al. 2002.
 """
@@ -18,19 +18,19 @@ from pipeline.evaluation.metric import SMALLEST_PROBABILITY
 
 MOST_BINS = 15
 IMAGES_PER_BIN = 20
-"""With fewer in a bin the error measured would mostly be chance."""
+"""Images per bin: with fewer the measured error would mostly be chance."""
 SIGMOIDS = "sigmoids"
 MOST_REST = (1 - 1e-4) / 3
-"""A class's margin is at most 10,000: beyond it float32 scores do not tell it from infinity."""
+"""Limits a class's margin to 10,000: float32 scores cannot tell larger margins from infinity."""
 AHEAD = 1e-3
-"""In units of an SVC's margin: too little to be seen in a probability, enough to decide which is the highest."""
+"""Added to the margin of the predicted class: too little to show in a probability, enough to break a tie."""
 
 
 @dataclass(frozen=True)
 class Calibrator:
-    """Turns a head's scores into probabilities by numbers fitted on out-of-fold scores: `slopes` is (1/T,), `offsets` (0,).
+    """Turns a head's scores into probabilities, fitted on out-of-fold scores: `slopes` is (1/T,), `offsets` (0,).
 
-    Of several labels ('sigmoids') each has its own slope and offset.
+    With several labels ('sigmoids') each label has its own slope and offset.
     """
 
     method: str
@@ -50,7 +50,7 @@ class Calibrator:
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Images whose top probability lies from `low` to `high`: their mean confidence and how often they were right."""
+    """Images with top probabilities from `low` to `high`: their mean confidence and accuracy."""
 
     low: float
     high: float
@@ -62,7 +62,7 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far probabilities can be believed: expected calibration error, Brier score, log loss, the reliability table."""
+    """Calibration of probabilities: expected calibration error, Brier score, log loss, the reliability table."""
 
     ece: float
     brier: float
@@ -71,12 +71,11 @@ class Calibration:
 
 
 def fit_calibrator(scores: NDArray[np.floating], y: NDArray[np.integer], method: str = "temperature") -> Calibrator:
-    """Fit a calibrator on out-of-fold scores: one number, which never changes the likeliest class.
+    """Fit a temperature on out-of-fold scores; it never changes the most likely class.
 
     scores : ndarray of shape (n, n_classes), of any float dtype, decision scores or log-probabilities
     y : column of each true class, of any integer dtype, shape (n,)
-    method : 'temperature', or 'margins' (temperature of `margins`, for the scores that scikit-learn's SVC gives three
-        classes or more).
+    method : 'temperature', or 'margins' (temperature of `margins`, for scikit-learn's SVC with three classes or more).
     """
     values, rows = _LOGITS[method](np.asarray(scores, dtype=np.float64)), np.arange(len(y))
     scale = float(np.std(values - values.mean(axis=1, keepdims=True))) or 1.0
@@ -89,16 +88,16 @@ def fit_calibrator(scores: NDArray[np.floating], y: NDArray[np.integer], method:
 
 
 def fit_sigmoids(scores: NDArray[np.floating], y: NDArray[np.bool_]) -> Calibrator:
-    """Fit a sigmoid for each label on out-of-fold scores, both of shape (n, k); none changes the order of the images.
+    """Fit a sigmoid for each label on out-of-fold scores, both of shape (n, k); the order of the images is kept.
 
-    Source: Platt 1999, with his targets, which keep a label that few images have away from 0 and 1.
+    Source: Platt 1999, with his targets, which keep the probabilities of a rare label away from 0 and 1.
     """
     fitted = [_sigmoid(column, flags) for column, flags in zip(np.asarray(scores, np.float64).T, y.T, strict=True)]
     return Calibrator(SIGMOIDS, *(tuple(map(float, part)) for part in zip(*fitted, strict=True)))
 
 
 def _sigmoid(scores: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return the slope, above 0, and the offset of one label's sigmoid; scores and y of shape (n,)."""
+    """Return the slope (above 0) and the offset of one label's sigmoid; scores and y of shape (n,)."""
     count, n = int(y.sum()), len(y)
     targets = np.where(y, (count + 1) / (count + 2), 1 / (n - count + 2))
     middle, scale = float(scores.mean()), float(scores.std()) or 1.0
@@ -115,13 +114,13 @@ def _sigmoid(scores: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[float, 
 
 
 def margins(scores: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return how clearly each class wins over the others, from the scores of scikit-learn's `SVC.decision_function`.
+    """Return the margin of each class, recovered from the scores of scikit-learn's `SVC.decision_function`.
 
-    With 'ovr' an SVC scores a class by the pairs it wins, plus m / (3 (|m| + 1)) for the sum m of its decision values in
-    these pairs. The count leads, so the likeliest class of every image is about one ahead of the next, however sure
-    the SVC is; that is in m. The class that leads by count keeps the highest margin, just so where others have as clear a one.
+    With 'ovr' the score of a class is the number of pairs it wins, plus m / (3 (|m| + 1)) for the sum m of its decision values in
+    these pairs. The count dominates, so the top class leads by about one however confident the SVC is; m holds the confidence.
+    The class with the highest score gets the highest margin too, so predictions do not change.
 
-    scores : ndarray of shape (n, n_classes), n_classes >= 3, of any float dtype; what is returned is like it
+    scores : ndarray of shape (n, n_classes), n_classes >= 3, of any float dtype; returns an array of the same shape and dtype
     """
     rest = np.clip(scores - np.round(scores), -MOST_REST, MOST_REST)
     found: NDArray[np.float64] = 3 * rest / (1 - 3 * np.abs(rest))
@@ -134,7 +133,7 @@ _LOGITS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "temperature": np.asarray,
     "margins": margins,
 }
-"""Method -> what the temperature divides."""
+"""Method -> function from scores to the logits that the temperature divides."""
 
 
 def measure_calibration(
@@ -145,8 +144,8 @@ def measure_calibration(
 ) -> Calibration:
     """Measure probabilities of shape (n, n_classes) against the true columns y, shape (n,).
 
-    Bins hold about equal numbers of images, so that none is nearly empty, and by default 20 or nearly so many. Images that are
-    equally sure share a bin, as nothing but their order could part them, so the numbers differ where there are many of these.
+    Bins hold about equal numbers of images, by default about 20. Images of equal confidence share a bin, so the numbers differ
+    where there are many of these.
     units : ndarray of shape (n,), int64: images that are not independent share a number; None when all are.
     Brier is the sum over classes of squared errors, from 0 (sure and right) to 2 (sure and wrong); log loss is in nats.
     """
@@ -169,12 +168,12 @@ def measure_calibration(
 
 
 def _cuts(values: NDArray[np.float64], bins: int) -> list[int]:
-    """Return where to cut sorted values into at most so many parts of about equal size, never between two equal ones.
+    """Return the cuts of sorted values into at most `bins` parts of about equal size, never between equal values.
 
-    A part that would have less than half of its size joins the next.
+    A part of less than half the usual size joins the next.
     """
     n, cuts = len(values), [0]
-    # Equal to float32 is equal, as predictions are kept in it: rounding must not cut a constant guess.
+    # Compare as float32, in which predictions are stored: rounding must not cut a constant prediction.
     allowed = np.flatnonzero(np.diff(values.astype(np.float32))) + 1
     for part in range(1, bins if len(allowed) else 0):
         cut = int(allowed[np.abs(allowed - part * n / bins).argmin()])
@@ -186,7 +185,7 @@ def _cuts(values: NDArray[np.float64], bins: int) -> list[int]:
 def correct_priors(
     probabilities: NDArray[np.floating], trained: NDArray[np.floating], wanted: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """Return probabilities as they would be had the classes been as frequent as `wanted`, not as `trained`.
+    """Correct probabilities for a change of class frequencies from `trained` to `wanted`.
 
     Use it when classes were weighted or sampled in training.
 

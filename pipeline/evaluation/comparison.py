@@ -1,14 +1,14 @@
-"""Is one head better than another? Paired tests, corrected for many comparisons and for having picked the best.
+"""Comparison of heads: paired tests, corrected for multiple comparisons and for selection of the best.
 
-Every test is paired: two heads are compared on the same images or the same folds. What is drawn, summed and exchanged are
-units: images, or groups and sets of copies where images are not independent. The group of rows with no evidence of a
-difference from the best comes from pooled out-of-fold predictions, because it is used to choose; the test images only
-confirm. All of it is in the metric that was tuned. Sources: McNemar 1947 (exact form); Tango 1998 (paired shares); Noreen 1989
-and Yeh 2000 (the same by exchanging answers, for any metric); Dietterich 1998; Nadeau and Bengio 2003; Holm 1979; Hothorn, Bretz
-and Westfall 2008 (the largest studentised difference); Demsar 2006 (several data sets).
+Every test is paired: two heads are compared on the same images or the same folds. Resampling works on units: images, or groups
+and sets of copies where images are not independent. The group of rows with no evidence of a difference from the best is used for
+selection, so it comes from pooled out-of-fold predictions; the test images only confirm it. All comparisons use the tuned metric.
+Sources: McNemar 1947 (exact form); Tango 1998 (paired shares); Noreen 1989 and Yeh 2000 (randomisation test for any metric);
+Dietterich 1998; Nadeau and Bengio 2003; Holm 1979; Hothorn, Bretz and Westfall 2008 (the largest studentised difference); Demsar
+2006 (several data sets).
 
-The best of many is better than it will be on new images, because luck was picked too: out-of-fold answers tell by how much in the
-bootstrap of Tsamardinos, Greasidou and Borboudakis 2018 (BBC-CV), fold scores of trials alone by Tibshirani and Tibshirani 2009.
+The score of the best of many is optimistic. The bias is estimated from out-of-fold predictions by the bootstrap of Tsamardinos,
+Greasidou and Borboudakis 2018 (BBC-CV), or from fold scores of trials alone by Tibshirani and Tibshirani 2009.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEVEL = 0.05
 RESAMPLES = 2000
 DRAWS = 4000
 _COINS = 1 << 20
-"""Coins that are held at once."""
+"""Most random bits in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Paired:
     p_value: float
 
     def __post_init__(self) -> None:
-        # JSON has no infinity: an interval without an end was written as null.
+        # JSON has no infinity: an infinite end was written as null.
         low, high = self.interval
         object.__setattr__(self, "interval", (-np.inf if low is None else low, np.inf if high is None else high))
 
     @property
     def shown(self) -> int:
-        """1 where the first is shown to be better, -1 where the second is, 0 where there is no evidence of a difference.
+        """1 if the first is shown to be better, -1 if the second is, 0 if there is no evidence of a difference.
 
-        The interval and the test have to agree: of few disagreements the interval is too sure, and the exact test is not.
+        The interval and the test have to agree: with few disagreements the interval is too narrow, while the test is exact.
         """
         if self.p_value >= LEVEL or self.interval[0] <= 0 <= self.interval[1]:
             return 0
@@ -95,8 +95,8 @@ def mcnemar(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> float
 def paired_answers(metric: Metric, a: Predictions, b: Predictions, seed: int) -> Paired:
     """Compare two heads on the same images in any metric: difference, 95 % interval, p-value.
 
-    Of accuracy: the score interval of a paired difference, and McNemar's exact test where images are independent. Of other
-    metrics and of groups: a bootstrap and `exchange_test`.
+    For accuracy: the score interval of a paired difference, and McNemar's exact test where images are independent. For other
+    metrics and for groups: a bootstrap and `exchange_test`.
     """
     difference, p_value = metric.score(a) - metric.score(b), paired_p(metric, a, b, seed)
     if metric is ACCURACY:
@@ -107,14 +107,14 @@ def paired_answers(metric: Metric, a: Predictions, b: Predictions, seed: int) ->
 
 
 def paired_p(metric: Metric, a: Predictions, b: Predictions, seed: int) -> float:
-    """Return the p-value of two heads being equally good, right for small numbers of disagreements too."""
+    """Return the p-value of two heads being equally good, valid for few disagreements too."""
     if metric is ACCURACY and a.units is None:
         return mcnemar(a.correct, b.correct)
     return exchange_test(metric, a, b, seed)
 
 
 def paired_interval(a: Predictions, b: Predictions, z: float) -> Interval:
-    """Return the score interval of accuracy(a) - accuracy(b), of so many images as they are worth."""
+    """Return the score interval of accuracy(a) - accuracy(b) at the effective sample size."""
     only_a, only_b = _discordant(a.correct, b.correct)
     n = len(a)
     worth = effective_size(a.correct.astype(np.float64) - b.correct, a.units) / n
@@ -122,11 +122,11 @@ def paired_interval(a: Predictions, b: Predictions, z: float) -> Interval:
 
 
 def least_half_width(metric: Metric, a: Predictions, b: Predictions, z: float) -> float:
-    """Return how far apart two heads may be although they agree on every image: z^2 / (m + z^2) of m units may be otherwise.
+    """Return the smallest half width of the interval of a difference, that of two heads which agree on every image.
 
-    That is what the score interval of a paired difference says of full agreement. A mean over classes has it of every class;
-    a loss without a bound counts such a unit as far off as the images that there are lie apart, and one of numbers, of which
-    heads hardly ever say the same, as their differences do.
+    The score interval of a paired difference then allows disagreement on a share z^2 / (m + z^2) of m units. A mean over classes
+    combines the shares of its classes. For an unbounded loss a unit counts as the range of the contributions of the images, and for
+    a metric of numbers, on which heads hardly ever agree, as the range of their differences.
     """
     units = a.unit_numbers
     if metric.per_class:
@@ -145,8 +145,8 @@ def bootstrap_difference(
 ) -> Interval:
     """Return the 95 % bootstrap interval of score(a) - score(b), units drawn with replacement, in any metric.
 
-    The expanded percentile interval of Hesterberg 2015: drawn shares vary less than shares of few units do, by the number
-    of units of the rarest class where the score is a mean over classes.
+    The expanded percentile interval of Hesterberg 2015 corrects for the bootstrap's too small variance with few units; for a mean
+    over classes the units of the rarest class count.
     """
     draws, units = bootstrap(metric, [a, b], seed, resamples), a.unit_numbers
     parts = [units[part] for part in a.members] if metric.per_class else [units]
@@ -157,9 +157,9 @@ def bootstrap_difference(
 
 
 def exchange_test(metric: Metric, a: Predictions, b: Predictions, seed: int, draws: int = RESAMPLES) -> float:
-    """Return the two-sided p-value of a paired randomisation test: each unit's two answers change sides by a coin.
+    """Return the two-sided p-value of a paired randomisation test, which swaps each unit's two predictions at random.
 
-    What McNemar's exact test is for accuracy, for any metric and for groups, and as it is right for few of them too.
+    It generalises McNemar's exact test to any metric and to groups, and is valid for few of them too.
     Sources: Noreen 1989; Yeh 2000.
     """
     units, rng = a.unit_numbers, np.random.default_rng(seed)
@@ -174,7 +174,7 @@ def exchange_test(metric: Metric, a: Predictions, b: Predictions, seed: int, dra
 def _gap_of(
     metric: Metric, a: Predictions, b: Predictions, units: NDArray[np.int64]
 ) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
-    """Return what gives score(a) - score(b) after exchanges: coins of shape (r, n_units), 0 where a unit's answers change sides."""
+    """Return a function from coins of shape (r, n_units), 0 where a unit's predictions are swapped, to score(a) - score(b)."""
     both, n = joined([a, b]), len(units)
     if metric.shares is None:
         scored = rescored(metric, [replace(both, units=np.concatenate([units, units + units.max() + 1]))])
@@ -201,7 +201,7 @@ def corrected_t(scores_a: Sequence[float], scores_b: Sequence[float], test_share
     """Compare two heads on the same folds by the corrected resampled t-test.
 
     The variance over folds is multiplied by 1/k + n_test/n_train, because the folds share training images; the naive
-    1/k finds differences that are not there. test_share : n_test / n_train, 0.25 for five folds.
+    1/k gives false positives. test_share : n_test / n_train, 0.25 for five folds.
     """
     differences = np.asarray(scores_a, dtype=np.float64) - np.asarray(scores_b, dtype=np.float64)
     k, mean = len(differences), float(np.mean(differences))
@@ -215,9 +215,9 @@ def corrected_t(scores_a: Sequence[float], scores_b: Sequence[float], test_share
 
 
 def holm(p_values: Sequence[float]) -> NDArray[np.float64]:
-    """Return Holm's adjusted p-values: the chance of any false finding among them stays at the level.
+    """Return Holm's adjusted p-values, which control the family-wise error rate.
 
-    p_values : k of them; returns float64 of shape (k,)
+    p_values : of length k; returns float64 of shape (k,)
     """
     p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p, kind="stable")
@@ -228,13 +228,13 @@ def holm(p_values: Sequence[float]) -> NDArray[np.float64]:
 
 
 def shared_training(folds: int, metric: Metric) -> float:
-    """Return by how much more a score out of fold varies than its images say, because folds share training images.
+    """Return the factor by which the variance of an out-of-fold score is inflated, because folds share training images.
 
     1 + 2 / (folds - 1) kept false winners under permuted labels below 5 % where 1 gave up to 10 %; Nadeau and Bengio's own
-    1 + folds / (folds - 1) gave 0.5 %. A mean over classes varies more than its contributions say to first order: with 3 in
-    place of 2 false winners with one image in seven of the rarest class stayed below 4.1 %, where 2 gave up to 7.8 %. Ranks of
-    numbers go by how the folds' answers lie to each other, too: with 4 false winners were 2.5 %, with 2 they were 7 %. What several
-    labels have together goes by the one threshold of a fold: with 3 false winners were 4.5 %, with 2 they were 8 %.
+    1 + folds / (folds - 1) gave 0.5 %. A mean over classes varies more than first-order contributions show: with 3 in place of 2,
+    false winners with one image in seven of the rarest class stayed below 4.1 %, where 2 gave up to 7.8 %. Ranks of numbers also
+    depend on offsets between folds: with 4 false winners were 2.5 %, with 2 they were 7 %. Metrics pooled over several labels
+    depend on a fold's one threshold: with 3 false winners were 4.5 %, with 2 they were 8 %.
     """
     return 1 + (4 if metric.ranks else 3 if metric.per_class or metric.pooled else 2) / max(folds - 1, 1)
 
@@ -242,12 +242,12 @@ def shared_training(folds: int, metric: Metric) -> float:
 def _against_best(
     values: NDArray[np.float64], best: int, inflation: float, freedom: float, seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], float]:
-    """Compare column `best` with the others by what each unit adds to every row's score, shape (m, k).
+    """Compare column `best` with the others by the contributions of m units to k scores, shape (m, k).
 
-    Returns differences from the best to each column, their standard errors, infinite where two do not differ, and p-values, all of
-    shape (k,), and how many errors make an interval. The best was picked on the same rows, so the reference is the largest
-    studentised difference over all k (k - 1) / 2 pairs, whichever column had won: drawn from the normal law with the columns' own
-    covariance, as correlated heads cost little, or from Student's with so many degrees of freedom where units are few.
+    Returns differences (best minus column), their standard errors (infinite where two columns are equal) and p-values, all of
+    shape (k,), and the interval's half width in standard errors. The best was picked on the same rows, so the reference distribution
+    is that of the largest studentised difference over all k (k - 1) / 2 pairs. It is drawn from a multivariate t distribution with
+    the columns' own covariance, because correlated heads need little correction, and `freedom` degrees of freedom.
     """
     m, k = values.shape
     scores = values.mean(axis=0)
@@ -262,7 +262,7 @@ def _against_best(
     largest = np.concatenate([part.max(axis=1, initial=0.0) for part in parts])
     differences = scores[best] - scores
     p_values = (1 + np.sum(largest[:, None] >= differences / errors[best], axis=0)) / (1 + DRAWS)
-    # Where all rows agree nothing is drawn, and one comparison is left.
+    # Where all rows agree all differences are 0, and the factor is that of a single comparison.
     factor = max(float(np.quantile(largest, 1 - LEVEL)), float(stats.t.ppf(0.975, freedom)))
     return differences, errors[best], np.where(np.arange(k) == best, 1.0, p_values), factor
 
@@ -277,10 +277,9 @@ def compare(
 ) -> tuple[Difference, ...]:
     """Compare every row with the best one, in the order of `out_of_fold`.
 
-    out_of_fold, test : key -> its answers to the same images in the same order for every key, with the same units. folds : key
-    -> fold scores. A row leaves the no-evidence group only when the adjusted test and the paired one (`paired_p`; it guards
-    small numbers of disagreements) both say that it is worse. Intervals end where the metric does: no difference of two
-    accuracies is above 1.
+    out_of_fold, test : key -> predictions of the same images in the same order with the same units for every key. folds : key
+    -> fold scores. A row leaves the no-evidence group only when both the adjusted test and the paired one (`paired_p`, which is
+    valid for few disagreements) show that it is worse. Intervals are clipped to the metric's range.
     """
     keys, winner, test, folds = list(out_of_fold), out_of_fold[best], test or {}, folds or {}
     values = np.stack([metric.contributions(out_of_fold[key]) for key in keys], axis=1)
@@ -325,7 +324,7 @@ def _discordant(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> tuple[int, int]:
 class Ranking:
     """Heads over several data sets: average ranks (1 is best), Friedman's p-value, Nemenyi's critical difference.
 
-    `groups` holds, as column numbers, the largest sets of heads whose average ranks lie within the critical difference.
+    `groups` holds the maximal sets of heads (column numbers) whose average ranks lie within the critical difference.
     """
 
     average_ranks: tuple[float, ...]
@@ -360,9 +359,9 @@ def rank_over_datasets(scores: NDArray[np.float64]) -> Ranking:
 
 @dataclass(frozen=True)
 class Optimism:
-    """The picked candidate's `apparent` score, the score `corrected` for the picking with its 95 % interval.
+    """The selected candidate's `apparent` score, and its score `corrected` for selection with a 95 % interval.
 
-    In the metric it was picked by, higher being better.
+    Both are in the metric of the selection, higher being better.
     """
 
     candidates: int
@@ -379,9 +378,9 @@ class Optimism:
 def selection_optimism(
     columns: Sequence[Predictions], seed: int, resamples: int = 1000, metric: Metric = ACCURACY
 ) -> Optimism:
-    """Estimate the optimism of taking the head with the highest score; answers out of fold, to the same images.
+    """Estimate the optimism of selecting the head with the highest score, from out-of-fold predictions of the same images.
 
-    Each bootstrap sample of the units picks its own best head and judges it on the images it did not draw.
+    Each bootstrap sample of the units selects its own best head and scores it on the units it did not draw.
     """
     weighted, scores = rescored(metric, columns), list[float]()
     for counts in drawn(int(columns[0].unit_numbers.max()) + 1, seed, metric.draws(resamples)):
@@ -395,9 +394,9 @@ def selection_optimism(
 
 
 def trial_optimism(fold_scores: NDArray[np.float64]) -> float:
-    """Estimate by how much the best trial's mean score flatters it, from fold scores, float64 of shape (n_trials, n_folds).
+    """Estimate the optimism of the best trial's mean score from fold scores, float64 of shape (n_trials, n_folds).
 
-    The mean over folds of (the fold's own best score - the winner's score on that fold).
+    It is the mean over folds of (the fold's own best score - the winner's score on that fold).
     """
     winner = int(np.argmax(fold_scores.mean(axis=1)))
     return float(np.mean(fold_scores.max(axis=0) - fold_scores[winner]))

@@ -1,7 +1,7 @@
-"""Domains: how far apart the images of two sources lie, which classes suffer, and the two ways to adapt without a label.
+"""Domain shift: the distance between the images of two sources, the classes that suffer, and two ways to adapt without labels.
 
-Nothing here but `suffering` is ever given a label. Sources: Lopez-Paz and Oquab 2017 (classifier two-sample test); Gretton et al. 2012
-(MMD); Sun, Feng and Saenko 2016 (CORAL); Bickel, Brückner and Scheffer 2009 (weights by a classifier of domains).
+Only `suffering` uses labels. Sources: Lopez-Paz and Oquab 2017 (classifier two-sample test); Gretton et al. 2012 (MMD); Sun, Feng
+and Saenko 2016 (CORAL); Bickel, Brückner and Scheffer 2009 (weights by a classifier of domains).
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from pipeline.evaluation.intervals import Interval, effective_size, numbered, sh
 from pipeline.evaluation.predictions import Predictions
 
 LEAST = 50
-"""Images that tell the mean and covariance of a domain well enough to align by; fewer are refused."""
+"""Fewest images from which the mean and covariance of a domain are estimated for alignment; fewer are refused."""
 COMPONENTS = 32
-"""Principal components in which covariances are aligned: of a few hundred images more are noise, which costs accuracy."""
+"""Principal components in which covariances are aligned: with a few hundred images more are noise, which costs accuracy."""
 FEW = 4
-"""Images per component at least."""
+"""Fewest images per component."""
 RIDGE = 1.0
 """Added to every variance before its root is taken, in units of a standardised feature, as in the paper."""
 FOLDS, PERMUTATIONS = 5, 200
 SHARED = 2.0
-"""Folds share training images: so many times DeLong's variance held 95 % of random divisions of photos of clothes, once 85 %."""
+"""Factor of DeLong's variance, as folds share training images: it covered 95 % of random divisions of photos of clothes, 1 only 85 %."""
 HEAVIEST = 20.0
-"""The most that a training image may weigh, in mean weights."""
+"""Largest weight of a training image, relative to the mean weight."""
 Vectors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Apart:
-    """How far apart the images of two domains lie in an embedding.
+    """The distance between the images of two domains in an embedding.
 
-    `auc` is how often a linear classifier, out of fold, puts an image of the second behind one of the first: 0.5 where they are alike.
-    `mmd` is the unbiased squared maximum mean discrepancy, `p_value` its permutation test's. `mean` is the distance of the means and
-    `covariance` the Frobenius distance of the covariances, in shares of the spread within a domain.
+    `auc` is that of a linear classifier of the two domains, out of fold: 0.5 where they are alike. `mmd` is the unbiased squared maximum
+    mean discrepancy, `p_value` that of its permutation test. `mean` is the distance of the means and `covariance` the Frobenius distance
+    of the covariances, in shares of the spread within a domain.
     """
 
     one: str
@@ -59,17 +59,17 @@ class Apart:
 
     @property
     def shown(self) -> bool:
-        """Whether both tests say that the domains are not alike."""
+        """Whether both tests show a difference between the domains."""
         return self.interval[0] > 0.5 and self.p_value < 0.05
 
 
 def apart(
     X: Vectors, Y: Vectors, seed: int, units: NDArray[np.int64] | None = None, names: tuple[str, str] = ("", "")
 ) -> Apart:
-    """Measure how far apart two sets of vectors lie.
+    """Measure the distance between two sets of vectors.
 
-    X, Y : float32 of shapes (n, dim) and (m, dim), at least `FOLDS` each; units : int64 of shape (n + m,), of all in this order, images
-        that belong together share one
+    X, Y : float32 of shapes (n, dim) and (m, dim), at least `FOLDS` each; units : int64 of shape (n + m,), images of X then Y that
+        belong together share a number
     """
     both, sizes = np.concatenate([X, Y]), (len(X), len(Y))
     second = np.repeat([False, True], sizes)
@@ -85,7 +85,7 @@ def apart(
 
 
 def _components(X: Vectors, most: int, seed: int) -> Vectors:
-    """Return standardised features on their first principal components: float32 of shape (n, k)."""
+    """Standardise features and project them onto their first principal components: float32 of shape (n, k)."""
     scaled = StandardScaler().fit_transform(X)
     return np.asarray(PCA(min(most, *X.shape), random_state=seed).fit_transform(scaled))
 
@@ -94,14 +94,14 @@ def two_sample(X: Vectors, second: NDArray[np.bool_], place: NDArray[np.int64], 
     """Return the out-of-fold AUC of a linear classifier of domains, and its 95 % interval.
 
     X : float32 of shape (n, dim); second : bool of shape (n,); place : int64 of shape (n,), the unit of each image. The interval is
-    Wilson's, of so many images as DeLong's variance says that the AUC is worth.
+    Wilson's at the effective sample size that DeLong's variance implies.
     """
     distinct = place.max() + 1 == len(place)
     folds = (StratifiedKFold if distinct else StratifiedGroupKFold)(FOLDS, shuffle=True, random_state=seed)
     model = make_pipeline(StandardScaler(), RidgeClassifier(alpha=X.shape[1], class_weight="balanced"))
     told = cross_val_predict(model, X, second, cv=folds, groups=None if distinct else place, method="decision_function")
     first, other = np.sort(told[~second]), np.sort(told[second])
-    above = _ranked(told[second], first)  # of each image of the second, the share of the first that lies below it
+    above = _ranked(told[second], first)  # per image of the second domain, the share of the first with lower scores
     below = 1 - _ranked(told[~second], other)
     units = (None, None) if distinct else (place[second], place[~second])
     worth = [effective_size(part, own) for part, own in zip((above, below), units, strict=True)]
@@ -117,7 +117,7 @@ def _ranked(values: NDArray[np.floating], known: NDArray[np.floating]) -> NDArra
 
 
 def _mmd(Z: Vectors, second: NDArray[np.float32]) -> NDArray[np.floating]:
-    """Return the unbiased squared MMD of each division, rows of (r, n), by a Gaussian kernel as wide as the median distance."""
+    """Return the unbiased squared MMD of r divisions, shape (r, n), with a Gaussian kernel of the median distance's width."""
     squares = np.square(Z).sum(axis=1)
     distances = np.maximum(squares[:, None] + squares - 2 * Z @ Z.T, 0)
     kernel = np.exp(-distances / max(float(np.median(distances)), 1e-12))
@@ -129,7 +129,7 @@ def _mmd(Z: Vectors, second: NDArray[np.float32]) -> NDArray[np.floating]:
 
 
 def _moments(X: Vectors, Y: Vectors) -> tuple[float, float]:
-    """Return the distance of means and that of covariances, in shares of the spread within."""
+    """Return the distances of means and of covariances, in shares of the spread within a domain."""
     step = X.mean(axis=0) - Y.mean(axis=0)
     a, b = np.atleast_2d(np.cov(X.T)), np.atleast_2d(np.cov(Y.T))
     spread = np.sqrt((np.trace(a) + np.trace(b)) / 2)
@@ -138,7 +138,7 @@ def _moments(X: Vectors, Y: Vectors) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Alignment:
-    """CORAL's map of a domain onto the source: means and, in the source's first components, covariances become equal.
+    """CORAL's map of a target domain onto the source: equal means and, in the source's first components, equal covariances.
 
     source, target, scale : float of shape (dim,), means and the source's standard deviations; components : (k, dim); turn : (k, k)
     """
@@ -150,7 +150,7 @@ class Alignment:
     turn: NDArray[np.floating]
 
     def __call__(self, X: Vectors) -> Vectors:
-        """Return vectors of the domain as the source has them: float32 of shape (n, dim)."""
+        """Map vectors of the target domain onto the source: float32 of shape (n, dim)."""
         centred = (X - self.target) / self.scale
         inside = centred @ self.components.T
         return np.asarray(
@@ -159,7 +159,7 @@ class Alignment:
 
 
 def align(source: Vectors, target: Vectors, seed: int = 0, ridge: float = RIDGE) -> Alignment:
-    """Return the map of a domain onto the source; neither has labels.
+    """Fit the map of a target domain onto the source, without labels.
 
     source, target : float32 of shapes (n, dim) and (m, dim); ValueError for fewer than `LEAST` images of either
     """
@@ -180,9 +180,9 @@ def _power(matrix: NDArray[np.floating], exponent: float, ridge: float) -> NDArr
 
 
 def weights(source: Vectors, target: Vectors, seed: int) -> NDArray[np.float64]:
-    """Return how much each image of the source is to count, as if images came of the target: float64 of shape (n,), mean 1.
+    """Return importance weights of the source's images for the target domain: float64 of shape (n,), mean 1.
 
-    The odds of a classifier of domains, out of fold, no weight above `HEAVIEST`. source, target : float32 of shapes (n, dim), (m, dim)
+    They are the out-of-fold odds of a classifier of domains, clipped at `HEAVIEST`. source, target : float32 of shapes (n, dim), (m, dim)
     """
     second = np.repeat([0, 1], [len(source), len(target)])
     Z = _components(np.concatenate([source, target]), COMPONENTS, seed)
@@ -194,12 +194,12 @@ def weights(source: Vectors, target: Vectors, seed: int) -> NDArray[np.float64]:
     return np.asarray(odds / odds.mean())
 
 
-# ---- who suffers
+# ---- classes that suffer
 
 
 @dataclass(frozen=True)
 class InClass:
-    """The images of one class in one domain; it `suffers` where its recall is shown to be below that in the domains of training."""
+    """The images of one class in one domain; it `suffers` if its recall is shown to be below that in the training domains."""
 
     label: str
     images: int
@@ -210,11 +210,11 @@ class InClass:
 
 @dataclass(frozen=True)
 class InDomain:
-    """What a head has right of the images of one domain: of training domains out of fold and on the test, of others on the test."""
+    """A head's accuracy in one domain, on its test images and, in training domains, on out-of-fold predictions."""
 
     name: str
     new: bool
-    """Whether no training image is of it."""
+    """Whether the domain has no training image."""
     images: int
     accuracy: float
     interval: Interval
@@ -222,10 +222,10 @@ class InDomain:
 
 
 def suffering(said: Predictions, domains: NDArray[np.object_], trained: Sequence[str]) -> tuple[InDomain, ...]:
-    """Return how a head does in each domain, those of training first; what suffers is told for all its classes at once (Bonferroni).
+    """Return a head's accuracy in each domain, training domains first; tests of a domain's classes are Bonferroni-corrected.
 
-    said : of n images, none by a head that has learned from it; domains : object (str) of shape (n,); trained : the domains of
-    training images
+    said : predictions of n images, each by a model not fitted on it; domains : object (str) of shape (n,); trained : the training
+    domains
     """
     known = said.rows(np.isin(domains, list(trained)))
     order = sorted(set(domains.tolist()), key=lambda name: (name not in trained, name))
@@ -251,7 +251,7 @@ def _in_domain(said: Predictions, name: str, known: Predictions | None) -> InDom
 
 
 def _least_gap(a: Predictions, b: Predictions, of: int) -> float:
-    """Return the lower end of Newcombe's interval (1998) of accuracy(a) - accuracy(b) on other images, one of `of` that hold at once at 95 %."""
+    """Return the lower end of Newcombe's interval (1998) of accuracy(a) - accuracy(b), unpaired, one of `of` simultaneous at 95 %."""
     z = float(norm.ppf(1 - 0.025 / of))
     shares = [float(part.correct.mean()) for part in (a, b)]
     sizes = [effective_size(part.correct, part.units) for part in (a, b)]
@@ -259,12 +259,12 @@ def _least_gap(a: Predictions, b: Predictions, of: int) -> float:
     return shares[0] - shares[1] - float(np.hypot(shares[0] - low, high - shares[1]))
 
 
-# ---- what stage two writes down
+# ---- the record that stage two stores
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a way to adapt brought on the test images of one domain: `gain` is adapted minus plain, of the same head."""
+    """The effect of an adaptation on the test images of one domain: `gain` is adapted minus plain, for the same head."""
 
     row: str
     way: str
@@ -277,7 +277,7 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Domains:
-    """What is known of an experiment's domains, by one row of its leaderboard."""
+    """The domains of an experiment as one row of its leaderboard sees them."""
 
     row: str
     embedding: str
@@ -285,10 +285,10 @@ class Domains:
     each: tuple[InDomain, ...]
     adapted: tuple[Adapted, ...]
     notes: tuple[str, ...]
-    """What could not be done, and why."""
+    """Analyses that were skipped, and why."""
 
     def lines(self) -> list[str]:
-        """Say it for people, one sentence each."""
+        """Return the findings as sentences."""
         new = {each.name for each in self.each if each.new}
         found = [
             f"Domains {pair.one!r} and {pair.other!r}: a linear classifier of {self.embedding} tells them apart with AUC {pair.auc:.2f} "

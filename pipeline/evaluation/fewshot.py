@@ -1,11 +1,11 @@
-"""Few examples: how well classes are learned from a handful of labelled images each, on stored features.
+"""Few-shot learning: accuracy with a handful of labelled images per class, on stored features.
 
-An episode draws N classes, K labelled images of each to learn from (support), and others of them to be judged by (queries).
-Features are centred and of length 1 (Wang et al. 2019), so an inner product is a cosine, and every method but MAML works on inner
-products alone; none has anything to tune, as with one image per class there is nothing to tune on.
+An episode draws N classes, K labelled images of each to learn from (support), and other images of them to score on (queries).
+Features are centred and scaled to length 1 (Wang et al. 2019), so an inner product is a cosine. Every method but MAML works on inner
+products alone. No method is tuned, as with one image per class there is nothing to tune on.
 
 Protocol: Vinyals et al. 2016 (episodes), Snell et al. 2017 (nearest centroid), Finn et al. 2017 and Raghu et al. 2020 (MAML with
-the inner loop on the head alone), Chen et al. 2019 (what it is to be compared with).
+the inner loop on the head alone), Chen et al. 2019 (baselines).
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ if TYPE_CHECKING:
 Integers = NDArray[np.int64]
 
 LEAST_BASE = 4
-"""Classes that meta-learning needs beside those it is tested on: two to learn from, two to say when to stop."""
+"""Fewest classes for meta-learning besides the test classes: two to learn from, two for early stopping."""
 SPLITS = 4
-"""Divisions of the classes among which the episodes are shared out, so that no one division decides."""
+"""Divisions of the classes among which the episodes are spread, so that no single division decides."""
 DRAWS = 20
-"""Times that groups are dealt to the two sides before there are held to be too few of them."""
+"""Attempts to split groups between support and queries before the groups count as too few."""
 MOST_NUMBERS = 1 << 24
-"""Of features that are looked at at once."""
+"""Most feature values in memory at once."""
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""Of the nearest-neighbour vote: Caron et al. 2021 (DINO); with all neighbours it is Vinyals et al. 2016."""
+"""Settings of the nearest-neighbour vote of Caron et al. 2021 (DINO); with all neighbours it is Vinyals et al. 2016."""
 C = 10.0
-"""Of logistic regression, as scikit-learn has it; on features of length 1 its default of 1 is a strong penalty."""
+"""scikit-learn's C of logistic regression; on features of length 1 its default of 1 is a strong penalty."""
 MARGIN = 0.01
-"""How far logistic regression may lie behind and still be called as good."""
+"""How far logistic regression may lie behind and still count as equally good."""
 
 MAML = "maml"
 INNER_STEPS = 10
 META_STEPS, BATCH, EVERY = 100, 4, 25
-"""MAML's outer steps, tasks in each, and after how many the held-out classes are asked."""
+"""MAML's outer steps, tasks per step, and steps between evaluations on the held-out classes."""
 META_QUERIES, TRIALS = 5, 60
-"""Queries of a class in a task that is learned from; tasks of held-out classes that choose the number of outer steps."""
+"""Queries per class in a meta-training task; tasks of held-out classes that choose the number of outer steps."""
 RATE = 0.01
-"""Of Adam, in the outer loop."""
+"""Adam's learning rate in the outer loop."""
 
 
 @dataclass(frozen=True)
 class EpisodePlan:
-    """What is drawn: `ways` classes with `queries` each beside what they are learned from, in so many episodes."""
+    """Which episodes are drawn: their number, classes per episode (`ways`) and queries per class."""
 
     ways: int
     queries: int
@@ -68,8 +68,8 @@ class EpisodePlan:
 class LabelledFeatures:
     """n images to draw from.
 
-    X : float32 of shape (n, dim); y : the class of each, int64 of shape (n,); units : images that may not be parted between
-    support and queries have one number, int64 of shape (n,), None where each stands alone
+    X : float32 of shape (n, dim); y : the class of each, int64 of shape (n,); units : images that must stay together in support or
+    queries share a number, int64 of shape (n,), None where each image is its own
     """
 
     X: NDArray[np.float32]
@@ -77,12 +77,12 @@ class LabelledFeatures:
     units: Integers | None = None
 
     def classes_of(self, least: int) -> Integers:
-        """Return the classes with so many images at least."""
+        """Return the classes with at least `least` images: int64."""
         return np.flatnonzero(np.bincount(self.y) >= least)
 
 
 class Episodes(NamedTuple):
-    """Rows of support, shape (n, ways * shots), and queries, (n, ways * queries), class by class."""
+    """Rows of the support, shape (n, ways * shots), and of the queries, (n, ways * queries), class by class."""
 
     support: Integers
     query: Integers
@@ -90,7 +90,7 @@ class Episodes(NamedTuple):
 
 
 class Division(NamedTuple):
-    """Classes that are met before the test (`base` to learn from, `held_out` to say when to stop) and only in it (`novel`)."""
+    """Classes for meta-training (`base`), for early stopping (`held_out`) and for the test (`novel`)."""
 
     base: Integers
     held_out: Integers
@@ -98,7 +98,7 @@ class Division(NamedTuple):
 
 
 def divide(classes: Integers, ways: int, rng: np.random.Generator) -> list[Division]:
-    """Return divisions of the classes in which each is novel about equally often; one without a base where they are too few."""
+    """Divide the classes several times, each class being novel about equally often; with too few, once and without a base."""
     novel = max(ways, len(classes) // 2)
     if len(classes) - novel < LEAST_BASE:
         return [Division(classes[:0], classes[:0], classes)]
@@ -119,7 +119,7 @@ def draw(
     count: int,
     rng: np.random.Generator,
 ) -> Episodes | None:
-    """Draw episodes without replacement; None where a class has its images in too few groups for both sides."""
+    """Draw episodes without replacement; None where the images of a class are in too few groups for support and queries."""
     rows, units, wanted = (
         [np.flatnonzero(images.y == label) for label in range(images.y.max() + 1)],
         images.units,
@@ -127,7 +127,7 @@ def draw(
     )
     drawn = np.empty((count, ways, wanted), dtype=np.int64)
     for episode in drawn:
-        chosen = rng.choice(classes, ways, replace=False).tolist()  # once: those that are hard to deal count as well
+        chosen = rng.choice(classes, ways, replace=False).tolist()  # once: classes that are hard to split count as well
         for _ in range(DRAWS):
             mixed = [rng.permutation(rows[label]) for label in chosen]
             if units is not None:
@@ -144,9 +144,9 @@ def draw(
 
 
 class Products(NamedTuple):
-    """Inner products of e episodes, float64, the rows of a class one behind the other.
+    """Inner products of e episodes, float64, with the rows ordered by class.
 
-    support : of the n support images with one another, (e, n, n); query : of the queries with them, (e, n_queries, n);
+    support : between the n support images, (e, n, n); query : between queries and support images, (e, n_queries, n);
     one_hot : the class of each support image, 1 in its column, (n, ways)
     """
 
@@ -155,13 +155,13 @@ class Products(NamedTuple):
     one_hot: Numbers
 
     def with_means(self) -> tuple[Numbers, Numbers]:
-        """Return the inner products of queries with the mean of each class, (e, n_queries, ways), and its squared length, (e, 1, ways)."""
+        """Return inner products of queries and class means, (e, n_queries, ways), and squared lengths of the means, (e, 1, ways)."""
         mean = self.one_hot / self.one_hot.sum(axis=0)
         return self.query @ mean, np.sum(self.support @ mean * mean, axis=1, keepdims=True)
 
 
 def products(support: NDArray[np.float32], query: NDArray[np.float32], ways: int) -> Products:
-    """Return the inner products of support, float32 of shape (e, n, dim), and queries, (e, n_queries, dim)."""
+    """Compute the inner products of support, float32 of shape (e, n, dim), and queries, float32 of shape (e, n_queries, dim)."""
     across = support.transpose(0, 2, 1)
     one_hot = np.repeat(np.eye(ways), support.shape[1] // ways, axis=0)
     return Products((support @ across).astype(np.float64), (query @ across).astype(np.float64), one_hot)
@@ -174,22 +174,22 @@ def cosine_prototypes(given: Products) -> Numbers:
 
 
 def nearest_centroid(given: Products) -> Numbers:
-    """Score by the squared distance to the mean of each class (prototypical networks), without the queries' own length; shape as above."""
+    """Score by minus the squared distance to the mean of each class (prototypical networks), up to a constant; shape as above."""
     inner, lengths = given.with_means()
     return 2 * inner - lengths
 
 
 def knn(given: Products) -> Numbers:
-    """Score by a vote of the nearest by cosine, weighted by its exponential; shape as above."""
+    """Score by a vote of the nearest neighbours by cosine, weighted exponentially; shape as above."""
     cosine = given.query
     least = np.sort(cosine, axis=-1)[..., -min(NEIGHBOURS, cosine.shape[-1]), None]
     return np.where(cosine >= least, np.exp((cosine - 1) / TEMPERATURE), 0.0) @ given.one_hot
 
 
 def logistic_regression(given: Products, tolerance: float = 1e-3, most: int = 500) -> Numbers:
-    """Score as the multinomial one penalised by 1 / C, without intercept: scikit-learn's optimum, for all episodes at once; shape as above.
+    """Score by multinomial logistic regression without intercept: scikit-learn's optimum, for all episodes at once; shape as above.
 
-    Steps by the fixed bound on the Hessian of Böhning 1992, which never overshoot; until no coefficient's derivative is above
+    Steps by Böhning's fixed bound on the Hessian (1992) never overshoot; they end when no coefficient's derivative exceeds
     `tolerance`.
     """
     gram, truth = given.support, given.one_hot
@@ -206,33 +206,33 @@ def logistic_regression(given: Products, tolerance: float = 1e-3, most: int = 50
 METHODS: Mapping[str, Callable[[Products], Numbers]] = {
     method.__name__: method for method in (logistic_regression, cosine_prototypes, nearest_centroid, knn)
 }
-"""By name: inner products -> scores of the queries, shape (e, n_queries, ways), the highest is the answer."""
+"""Method -> function from inner products to scores of the queries, shape (e, n_queries, ways), the highest being predicted."""
 PLAIN = logistic_regression.__name__
-"""What every other is compared with."""
+"""The baseline of all comparisons."""
 
 
 def share_right(scores: Numbers) -> Numbers:
-    """Return the share of right answers of each episode, shape (e,), to queries that come class by class.
+    """Return the accuracy of each episode, float64 of shape (e,), for queries ordered by class.
 
-    scores : float64 of shape (e, n_queries, ways); returns float64
+    scores : float64 of shape (e, n_queries, ways)
     """
     _, queries, ways = scores.shape
     return np.asarray((scores.argmax(axis=-1) == np.repeat(np.arange(ways), queries // ways)).mean(axis=1))
 
 
 class MetaLearned(NamedTuple):
-    """What MAML found on other classes: `scale`, float32 of shape (dim,), a weight per feature; `rates`, (INNER_STEPS,).
+    """MAML's meta-parameters: `scale`, float32 of shape (dim,), a weight per feature; `rates`, float64 of shape (INNER_STEPS,).
 
-    The network is frozen, so what is learned across tasks is what lies between it and the head, and the rate of each inner step. The
-    head itself starts at zero: the classes of an episode come in any order, so the best common start has the same row for each of
-    them, which a softmax does not see (Kao et al. 2022).
+    The network is frozen, so only the scale of its features and the learning rate of each inner step are meta-learned. The head
+    starts at zero: the order of an episode's classes is arbitrary, so the best initial head has equal rows, to which a softmax is
+    invariant (Kao et al. 2022).
     """
 
     scale: NDArray[np.float32]
     rates: Numbers
 
     def scores(self, support: NDArray[np.float32], query: NDArray[np.float32], ways: int) -> Numbers:
-        """Return scores of queries after the inner loop.
+        """Return the queries' scores after the inner loop.
 
         support, query : features, float32 of shape (e, rows, dim); returns float64 of shape (e, n_queries, ways)
         """
@@ -247,7 +247,7 @@ class MetaLearned(NamedTuple):
 def learn(
     images: LabelledFeatures, division: Division, ways: int, shots: int, rng: np.random.Generator
 ) -> MetaLearned | None:
-    """Meta-learn on tasks of the base classes, by gradients through the inner steps; None where their groups are too few."""
+    """Meta-learn on tasks of the base classes, by gradients through the inner steps; None where there are too few groups."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -260,7 +260,7 @@ def learn(
     truth = torch.eye(width).repeat_interleave(shots, 0)
     answers = torch.arange(width).repeat_interleave(META_QUERIES).repeat(BATCH)
     scale = torch.zeros(X.shape[1], requires_grad=True)
-    rates = torch.zeros(INNER_STEPS, requires_grad=True)  # both by their logarithm
+    rates = torch.zeros(INNER_STEPS, requires_grad=True)  # logarithms, as is `scale`
     outer = torch.optim.Adam([scale, rates], RATE)
     best, found = -1.0, None
     for step in range(META_STEPS + 1):
@@ -292,9 +292,9 @@ def adapted(support: torch.Tensor, query: torch.Tensor, truth: torch.Tensor, rat
 
 
 def measure(images: LabelledFeatures, plan: EpisodePlan, shots: int) -> tuple[Mapping[str, Numbers], list[str]]:
-    """Return by method the share of right answers in each episode, and what is to be said of it.
+    """Return each method's accuracy per episode, float64 of shape (episodes,), and notes.
 
-    Nothing but a line where there are too few images for so many shots. The shares are float64 of shape (episodes,).
+    Where there are too few images for so many shots there is a note and no method.
     """
     classes, found = images.classes_of(shots + plan.queries), defaultdict[str, list[Numbers]](list)
     count, every = len(classes), len(images.classes_of(1))
@@ -303,7 +303,7 @@ def measure(images: LabelledFeatures, plan: EpisodePlan, shots: int) -> tuple[Ma
             f"K = {shots} is left out: {count} classes have {shots} + {plan.queries} images, and {plan.ways} are needed."
         ]
     rng = np.random.default_rng([plan.seed, shots])
-    # The same division for every number of shots, or the curve would go up and down with it.
+    # Every number of shots gets the same divisions, or they would add noise to the curve.
     divisions, notes = divide(classes, plan.ways, np.random.default_rng(plan.seed)), list[str]()
     if count < every:
         notes.append(f"K = {shots}: {count} of {every} classes have {shots} + {plan.queries} images.")
@@ -329,7 +329,7 @@ def measure(images: LabelledFeatures, plan: EpisodePlan, shots: int) -> tuple[Ma
 
 
 def _answers(images: LabelledFeatures, episodes: Episodes, learned: MetaLearned | None) -> dict[str, Numbers]:
-    """Return the share of right answers of each method in each episode, block by block."""
+    """Return each method's accuracy per episode, float64 of shape (n,), computed in blocks."""
     rows = episodes.support.shape[1] + episodes.query.shape[1]
     block = max(1, MOST_NUMBERS // (rows * images.X.shape[1]))
     found = defaultdict[str, list[Numbers]](list)
@@ -352,15 +352,15 @@ class Point:
     accuracy: float
     interval: Interval
     ahead: float
-    """Of logistic regression on the same episodes."""
+    """Mean lead over logistic regression on the same episodes."""
     ahead_interval: Interval
-    """Simultaneous over the methods that are compared with it."""
+    """Interval of the lead, simultaneous over the other methods."""
 
 
 def points_of(shots: int, found: Mapping[str, Numbers]) -> list[Point]:
-    """Return the points of one number of shots, from each method's accuracy in the same episodes, float64 of shape (n,).
+    """Return the points for one number of shots, from each method's accuracy in the same episodes, float64 of shape (n,).
 
-    Student's intervals: episodes are drawn independently, whatever their answers share.
+    Intervals are Student's, as episodes are drawn independently.
     """
     made = []
     for name, right in found.items():
@@ -372,7 +372,7 @@ def points_of(shots: int, found: Mapping[str, Numbers]) -> list[Point]:
 
 @dataclass(frozen=True)
 class FewShot:
-    """What `manyheads fewshot` found on one embedding."""
+    """The results of `manyheads fewshot` on one embedding."""
 
     embedding: str
     ways: int
@@ -382,13 +382,13 @@ class FewShot:
     images: int
     classes: int
     key: str
-    """Digest of all that the numbers come from."""
+    """Digest of all inputs of the numbers."""
     points: tuple[Point, ...]
     notes: tuple[str, ...]
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Names, logistic regression first."""
+        """Names of the methods, logistic regression first."""
         return tuple(dict.fromkeys(point.method for point in self.points))
 
     @property
@@ -397,11 +397,11 @@ class FewShot:
         return tuple(dict.fromkeys(point.shots for point in self.points))
 
     def at(self, method: str, shots: int) -> Point | None:
-        """Return a point; None where the method was not had with so many shots."""
+        """Return a point; None where the method was not run with so many shots."""
         return next((point for point in self.points if (point.method, point.shots) == (method, shots)), None)
 
     def verdict(self) -> list[str]:
-        """Say of each number of shots whether plain logistic regression is as good as all others."""
+        """Say for each number of shots whether plain logistic regression is as good as every other method."""
         lines = []
         for shots in self.shots:
             others = [point for point in self.points if point.shots == shots and point.method != PLAIN]

@@ -1,4 +1,4 @@
-"""Intervals that say how far a score can be trusted, and where the score of more images should lie."""
+"""Confidence intervals of scores, and prediction intervals of the accuracy on more images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ Interval = tuple[float, float]
 """Lower and upper end."""
 
 Z = float(stats.norm.ppf(0.975))
-"""Standard errors to either side of 95 %."""
+"""Half width of a 95 % normal interval in standard errors."""
 
 
 def wilson(correct: float, n: float, z: float = Z) -> Interval:
-    """Return Wilson's score interval for a share of `correct` out of `n`, which need be no whole numbers.
+    """Return Wilson's score interval for a share of `correct` out of `n`, which need not be integers (SciPy's need).
 
-    Keeps its coverage near 0 and 1, where the normal interval fails. Source: Wilson 1927; Brown, Cai, DasGupta 2001. SciPy has
-    it for whole numbers only.
+    It keeps its coverage near 0 and 1, where the normal interval fails. Source: Wilson 1927; Brown, Cai, DasGupta 2001.
     """
     if n <= 0:
         return (0.0, 1.0)
@@ -33,10 +32,10 @@ def wilson(correct: float, n: float, z: float = Z) -> Interval:
 
 
 def tango(only_a: float, only_b: float, n: float, z: float = Z) -> Interval:
-    """Return the score interval for the difference of two shares of the same n images, which need be no whole numbers.
+    """Return the score interval for the difference of two shares of the same n images; counts need not be integers.
 
-    only_a, only_b : how many only the first, and only the second, has right. Where both agree on all images it is as wide as n
-    allows, z^2 / (n + z^2) to either side, and not nothing. Source: Tango 1998; the restricted estimate is his equation 4.
+    only_a, only_b : how many images only the first, and only the second, has right. Where both agree on all images the half width is
+    z^2 / (n + z^2). Source: Tango 1998; the restricted estimate is his equation 4.
     """
 
     def score(difference: float) -> float:
@@ -58,16 +57,16 @@ def numbered(units: NDArray[np.int64] | None, n: int) -> NDArray[np.int64]:
 
 
 def agreed(classes: Sequence[NDArray[np.int64]], z: float) -> float:
-    """Return how far a mean over classes of shares that are all 1 may be from the truth: z^2 / (m + z^2) of a class of m units.
+    """Return the interval width of a mean over classes of shares that are all 1: z^2 / (m + z^2) for a class of m units.
 
-    classes : for each the units of its images, int64 of shape (k,)
+    classes : for each class the units of its images, int64 of shape (k,)
     """
     sizes = np.array([len(np.unique(units)) for units in classes])
     return float(np.sqrt(np.sum((z * z / (sizes + z * z)) ** 2)) / len(sizes))
 
 
 def unit_size(units: NDArray[np.int64] | None) -> float:
-    """Return the size of the unit of a random image: the most that images which say the same can cost.
+    """Return the expected unit size of a random image, which is the largest possible design effect.
 
     units : int64 of shape (n,), the unit of each image; None where each is its own
     """
@@ -77,11 +76,10 @@ def unit_size(units: NDArray[np.int64] | None) -> float:
 
 
 def effective_size(values: NDArray[np.floating] | NDArray[np.bool_], units: NDArray[np.int64] | None) -> float:
-    """Return how many independent images would tell the mean of the values as well as these do.
+    """Return the effective sample size: how many independent images would give the mean of the values the same variance.
 
-    n divided by the design effect (Kish 1965): how many times the variance it has of the mean of n independent images, by
-    leaving out a unit at a time. Not less than 1, and not more than where all images of a unit say the same; that much where the
-    values do not vary at all.
+    It is n divided by the design effect (Kish 1965), which is the variance of the mean (delete-one-unit jackknife) over that of
+    n independent images. The effect is at least 1 and at most `unit_size`, and equals `unit_size` where the values do not vary.
 
     values : ndarray of shape (n,); units : ndarray of shape (n,), int64, or None where each image is its own
     """
@@ -100,7 +98,7 @@ def effective_size(values: NDArray[np.floating] | NDArray[np.bool_], units: NDAr
 
 
 def freedom(units: NDArray[np.int64]) -> float:
-    """Return the degrees of freedom of a variance between units: as of so many equally large ones, less 1.
+    """Return the degrees of freedom of a variance between units: their effective number minus 1, at least 1.
 
     units : int64 of shape (n,), the unit of each image
     """
@@ -108,7 +106,7 @@ def freedom(units: NDArray[np.int64]) -> float:
 
 
 def critical(units: NDArray[np.int64] | None) -> float:
-    """Return the factor of a standard error for 95 %: the normal law's, or Student's where units have to tell the error.
+    """Return the critical value of a 95 % interval: normal for independent images, Student's for units.
 
     units : int64 of shape (n,), the unit of each image; None where each is its own
     """
@@ -116,7 +114,7 @@ def critical(units: NDArray[np.int64] | None) -> float:
 
 
 def share_interval(values: NDArray[np.bool_], units: NDArray[np.int64] | None) -> Interval:
-    """Return Wilson's interval for the share of true values, of so many images as they are worth.
+    """Return Wilson's interval for the share of true values at the effective sample size.
 
     values : bool of shape (n,); units : int64 of shape (n,), None where each image is its own
     """
@@ -132,15 +130,15 @@ def mean_interval(values: NDArray[np.float64], level: float = 0.95) -> Interval:
 def repeated_interval(scores: Sequence[float]) -> Interval:
     """Return the corrected resampled t interval for the mean of k fold scores; infinite for one fold.
 
-    Folds share training images, so the variance counts 1/k + n_test/n_train times, n_test/n_train being 1/(k - 1), and not 1/k.
-    Source: Nadeau and Bengio 2003.
+    Folds share training images, so the variance is multiplied by 1/k + n_test/n_train, n_test/n_train being 1/(k - 1), in place of
+    1/k. Source: Nadeau and Bengio 2003.
     """
     k = len(scores)
     return _student(np.asarray(scores), 1 / k + 1 / max(k - 1, 1))
 
 
 def _student(values: NDArray[np.float64], share: float, level: float = 0.95) -> Interval:
-    """Return the t interval for a mean that varies by so great a share of the values' own variance."""
+    """Return the t interval for a mean whose variance is `share` times that of the values."""
     n = len(values)
     if n < 2:
         return (-np.inf, np.inf)
@@ -150,9 +148,9 @@ def _student(values: NDArray[np.float64], share: float, level: float = 0.95) -> 
 
 
 EXPECTED_LEVEL = 0.999
-"""Of a leaderboard of ten rows, whose answers go together, less than one in a hundred has a row outside by chance."""
+"""Coverage: of leaderboards with ten correlated rows, less than one in a hundred has a row outside by chance."""
 PRIOR_GROUPS = 5
-"""Groups with errors whose images are all alike, taken to have been seen besides: few errors tell little of how alike."""
+"""Pseudo-groups with a correlation of 1 that are added as a prior: few errors tell little about the correlation."""
 
 
 def expected_accuracy(
@@ -165,12 +163,12 @@ def expected_accuracy(
 ) -> Interval:
     """Return the prediction interval of the accuracy on n_test more images of the same kind.
 
-    Given how many were right out of fold, how many will be is beta-binomial (Jeffreys' prior). Images of a group are alike,
-    so that they count as fewer: by the design effect 1 + (size - 1) * correlation (Kish 1965).
+    Given the number right out of fold, the number right on the test is beta-binomial (Jeffreys' prior). Images of a group are
+    correlated, so both numbers are divided by the design effect 1 + (size - 1) * correlation (Kish 1965).
 
     correct : ndarray of shape (n,), bool: which images were labelled right out of fold
     groups, test_groups : ndarrays of shape (n,) and (n_test,), int64: groups of the images; None where each is its own
-    allowance : what fitting on all training images may add to the accuracy, for the upper end
+    allowance : possible gain in accuracy from fitting on all training images, added to the upper end
     """
     n, right, alike = len(correct), int(correct.sum()), _alike(correct, groups)
     trained, tested = (1 + alike * (unit_size(images) - 1) for images in (groups, test_groups))
@@ -181,7 +179,7 @@ def expected_accuracy(
 
 
 def _alike(correct: NDArray[np.bool_], groups: NDArray[np.int64] | None) -> float:
-    """Return the correlation of correctness within groups, from 0 to 1, rather too high than too low."""
+    """Return a conservative (high) estimate of the correlation of correctness within groups, from 0 to 1."""
     if groups is None:
         return 0.0
     effect, largest = len(correct) / effective_size(correct, groups), unit_size(groups)

@@ -1,6 +1,6 @@
-"""How accuracy grows with labelled images, how far that can be extrapolated, and what accuracy costs.
+"""Learning curves: accuracy by number of labelled images, its extrapolation, and the cost of accuracy.
 
-The curve fits `error(n) = floor + scale * n**-rate`; its worth is measured by hiding the largest sizes from the fit.
+The curve is `error(n) = floor + scale * n**-rate`; its extrapolation is tested by holding back the largest sizes from the fit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipeline.evaluation.intervals import Interval, mean_interval
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Accuracy with `size` training images: mean over draws of the images, its 95 % t interval, the single scores."""
+    """Accuracy with `size` training images: mean over draws of the images, its 95 % t interval, the individual scores."""
 
     size: int
     accuracy: float
@@ -40,7 +40,7 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class HeldBack:
-    """The extrapolation's test: what the fit to smaller sizes alone said about this size, and what was measured, if it was."""
+    """An extrapolation from smaller sizes to this size, and the accuracy measured there, if any."""
 
     size: int
     predicted: float
@@ -55,13 +55,13 @@ class HeldBack:
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """Measured points, the curve through them, its test on held-back sizes, and what more labels should bring."""
+    """Measured points, the fitted curve, its test on held-back sizes, and the forecast for more labels."""
 
     points: tuple[CurvePoint, ...]
     law: PowerLaw | None
     held_back: tuple[HeldBack, ...]
     forecast: tuple[HeldBack, ...]
-    """At 2 and 4 times the images there are; `measured` is None."""
+    """Forecast for 2 and 4 times the present images; `measured` is None."""
 
 
 def curve_sizes(n: int, n_classes: int, steps: int = 7) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ def curve_sizes(n: int, n_classes: int, steps: int = 7) -> tuple[int, ...]:
 
 
 def stratified_order(y: NDArray[np.generic], seed: int) -> NDArray[np.intp]:
-    """Return all rows, intp of shape (n,), in an order of which every beginning has each class in its share; y of shape (n,)."""
+    """Return an order of all rows, intp of shape (n,), in which every prefix is stratified; y of shape (n,)."""
     rng = np.random.default_rng(seed)
     keys = np.empty(len(y))
     for label in np.unique(y):
@@ -87,11 +87,11 @@ def curve_scores(
     sizes: Sequence[int],
     seed: int,
 ) -> NDArray[np.float64]:
-    """Fit a cheap head on growing parts of cached features; return its accuracy on fixed rows, one draw at every size.
+    """Fit a cheap head on growing subsets of cached features; return its accuracy on fixed rows, one draw at every size.
 
     build : seed -> unfitted scikit-learn estimator; train, test : X of any float dtype, shape (n, dim), and y of any
-    dtype, shape (n,). Every seed draws its own nested, stratified parts. Rows of `test` must play no part in training.
-    Returns float64 of shape (n_sizes,); NaN where a part has one class only.
+    dtype, shape (n,). Every seed draws its own nested, stratified subsets. Rows of `test` must not be used in training.
+    Returns float64 of shape (n_sizes,); NaN where a subset has one class only.
     """
     (X, y), (X_test, y_test) = train, test
     order = stratified_order(y, seed)
@@ -108,7 +108,7 @@ def curve_from_scores(
 ) -> LearningCurve:
     """Make the curve, its test and its forecast from measured scores per size.
 
-    The forecast is for 2 and 4 times `labels`, the labelled images there are; as many as the largest size if None.
+    The forecast is for 2 and 4 times `labels`, the number of labelled images (default: the largest size).
 
     scores : for each size float64 of shape (n_draws,)
     """
@@ -137,7 +137,7 @@ def _fit(points: Sequence[CurvePoint], means: NDArray[np.float64] | None = None)
     """
     sizes = np.array([point.size for point in points], dtype=np.float64)
     errors = 1.0 - (np.array([point.accuracy for point in points]) if means is None else means)
-    # A handful of draws tells a size's spread badly: none counts for more than twice the usual.
+    # A few draws estimate a size's spread badly, so none is taken to be below half the median.
     spread = np.array([float(np.std(point.scores)) for point in points])
     weight = np.maximum(spread, max(float(np.median(spread)) / 2, 0.003)) ** -2.0
     weight /= weight.sum()
@@ -153,9 +153,9 @@ def _fit(points: Sequence[CurvePoint], means: NDArray[np.float64] | None = None)
 
 
 def _predict(points: Sequence[CurvePoint], measured: Mapping[int, float | None], seed: int) -> tuple[HeldBack, ...]:
-    """Extrapolate to sizes with an interval: draws are resampled per size and the law is fitted anew.
+    """Extrapolate to sizes with an interval by resampling the draws of each size and refitting the law.
 
-    A three-parameter law through few points is surer of itself than it is right, so the fit's own misfit is added.
+    The bootstrap of a three-parameter law through few points is too narrow, so the variance of the fit's residuals is added.
     """
     rng, law, sizes, draws = np.random.default_rng(seed), _fit(points), list(measured), []
     for _ in range(RESAMPLES):
@@ -169,12 +169,12 @@ def _predict(points: Sequence[CurvePoint], measured: Mapping[int, float | None],
 
 
 def ahead(curve: LearningCurve, size: int, seed: int) -> HeldBack:
-    """Return what a curve of four points or more lets expect of so many labelled images; `measured` is None."""
+    """Extrapolate a curve of four points or more to `size` labelled images; `measured` is None."""
     return _predict(curve.points, {size: None}, seed)[0]
 
 
 def pareto(cost: Sequence[float], value: Sequence[float]) -> list[bool]:
-    """Say for each candidate whether no other is at least as good for less, or better for no more."""
+    """Say for each candidate whether it is Pareto-optimal: no other has more value for no more cost, or less cost for no less value."""
     c, v = np.asarray(cost), np.asarray(value)
     beaten = ((c <= c[:, None]) & (v > v[:, None])) | ((c < c[:, None]) & (v >= v[:, None]))
     kept: list[bool] = np.logical_not(beaten.any(axis=1)).tolist()

@@ -1,4 +1,4 @@
-"""LogME: how likely labels are under a linear model of features, its weights integrated out. A guess at which features transfer.
+"""LogME: the evidence of labels under a Bayesian linear model of features, an estimate of how well features transfer.
 
 You, Liu, Wang, Long, LogME: Practical Assessment of Pre-trained Models for Transfer Learning, ICML 2021. For each class the labels
 (1 for the class, 0 for others) are a normal variable of precision beta around F w, with a normal prior of precision alpha on w; the
@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 1000
-"""Steps of the fixed point at most: near after a few where images are more than numbers, slower otherwise."""
+"""Most steps of the fixed-point iteration: a few suffice where n > dim, more are needed otherwise."""
 
 
 def logme(X: NDArray[np.floating], y: NDArray[np.int64]) -> float:
-    """Return the mean log evidence per image; higher is better, and comparable for the same images only.
+    """Return the mean log evidence per image; higher is better, comparable only between features of the same images.
 
     X : ndarray of shape (n, dim), floating; y : ndarray of shape (n,), int64: classes
     """
@@ -31,13 +31,13 @@ def logme(X: NDArray[np.floating], y: NDArray[np.int64]) -> float:
 def _evidence(n: int, dim: int, squares: NDArray[np.float64], projected: NDArray[np.float64], outside: float) -> float:
     """Return the largest log evidence of one class.
 
-    squares, projected : ndarray of shape (min(n, dim),), float64: squared singular values, and squared parts of the labels along
-    their left vectors; outside : the squared length of what of the labels is in no such direction
+    squares, projected : ndarray of shape (min(n, dim),), float64: squared singular values, and squared projections of the labels on
+    the left singular vectors; outside : squared length of the labels' component orthogonal to these vectors
     """
     alpha = beta = 1.0
 
     def lengths() -> tuple[float, float]:
-        """The squared lengths of the likeliest weights, and of what of the labels they do not explain."""
+        """Return the squared lengths of the posterior mean weights and of their residuals."""
         shrunk = alpha + beta * squares
         weights = float(np.sum(beta**2 * squares * projected / shrunk**2))
         return weights, float(np.sum(projected * (alpha / shrunk) ** 2)) + outside

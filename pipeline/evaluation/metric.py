@@ -1,9 +1,8 @@
-"""What a search maximises and heads are compared by: a row per score, for tuning, comparison and the table.
+"""The table of metrics, one row each, for tuning, comparison and the leaderboard.
 
-A row has a function of scikit-learn's kind, such as `cohen_kappa_score`. Every comparison is made by resampling units (images,
-groups, sets of copies) and works for any such function; a score that is a mean of shares says so instead, which is a thousand
-times faster. Within the package a score is higher where it is better, so that of log loss is minus the loss; `Metric.text` writes
-it as users know it.
+A row has a function in scikit-learn's style, such as `cohen_kappa_score`. Comparisons resample units (images, groups, sets of
+copies), which works for any such function; a mean of shares gives its `shares` instead, which is a thousand times faster. Within
+the package higher scores are better, so log loss is stored as minus the loss; `Metric.text` writes it as users know it.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from pipeline.evaluation.intervals import Interval, numbered
 from pipeline.evaluation.predictions import Predictions
 
 SMALLEST_PROBABILITY = 1e-15
-"""Log loss counts a smaller probability of the true class as this one, so that one image cannot make it infinite."""
+"""Log loss clips the probability of the true class here, so that one image cannot make it infinite."""
 
 Weighted = Callable[[NDArray[np.number]], NDArray[np.float64]]
-"""Weights of n images, shape (r, n), to scores, (r,)."""
+"""Function from weights of n images, shape (r, n), to scores, float64 of shape (r,)."""
 
 SLOW_RESAMPLES = 200
-"""Samples drawn, and blocks left out, for a score without `shares`, each of which calls its function anew."""
+"""Most bootstrap samples, and jackknife blocks, for a metric without `shares`: each calls its function once more."""
 
 
 def counted(n: int, units: NDArray[np.int64] | None, what: str = "images") -> str:
-    """Say how many images there are, and of how many groups where not each is one of its own.
+    """Say how many images there are, and in how many groups if there are fewer groups.
 
     units : int64 of shape (n,), the unit of each image; None where each is its own
     """
@@ -40,9 +39,9 @@ def counted(n: int, units: NDArray[np.int64] | None, what: str = "images") -> st
 
 
 def mean_share(sums: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the mean over classes of a share, from what is above and then what is below.
+    """Return the mean over classes of numerator / denominator, from columns of numerators, then of denominators.
 
-    A class with nothing below takes no part. A plain mean over images is one class with 1 below for every image.
+    Classes with denominator 0 are left out. A plain mean over images is one class with denominator 1 for every image.
 
     sums : of any float dtype, shape (r, 2 n_classes); returns float64 of shape (r,)
     """
@@ -52,7 +51,7 @@ def mean_share(sums: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def unit_sums(images: sparse.csr_array, units: NDArray[np.int64] | None) -> sparse.csr_array:
-    """Sum up rows of images by unit.
+    """Sum rows of images by unit.
 
     images : sparse array of shape (n, k), float64; units : int64 of shape (n,), None where each image is its own;
         returns one of shape (n_units, k), float64
@@ -65,76 +64,76 @@ def unit_sums(images: sparse.csr_array, units: NDArray[np.int64] | None) -> spar
 
 @dataclass(frozen=True)
 class Metric:
-    """One score: how it is called, how it is computed, how it is written."""
+    """One metric: its name, its computation and its format."""
 
     name: str
-    """As in `tuning.scoring`."""
+    """Name in `tuning.scoring`."""
     title: str
     needs: Literal["labels", "probabilities", "values"]
-    """What of a head's predictions it looks at; probabilities are of shape (n, n_classes)."""
+    """Kind of predictions it is computed from; probabilities are of shape (n, n_classes)."""
     function: Callable[[NDArray[Any], NDArray[Any]], float] | None = None
-    """(y, predictions) -> the score as users know it; None where `shares` or `weighted` tells it."""
+    """(y, predictions) -> the score as users know it; None where `shares` or `weighted` defines it."""
     shares: Callable[[Predictions], sparse.csr_array] | None = None
-    """What each image adds, of shape (n, 2 n_classes) or (n, 2), where the score is a `mean_share` of sums, better when higher, which is
-    quickly resampled."""
+    """Numerators and denominators of each image, float64 of shape (n, 2 n_classes) or (n, 2), where the score is the `mean_share` of
+    their sums, higher being better; such scores are resampled fast."""
     weighted: Callable[[Predictions], Weighted] | None = None
-    """What gives the score of images taken so many times each, shape (r, n) in and (r,) out, and does so quickly."""
+    """Fast scores under image weights: weights of shape (r, n) to scores of shape (r,)."""
     influence: Callable[[Predictions], NDArray[np.float64]] | None = None
-    """By how much each image's weight changes the part of each label in the score, shape (n, labels), where that is known."""
+    """Derivative of each label's part of the score with respect to each image's weight, float64 of shape (n, labels), if known."""
     excess: Callable[[Predictions], float] | None = None
-    """By how much the score of few images is too high on average, where that is known."""
+    """Mean upward bias of the score with few images, if known."""
     pooled: bool = False
-    """Whether its `shares` are a ratio of sums over images and not the mean of a number for each."""
+    """Whether it is a ratio of sums over images and not a mean of one number per image."""
     lower_is_better: bool = False
     """Whether users know it as a loss."""
     per_class: bool = False
-    """Whether it is a mean over classes, so that a few images of a rare class weigh much, and not over images."""
+    """Whether it is a mean over classes, in which few images of a rare class weigh much, and not over images."""
     low: float = 0.0
     high: float = 1.0
-    """Its range, higher being better."""
+    """Range of the score, higher being better."""
     digits: int = 1
     unit: str = "points"
-    """Of a difference: points are hundredths."""
+    """Unit of a difference: points are hundredths."""
     targets: tuple[str, ...] = ("classification",)
-    """The kinds of target it serves."""
+    """Kinds of target it applies to."""
     column: str | None = None
-    """How its column in a leaderboard is called; None where only those who tune it see it."""
+    """Header of its leaderboard column; None where it has one only if it is tuned."""
     threshold: Literal["", "each", "all"] = ""
-    """By which threshold one of several labels is said: the one at which its own F1 is highest, or that of all labels together; ''
-    takes a label that is likelier than not."""
+    """Decision threshold for several labels: maximises each label's own F1 ('each') or that of all labels together ('all'); '' is a
+    probability of 0.5."""
     ranks: bool = False
-    """Whether it looks at the order of numbers alone, not class by class."""
+    """Whether it depends only on the order of the predicted numbers."""
     in_units: bool = False
-    """Whether it is in the units of the number that is predicted, so that numbers of other units cannot be averaged."""
+    """Whether it has the unit of the predicted number, so that it cannot be averaged over numbers of different units."""
 
     @property
     def needs_probabilities(self) -> bool:
-        """Whether it looks at probabilities and not at labels."""
+        """Whether it is computed from probabilities."""
         return self.needs == "probabilities"
 
     @property
     def sign(self) -> int:
-        """What turns a score of the package into one as users know it, and back: -1 of a loss, else 1."""
+        """Factor between a score of the package and one as users know it: -1 for a loss, else 1."""
         return -1 if self.lower_is_better else 1
 
     @property
     def mean_of_images(self) -> bool:
-        """Whether it is the mean of a number per image, so that the scores of folds tell that of all held-out images."""
+        """Whether it is the mean of one number per image, so that fold scores average to the score of all held-out images."""
         return self.shares is not None and not self.per_class and not self.pooled
 
     @property
     def scale(self) -> float:
-        """What a score is multiplied by to be written; negative where lower is better for users."""
+        """Factor from a score to the written number; negative for a loss."""
         return self.sign * (100.0 if self.unit == "points" else 1.0)
 
     @property
     def percent(self) -> str:
-        """What stands behind a score that is written: a space and the sign, or nothing."""
+        """Suffix of a written score: ' %' or nothing."""
         return " %" if self.unit == "points" else ""
 
     @property
     def header(self) -> str:
-        """Its title, with the sign where it is written in per cent."""
+        """Its title, with a % sign where it is written in per cent."""
         return f"{self.title}{self.percent and ', %'}"
 
     @property
@@ -143,7 +142,7 @@ class Metric:
         return bool(np.isfinite(self.low))
 
     def score(self, predictions: Predictions) -> float:
-        """Return the score of one head, higher is better; ValueError when it needs probabilities and the predictions have none."""
+        """Return the score of one head, higher being better; ValueError when it needs probabilities and there are none."""
         said = predictions.probabilities if self.needs_probabilities else predictions.y_pred
         if said is None:
             raise ValueError(f"{self.title} needs probabilities, and there are none")
@@ -155,11 +154,11 @@ class Metric:
         return self.sign * float(self.function(predictions.y_true, said))
 
     def contributions(self, predictions: Predictions) -> NDArray[np.float64]:
-        """Return what each unit adds, the score as mean and m times its variance as variance: float64 of shape (m,).
+        """Return the contributions of m units, float64 of shape (m,): their mean is the score, their variance m times the score's.
 
-        A unit is an image, a group or a set of copies. Of a mean of shares it is the score plus its influence function (the
-        infinitesimal jackknife, Efron 1982; of ratios of sums over units, Cochran 1977, chapter 11). For another score it is a
-        block of units, and what it adds comes from leaving it out (the delete-a-group jackknife, Kott 2001).
+        A unit is an image, a group or a set of copies. For a mean of shares a contribution is the score plus the influence function
+        (infinitesimal jackknife, Efron 1982; for ratios of sums over units, Cochran 1977, chapter 11). For other metrics the units
+        form blocks, whose contributions come from leaving out one at a time (delete-a-group jackknife, Kott 2001).
         """
         if self.shares is not None:
             units = unit_sums(self.shares(predictions), predictions.units)
@@ -179,28 +178,28 @@ class Metric:
         return np.asarray(whole + (blocks - 1) * (without.mean() - without))
 
     def draws(self, count: int) -> int:
-        """Return how many samples of so many are drawn: fewer of a score that is slow to compute."""
+        """Return how many of `count` samples to draw: fewer for a slow metric."""
         return count if self.shares is not None else min(count, SLOW_RESAMPLES)
 
     def clipped_difference(self, interval: Interval) -> Interval:
-        """Return an interval of a difference of two scores without what no difference can be."""
+        """Clip the interval of a difference of two scores to the range of differences."""
         span = self.high - self.low
         low, high = np.clip(interval, -span, span).tolist()
         return low, high
 
     def _written(self, number: float, sign: str = "") -> str:
-        """Write a number; where it is in the units of what is predicted, which may be of any size, so many digits of it."""
+        """Write a number with `digits` decimals, or, in units of the predicted number, with `digits` significant digits."""
         after = self.digits
         if self.in_units and number:
             after = min(max(self.digits - 1 - int(np.floor(np.log10(abs(number)))), 0), 12)
         return f"{number + 0.0:{sign},.{after}f}"
 
     def text(self, score: float) -> str:
-        """Write a score: a percentage without its sign, or a loss."""
+        """Write a score: a percentage without the % sign, or a loss."""
         return self._written(self.scale * score)
 
     def user_text(self, value: float) -> str:
-        """Write a score that is as users know it, such as a loss without minus; or a standard deviation."""
+        """Write a score in users' convention, such as a positive loss, or a standard deviation."""
         return self._written(abs(self.scale) * value)
 
     def interval_text(self, interval: Interval) -> str:
@@ -209,15 +208,14 @@ class Metric:
         return f"[{self._written(low)}, {self._written(high)}]"
 
     def gap_text(self, difference: float) -> str:
-        """Write by how much a score is better than another, with its sign: positive is better, also of a loss."""
+        """Write the lead of one score over another with its sign: positive is better, for a loss too."""
         return self._written(abs(self.scale) * difference, "+")
 
 
 def _roc_auc(y: NDArray[np.int64], probabilities: NDArray[np.floating]) -> float:
-    """Return the mean over the classes that occur of each against the rest, by ranks (Mann and Whitney 1947).
+    """Return the mean one-vs-rest ROC AUC over the classes that occur, by ranks (Mann and Whitney 1947); 0.5 for one class.
 
-    `roc_auc_score` of scikit-learn gives the same a dozen times slower, and refuses a class that is missing. Of one class
-    alone it is 0.5, as nothing can be ordered.
+    scikit-learn's `roc_auc_score` gives the same a dozen times slower, and rejects missing classes.
     """
     present, counts = np.unique(y, return_counts=True)
     if len(present) < 2:
@@ -240,7 +238,7 @@ def _mean_of(values: NDArray[np.floating] | NDArray[np.bool_]) -> sparse.csr_arr
 
 
 def _log_probability(predictions: Predictions) -> sparse.csr_array:
-    """Return shares of the log of each true class's probability; scikit-learn's `log_loss` cuts float32 off at 1e-7."""
+    """Return shares of the log probability of each true class; scikit-learn's `log_loss` clips float32 at 1e-7."""
     own = _probabilities(predictions)[np.arange(len(predictions)), predictions.y_true].astype(np.float64)
     return _mean_of(np.log(np.clip(own, SMALLEST_PROBABILITY, 1.0)))
 
@@ -255,7 +253,7 @@ def _f1(predictions: Predictions) -> sparse.csr_array:
 
 
 def _by_class(predictions: Predictions, *below: NDArray[np.int64]) -> sparse.csr_array:
-    """Return shares of which each image is below in the classes given, and above as often in its own where it is right."""
+    """Return shares: each image adds 1 to the denominators of the given classes and, if right, as much to its class's numerator."""
     if predictions.y_true.ndim > 1:
         flags = sum(codes.astype(np.float64) for codes in below)
         right = len(below) * (predictions.y_true & predictions.y_pred)
@@ -268,7 +266,7 @@ def _by_class(predictions: Predictions, *below: NDArray[np.int64]) -> sparse.csr
 
 
 def _pooled_f1(predictions: Predictions) -> sparse.csr_array:
-    """Return the same of all labels together: what is above and below of each image, shape (n, 2)."""
+    """Return the F1 shares summed over labels: numerator and denominator of each image, shape (n, 2)."""
     above, below = np.split(_f1(predictions).toarray(), 2, axis=1)
     return sparse.csr_array(np.stack([above.sum(axis=1), below.sum(axis=1)], axis=1))
 
@@ -278,46 +276,46 @@ def _wrong_labels(predictions: Predictions) -> sparse.csr_array:
 
 
 def _errors(predictions: Predictions) -> sparse.csr_array:
-    """Return shares of how far each image's numbers are off, on average."""
+    """Return shares of minus each image's mean absolute error."""
     off = np.abs(predictions.y_true - predictions.y_pred)
     return _mean_of(-(off if off.ndim == 1 else off.mean(axis=1)))
 
 
 def _rmse(y: NDArray[np.float64], guess: NDArray[np.float64]) -> float:
-    """Return what `root_mean_squared_error` of scikit-learn does, which takes fifty times as long to look at its arguments."""
+    """Return the same as scikit-learn's `root_mean_squared_error`, whose argument checks take fifty times as long."""
     return float(np.mean(np.sqrt(np.mean((y - guess) ** 2, axis=0))))
 
 
 def _r2(y: NDArray[np.float64], guess: NDArray[np.float64]) -> float:
-    """Return what `r2_score` does: the mean over columns; 0 for a column that is the same everywhere and is not told so."""
+    """Return the same as `r2_score`, the mean over columns; a constant column gives 1 if predicted exactly, else 0."""
     left, there_is = np.sum((y - guess) ** 2, axis=0), np.sum((y - y.mean(axis=0)) ** 2, axis=0)
     known = there_is > 0
     return float(np.mean(np.where(known, 1 - left / np.where(known, there_is, 1.0), left == 0)))
 
 
 def _spearman(y: NDArray[np.float64], guess: NDArray[np.float64]) -> float:
-    """Return the correlation of ranks, the mean over columns; 0 where all are the same and nothing can be ordered."""
+    """Return the rank correlation, the mean over columns; a constant column gives 0."""
     columns = zip(np.atleast_2d(y.T), np.atleast_2d(guess.T), strict=True)
     ranks = [[stats.rankdata(part) - (len(y) + 1) / 2 for part in pair] for pair in columns]
     return float(np.mean([a @ b / max(np.sqrt((a @ a) * (b @ b)), 1e-12) for a, b in ranks]))
 
 
 def _ranked(scores: NDArray[np.floating]) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-    """Return the order of images, highest score first, and for each place where those of equal score begin and end."""
+    """Return the order of images, highest score first, and for each place the first and last place of equal score."""
     order = np.argsort(-scores, kind="stable")
     ordered = -scores[order]
     return order, np.searchsorted(ordered, ordered, side="left"), np.searchsorted(ordered, ordered, side="right") - 1
 
 
 def label_precision(y: NDArray[np.bool_], scores: NDArray[np.floating]) -> Weighted:
-    """Return what gives one label's average precision under weights, NaN where no image has it.
+    """Return a function from image weights to one label's average precision, NaN where no image has the label.
 
-    The mean of the precision at each image that has the label, images of equal score taken together, as scikit-learn's
-    `average_precision_score` does. y, scores : shape (n,)
+    The mean precision over the images that have the label, with tied scores taken together, as in scikit-learn's
+    `average_precision_score`. y, scores : shape (n,)
     """
     order, _, ends = _ranked(scores)
     own = np.flatnonzero(y[order])
-    # The last image that has the label among all down to the end of each one's equals.
+    # For each image with the label: the last such image in its block of tied scores.
     last = np.searchsorted(own, ends[own], side="right") - 1
 
     def under(weights: NDArray[np.number]) -> NDArray[np.float64]:
@@ -332,13 +330,13 @@ def label_precision(y: NDArray[np.bool_], scores: NDArray[np.floating]) -> Weigh
 
 
 def _columns(predictions: Predictions) -> list[tuple[NDArray[np.bool_], NDArray[np.floating]]]:
-    """Return which images have a label, and its scores, each of shape (n,), of every label that some image has."""
+    """Return for every label that occurs which images have it, and its scores, each of shape (n,)."""
     pairs = zip(predictions.y_true.T, _probabilities(predictions).T, strict=True)
     return [(flags, scores) for flags, scores in pairs if flags.any()]
 
 
 def weighted_mean_precision(predictions: Predictions) -> Weighted:
-    """Return what gives the mean average precision (mAP) under weights: over the labels that some image has, 0 where none is."""
+    """Return a function from image weights to the mean average precision (mAP) over labels that occur, 0 if none does."""
     parts = [label_precision(*column) for column in _columns(predictions)]
 
     def under(weights: NDArray[np.number]) -> NDArray[np.float64]:
@@ -350,10 +348,10 @@ def weighted_mean_precision(predictions: Predictions) -> Weighted:
 
 
 def influence(predictions: Predictions) -> NDArray[np.float64]:
-    """Return by how much the mean average precision changes with the weight of each image at 1: its derivatives.
+    """Return the derivatives of the mean average precision by the weight of each image at 1: float64 of shape (n, labels).
 
-    A column for the part of each label that some image has, shape (n, labels), which sum up to the whole. An image's own precision
-    counts where it has the label, and it is among those above every one that is no higher.
+    Each label that occurs has a column, and the columns add up to the derivative of the whole. An image's weight counts for its own
+    precision if it has the label, and for the precision at every image that is scored no higher.
     """
     columns = _columns(predictions)
     made = np.zeros((len(predictions), max(len(columns), 1)))
@@ -364,7 +362,7 @@ def influence(predictions: Predictions) -> NDArray[np.float64]:
         precision = right / above
 
         def below(values: NDArray[np.float64], flags: Any = flags, starts: Any = starts) -> NDArray[np.float64]:
-            """Sum up over the images that have the label and are no higher."""
+            """Sum over the images that have the label and are scored no higher."""
             return np.asarray(np.cumsum((flags * values)[::-1])[::-1][starts])
 
         change = flags * (precision + below(1 / above) - np.sum(flags * precision) / count) - below(right / above**2)
@@ -373,9 +371,9 @@ def influence(predictions: Predictions) -> NDArray[np.float64]:
 
 
 def excess(predictions: Predictions) -> float:
-    """Return by how much the mean average precision is too high, as each image that has a label is among those above itself.
+    """Return the upward bias of the mean average precision, which arises because each image counts in the precision at itself.
 
-    What it would be less if the precision at an image left the image out.
+    It is the difference to a precision that leaves out the image itself.
     """
     found = []
     for y, scores in _columns(predictions):
@@ -387,7 +385,7 @@ def excess(predictions: Predictions) -> float:
 
 
 def _of_numbers(name: str, title: str, function: Any = None, shares: Any = None, **more: Any) -> Metric:
-    """Return a score of numbers: an error in their units, lower being better, or a share that 1 is the best of."""
+    """Return a metric for numbers: an error in their units, lower being better, or a coefficient with best value 1."""
     error = more.get("in_units", False)
     made = {"low": -np.inf, "high": 0.0 if error else 1.0, "lower_is_better": error, "targets": ("regression",)}
     made |= {"digits": 3, "unit": title, "column": title.split("'")[0]}
@@ -463,27 +461,27 @@ METRICS: Mapping[str, Metric] = {
         _of_numbers("spearman", "Spearman's rho", _spearman, low=-1.0, ranks=True),
     )
 }
-"""By the name that `tuning.scoring` has for it."""
+"""Metrics by their names in `tuning.scoring`."""
 
 
 def metrics_for(target: Target) -> tuple[Metric, ...]:
-    """Return the scores of a target, the one first that tests are told by and that is tuned unless another is asked for."""
+    """Return the metrics of a target, first the default for tuning and tests."""
     serving = [metric for metric in METRICS.values() if target.kind in metric.targets]
     several = target.width > 1
     return tuple(sorted(serving, key=lambda metric: metric.in_units and several))
 
 
 def metric_of(scoring: str, target: Target) -> Metric:
-    """Return the score that `tuning.scoring` names; `auto` is the first of the target."""
+    """Return the metric that `tuning.scoring` names; `auto` is the target's first."""
     return metrics_for(target)[0] if scoring == "auto" else METRICS[scoring]
 
 
 _CELLS = 1 << 21
-"""Counts that are held at once while units are drawn: 16 MB."""
+"""Most bootstrap counts in memory at once: 16 MB."""
 
 
 def drawn(m: int, seed: int, count: int) -> Iterator[NDArray[np.int64]]:
-    """Draw `count` bootstrap samples of m units: yields int64 of shape (r, m), how often each was drawn."""
+    """Draw `count` bootstrap samples of m units: yields int64 of shape (r, m), how often each unit was drawn."""
     rng, step = np.random.default_rng(seed), max(1, _CELLS // m)
     for start in range(0, count, step):
         r = min(step, count - start)
@@ -492,10 +490,10 @@ def drawn(m: int, seed: int, count: int) -> Iterator[NDArray[np.int64]]:
 
 
 def rescored(metric: Metric, heads: Sequence[Predictions]) -> Callable[[NDArray[np.int64]], NDArray[np.float64]]:
-    """Return what scores heads on the same images with each unit taken so many times.
+    """Return a function that scores heads on the same images with repeated units.
 
-    It takes counts, int64 of shape (r, n_units), and returns scores, float64 of shape (r, n_heads); a row of zeros has
-    none that means anything.
+    It takes the units' counts, int64 of shape (r, n_units), and returns scores, float64 of shape (r, n_heads), which are
+    meaningless for a row of zeros.
     """
     if metric.shares is not None:
         sums = [unit_sums(metric.shares(head), head.units) for head in heads]
@@ -513,6 +511,6 @@ def rescored(metric: Metric, heads: Sequence[Predictions]) -> Callable[[NDArray[
 
 
 def bootstrap(metric: Metric, heads: Sequence[Predictions], seed: int, count: int) -> NDArray[np.float64]:
-    """Return scores of heads on the same images with units drawn with replacement: shape (draws, n_heads)."""
+    """Return scores of heads on bootstrap samples of the units of the same images: float64 of shape (draws, n_heads)."""
     weighted, m = rescored(metric, heads), int(heads[0].unit_numbers.max()) + 1
     return np.concatenate([weighted(counts) for counts in drawn(m, seed, metric.draws(count))])

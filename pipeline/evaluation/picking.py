@@ -1,4 +1,4 @@
-"""Which unlabelled images to label next: typical ones while few are labelled, later those that a head is unsure of, never all alike.
+"""Active learning: which images to label next. Typical ones while few are labelled, later diverse ones that a head is unsure of.
 
 Sources: typical images of clusters that have no label yet, Hacohen, Dekel, Weinshall 2022; unsure and diverse, Zhdanov 2019.
 """
@@ -11,18 +11,18 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.neighbors import NearestNeighbors
 
 TYPICAL_UNTIL = 10
-"""Labelled images per class up to which typical images teach more than those that a head is unsure of; see docs/looking.md."""
+"""Labelled images per class up to which typical images teach more than unsure ones; see docs/looking.md."""
 MOST_CLUSTERS = 500
 MANY = 5_000
-"""From so many images on, clusters are found by parts of them."""
+"""Images from which on k-means works on mini-batches."""
 NEAR = 20
-"""Neighbours in its cluster by which an image is typical."""
+"""Neighbours in its cluster from which an image's typicality is computed."""
 PER_PICK = 10
-"""Of so many unsure images one is picked."""
+"""Unsure images considered per picked image."""
 
 
 def typical(X: NDArray[np.float32], labelled: NDArray[np.bool_], count: int, seed: int) -> NDArray[np.intp]:
-    """Return `count` unlabelled images that are typical of what is not labelled yet: the largest clusters without a label first.
+    """Return `count` typical unlabelled images, from the largest clusters without a label first.
 
     X : float32 of shape (n, dim), all images; labelled : bool of shape (n,); returns their rows, intp of shape (count,), best first
     """
@@ -39,7 +39,7 @@ def typical(X: NDArray[np.float32], labelled: NDArray[np.bool_], count: int, see
 
 
 def unsure(X: NDArray[np.float32], probabilities: NDArray[np.floating], count: int, seed: int) -> NDArray[np.intp]:
-    """Return `count` images that a head is unsure of and that are unlike one another, the least sure first.
+    """Return `count` diverse images that a head is unsure of, the least sure first: rows, intp of shape (count,).
 
     X : float32 of shape (n, dim), unlabelled images; probabilities : of any float dtype, shape (n, n_classes)
     """
@@ -69,7 +69,7 @@ def _clusters(
 
 
 def _by_density(X: NDArray[np.float32], rows: NDArray[np.intp], labelled: NDArray[np.bool_]) -> list[int]:
-    """Return the unlabelled rows of a cluster, those with the nearest neighbours first."""
+    """Return the unlabelled rows of a cluster, those in the densest places first."""
     if len(rows) > 2:
         near = NearestNeighbors(n_neighbors=min(NEAR, len(rows) - 1)).fit(X[rows]).kneighbors()[0].mean(axis=1)
         rows = rows[np.argsort(near, kind="stable")]

@@ -1,7 +1,7 @@
-"""What a head said of images: one record, of test images and of held-out ones alike, and its way through a file.
+"""Predictions of a head: one record for test images and out-of-fold training images, and its file format.
 
 Stage two writes one `predictions.npz` into each bundle's folder, with a part for the test images and a part for the
-training images as predicted out of fold (each by a model that did not see it).
+training images as predicted out of fold (each by a model not fitted on it).
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from pipeline.evaluation.intervals import numbered
 from pipeline.experiment import PREDICTIONS, bundle_file, parse_arrays
 
 READABLE = (1, PREDICTIONS.version)
-"""Version 1 has no units, and of the searched probabilities those of the true classes only, which are left out."""
+"""Version 1 has no units, and its tuned probabilities, which are only those of the true classes, are ignored."""
 FILE_NAME = "predictions.npz"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one head said of n images; columns that nothing asks for are None.
+    """One head's predictions for n images; unused columns are None.
 
-    y_true, y_pred : what the target makes of labels: ndarray of shape (n,), int64, places in its classes; (n,) or (n, k), float64,
-        numbers; (n, k), bool, which labels there are. `y_true` is the same for all heads that are compared
+    y_true, y_pred : labels as the target encodes them: ndarray of shape (n,), int64, indices of classes; (n,) or (n, k), float64,
+        numbers; (n, k), bool, which labels apply. `y_true` is the same for all heads that are compared
     probabilities : ndarray of shape (n, width), columns in the order of the classes; None where a head gives none
     units : ndarray of shape (n,), int64: images that are not independent, of one group or copies, share a number; None
         when all are
     paths : ndarray of shape (n,), str
     folds : ndarray of shape (n,), int64: the fold in which a row was held out; None for the test images
-    scores, kind : ndarray of shape (n, width): the head's own probabilities or decision values before calibration, as a
-        search judges them, and which of the two; a file has them only where probabilities were tuned
-    target : what y is; its classes have no names where nobody needs them
+    scores, kind : ndarray of shape (n, width): the head's own probabilities or decision values before calibration, which a
+        search scores, and which of the two; a file has them only where probabilities were tuned
+    target : how y is encoded; its classes may be unnamed
     """
 
     y_true: NDArray[Any]
@@ -59,7 +59,7 @@ class Predictions:
 
     @staticmethod
     def of(y_true: ArrayLike, y_pred: ArrayLike, classes: Sequence[str], **more: Any) -> Predictions:
-        """Return predictions given as names of classes, each of shape (n,); ValueError for a name that is no class."""
+        """Make predictions from names of classes, each of shape (n,); ValueError for an unknown name."""
         target = Classification(tuple(classes))
         return Predictions(target.restored(y_true), target.restored(y_pred), target=target, **more)
 
@@ -67,25 +67,25 @@ class Predictions:
         return len(self.y_true)
 
     def columns(self) -> dict[str, NDArray[Any]]:
-        """Return the columns that there are, by name, each with n rows, of the shape and dtype told above."""
+        """Return the columns that are not None by name, each with n rows, of the shape and dtype above."""
         return {name: part for name, part in vars(self).items() if isinstance(part, np.ndarray)}
 
     def rows(self, which: NDArray[Any]) -> Predictions:
-        """Return those of some of the images.
+        """Return the predictions of some images.
 
-        which : numbers of rows, of any integer dtype, shape (m,), or a mask, bool of shape (n,)
+        which : row indices, of any integer dtype, shape (m,), or a mask, bool of shape (n,)
         """
         return replace(self, **{name: part[which] for name, part in self.columns().items()})
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Which images were labelled right, where an image has several labels in all of them: bool of shape (n,)."""
+        """Which images were labelled right, with several labels in all of them: bool of shape (n,)."""
         equal = np.equal(self.y_true, self.y_pred)
         return np.asarray(equal if equal.ndim == 1 else equal.all(axis=1))
 
     @property
     def members(self) -> list[NDArray[np.bool_]]:
-        """Which images are of each class, or have each label, that any is of: each of shape (n,)."""
+        """A mask of its images for each class or label that occurs: bool of shape (n,) each."""
         if self.y_true.ndim > 1:
             return [flags for flags in self.y_true.T if flags.any()]
         return [self.y_true == code for code in np.unique(self.y_true)]
@@ -102,17 +102,17 @@ class Predictions:
 
     @property
     def labels(self) -> NDArray[Any]:
-        """What is true in the words of users: names, str of shape (n,), or numbers, float64 of shape (n,) or (n, k)."""
+        """The true labels decoded: names, str of shape (n,), or numbers, float64 of shape (n,) or (n, k)."""
         return self.target.decode(self.y_true)
 
     @property
     def predicted(self) -> NDArray[Any]:
-        """What is predicted, likewise, of the same shape and dtype."""
+        """The predicted labels decoded, of the same shape and dtype as `labels`."""
         return self.target.decode(self.y_pred)
 
 
 def joined(parts: Sequence[Predictions]) -> Predictions:
-    """Return the predictions of several sets of images as one set, with the columns that all of them have."""
+    """Concatenate the predictions of several sets of images, with the columns that all of them have."""
     shared = [part.columns() for part in parts]
     whole = {
         name: np.concatenate([found[name] for found in shared]) if all(name in found for found in shared) else None
@@ -123,7 +123,7 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
 
 @dataclass(frozen=True)
 class HeadPredictions:
-    """One head's predictions on the test images and, out of fold, on the training images: what a `predictions.npz` holds."""
+    """One head's predictions on the test images and, out of fold, on the training images: the content of a `predictions.npz`."""
 
     test: Predictions
     out_of_fold: Predictions | None = None
@@ -138,7 +138,7 @@ class HeadPredictions:
         arrays: dict[str, NDArray[np.generic]] = {
             "format": np.array(PREDICTIONS.format),
             "version": np.array(PREDICTIONS.version),
-            # An empty list alone does not say what would be in it.
+            # NumPy would store an empty list as float64.
             **{
                 key: np.array(value, str if value == [] else None) for key, value in record_of(self.test.target).items()
             },
@@ -183,7 +183,7 @@ STORED = {
     "paths": str, "y_true": None, "y_pred": None, "probabilities": np.float32, "folds": np.int64, "searched": np.float32,
     "units": np.int64,
 }  # fmt: skip
-"""The columns of a file, in its order, and their types; None where it is the target's, which has classes by name."""
+"""The columns of a file in order with their dtypes; None is the target's dtype, in which classes are names."""
 
 
 def _part(arrays: Mapping[str, NDArray[Any]], name: str, target: Target) -> Predictions | None:

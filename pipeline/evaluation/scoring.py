@@ -1,8 +1,8 @@
 """Scores of one head on one set of images, each with a 95 % interval.
 
-Accuracy has Wilson's interval, balanced accuracy and macro F1 one made of Wilson's of each class, which holds with a few
-images of a rare class too; log loss a normal interval of its mean, shares of labels and mAP one on the scale of log-odds, any
-other score a bootstrap. Images that are not independent count for as many as they are worth. `per_class` and `confusion_matrix` break the same counts down.
+Accuracy has Wilson's interval; balanced accuracy and macro F1 combine the Wilson intervals of their classes, which is valid with
+few images of a rare class too; log loss has a normal interval of its mean, shares of labels and mAP one on the log-odds scale, any
+other score a bootstrap. Dependent images count by their effective sample size. `per_class` and `confusion_matrix` break the same counts down.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Scores:
-    """How good is what was said of `n` images: by the names of metrics their scores as users know them, and 95 % intervals.
+    """Scores of predictions for `n` images: by metric name the scores as users know them, and 95 % intervals.
 
-    `units` is how many of the images, groups or sets of copies are independent; None when all images are.
+    `units` is the number of independent groups or sets of copies; None when all images are independent.
     """
 
     n: int
@@ -42,7 +42,7 @@ class Scores:
         return self.values.get(name)
 
     def of(self, metric: Metric) -> tuple[float | None, Interval | None]:
-        """Return the score in a metric with its interval; None and None where it is not known."""
+        """Return the score in a metric with its interval; None and None where it is unknown."""
         name = metric.name if metric.name in self.values else "tuned"
         return self.values.get(name), self.intervals.get(name)
 
@@ -68,7 +68,7 @@ class Scores:
 
     @staticmethod
     def from_record(raw: Mapping[str, Any]) -> Scores:
-        """Return what `to_record` wrote; version 0.1 had null for what was not known, and `tuned` for the score of the search."""
+        """Return what `to_record` wrote; version 0.1 has null for unknown scores, and `tuned` for the tuned metric's."""
         found = {name: value for name, value in raw.items() if isinstance(value, float)}
         spans = {name: tuple(raw[_named(name)]) for name in found if raw.get(_named(name))}
         return Scores(raw["n"], found, spans, raw.get("units"))
@@ -80,9 +80,9 @@ def _named(metric: str) -> str:
 
 @dataclass(frozen=True)
 class ClassScores:
-    """One row of the table of classes, or of several labels, which have an average precision and a threshold.
+    """Scores of one class, or of one of several labels, which also have an average precision and a threshold.
 
-    `interval` is of the recall, of labels of the average precision; None, as that is, of a label that no image has.
+    `interval` is that of the recall, or of a label's average precision, both None for a label that no image has.
     """
 
     label: str
@@ -97,10 +97,10 @@ class ClassScores:
 
 
 def scores(predictions: Predictions, seed: int = 0, metric: Metric | None = None) -> Scores:
-    """Score predictions of n images, at least 1, in every metric of their target that has a column, and in that of the search.
+    """Score predictions of n >= 1 images in `metric` and in every metric of their target that has a leaderboard column.
 
-    Balanced accuracy is the mean recall of the classes that occur in the truth; macro F1 the mean over classes that occur in
-    either.
+    Balanced accuracy is the mean recall of the classes that occur in the truth; macro F1 is the mean over the classes that occur
+    in the truth or the predictions.
     """
     known, values, intervals = predictions.probabilities is not None, dict[str, float](), dict[str, Interval]()
     for row in metrics_for(predictions.target):
@@ -111,7 +111,7 @@ def scores(predictions: Predictions, seed: int = 0, metric: Metric | None = None
 
 
 def _scored(metric: Metric, predictions: Predictions, seed: int) -> tuple[float, Interval]:
-    """Return a score as users know it, and its interval in the way that suits it."""
+    """Return a score as users know it, and its interval by the method for its metric."""
     if metric.shares is ACCURACY.shares:
         return float(predictions.correct.mean()), share_interval(predictions.correct, predictions.units)
     if metric.shares is not None and metric.per_class:
@@ -126,7 +126,7 @@ def _scored(metric: Metric, predictions: Predictions, seed: int) -> tuple[float,
 
 
 def _mean_interval(metric: Metric, predictions: Predictions) -> tuple[float, Interval]:
-    """Return a loss that is a mean over images, with the normal interval."""
+    """Return a loss that is a mean over images, and its normal interval."""
     losses = -metric.contributions(predictions)
     mean = float(losses.mean())
     half = critical(predictions.units) * float(losses.std(ddof=1)) / np.sqrt(len(losses)) if len(losses) > 1 else np.inf
@@ -134,9 +134,9 @@ def _mean_interval(metric: Metric, predictions: Predictions) -> tuple[float, Int
 
 
 def _distance_interval(metric: Metric, predictions: Predictions) -> tuple[float, Interval]:
-    """Return a score and the interval of its distance from the best there is, on a logarithmic scale: no distance is below 0.
+    """Return a score and its interval, made on a logarithmic scale of the distance to the best score, which is never below 0.
 
-    The standard error is the jackknife's, of what leaving out units changes.
+    The standard error is that of the jackknife over units.
     """
     added, sign = metric.contributions(predictions), metric.sign
     score = metric.score(predictions)
@@ -148,10 +148,10 @@ def _distance_interval(metric: Metric, predictions: Predictions) -> tuple[float,
 
 
 def _log_odds_interval(metric: Metric, predictions: Predictions) -> tuple[float, Interval]:
-    """Return a score between 0 and 1, or -1 and 0, and its interval on the scale of log-odds, by the jackknife's standard error.
+    """Return a score between 0 and 1, or -1 and 0, and its interval on the log-odds scale with the jackknife's standard error.
 
-    The ends are put around what the score is without its excess, the upper one without half of it, which simulations with few images
-    of a label bear out. Of the best score, where nothing varies, each label is as sure as Wilson's interval of its images.
+    The lower end is centred on the score minus its `excess`, the upper end on the score minus half of it, which simulations with few
+    images per label support. A perfect score does not vary, so its labels get the width of Wilson's intervals of their images.
     """
     units, z, score = predictions.unit_numbers, critical(predictions.units), metric.score(predictions)
     parts = [units[part] for part in predictions.members] if metric.per_class else [units]
@@ -175,10 +175,10 @@ def _log_odds_interval(metric: Metric, predictions: Predictions) -> tuple[float,
 def _error_of_labels(
     influence: NDArray[np.float64], sizes: NDArray[np.integer], units: NDArray[np.int64] | None
 ) -> float:
-    """Return half the width of the interval of a mean over labels, each of which so few units may have that they tell its error badly.
+    """Return the half width of Student's interval of a mean over labels, valid where few units have a label.
 
-    Student's, with degrees of freedom as the labels' own are worth together (Satterthwaite 1946), not more than the units have.
-    influence : shape (n, labels); sizes : the units that have each label, shape (labels,)
+    The degrees of freedom combine those of the labels (Satterthwaite 1946), but are at most those of all units.
+    influence : shape (n, labels); sizes : the number of units that have each label, shape (labels,)
     """
     spare = np.maximum(sizes - 1, 1)
     added = unit_sums(sparse.csr_array(influence), units).toarray() * (sizes / spare)
@@ -190,12 +190,12 @@ def _error_of_labels(
 
 
 def _class_mean_interval(metric: Metric, predictions: Predictions) -> Interval:
-    """Return the interval of a mean over classes of recalls or of F1, recovered from each class's own interval.
+    """Return the interval of a mean over classes of recalls or F1, recovered from each class's own interval.
 
-    The distances from a class's share to the ends of its interval stand for its standard error, and those of all classes are
-    combined by the correlations between what the units add to them. A bootstrap of three images of a class knows no more than
-    these three. F1 is 2 J / (1 + J) for the share J of right ones among the images that are of the class or are called so.
-    Source: Zou and Donner 2008 (variance estimates recovery).
+    The distances from a class's share to the ends of its interval take the place of standard errors, and are combined with the
+    correlations of the units' contributions. (A bootstrap fails with three images of a class.) F1 is 2 J / (1 + J) for the share J
+    of right ones among the images that belong to the class or are predicted to. Source: Zou and Donner 2008 (variance estimates
+    recovery).
     """
     assert metric.shares is not None
     shares, f1 = metric.shares(predictions), metric.name == "macro_f1"
@@ -241,7 +241,7 @@ def confusion_matrix(predictions: Predictions) -> NDArray[np.int64]:
 
 
 def per_class(predictions: Predictions) -> tuple[ClassScores, ...]:
-    """Return precision, recall and F1 of every class, or of every label by itself, in their order; an undefined share is 0."""
+    """Return precision, recall and F1 of every class or label in order; an undefined share is 0."""
     truth, guess, units, target = predictions.y_true, predictions.y_pred, predictions.units, predictions.target
     codes, p, made = np.arange(target.width), predictions.probabilities, []
     found = precision_recall_fscore_support(truth, guess, labels=codes, zero_division=0.0)

@@ -1,8 +1,8 @@
-"""How strange an image is to a head: distance to the training images, lack of sureness; and sets of labels that hold the true one.
+"""Out-of-distribution scores of images (distance to the training images, uncertainty), and sets of labels that hold the true one.
 
-All are conformal: a new image is ranked among the training images as they were when held out, so that of images like these not more
-than a stated share is called strange, and not less than a stated share of sets holds the true label (Vovk et al. 2005). Distance to the
-nearest neighbours: Sun et al. 2022; sets: Sadinle et al. 2019.
+Both are conformal (Vovk et al. 2005): a new image is ranked among the held-out training images, so that among images like these at
+most a given share is flagged as strange, and at least a given share of the sets holds the true label. Distance to the nearest
+neighbours: Sun et al. 2022; sets: Sadinle et al. 2019.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pipeline.experiment import parse_arrays
 Floats = NDArray[np.floating]
 
 NEIGHBOURS = 5
-"""Which nearest training image is looked at: one alone may be an odd one."""
+"""Which nearest training image gives the distance: the very nearest may be atypical."""
 BLOCK_NUMBERS = 1 << 22
-"""Cosines that are held at once."""
+"""Most cosines in memory at once."""
 PROBABILITY = "probability"
-"""The strangeness that is told by the head's own probabilities; all others are distances."""
+"""Name of the out-of-distribution score from the head's own probabilities; all others are distances."""
 
 
 STORED = {"mean": np.float32, "references": np.float16, "distances": np.float64, "lengths": np.float32}
@@ -31,9 +31,9 @@ STORED = {"mean": np.float32, "references": np.float16, "distances": np.float64,
 
 @dataclass(frozen=True)
 class Reference:
-    """What is kept of the training images: their `mean`, (dim,), m unit rows, (m, dim), and the `distances` of n of them, each held out.
+    """Stored data of the training images: `mean`, (dim,), m unit rows `references`, (m, dim), and held-out `distances`, (n,).
 
-    `lengths`, (m,), are those of the rows before they were units.
+    `lengths`, (m,), are the lengths of the rows before normalisation.
     """
 
     mean: Floats
@@ -42,11 +42,11 @@ class Reference:
     lengths: Floats
 
     def vectors(self) -> NDArray[np.float32]:
-        """Return the references as they were, float32 of shape (m, dim), to half precision."""
+        """Return the references' original vectors, float32 of shape (m, dim), to half precision."""
         return np.asarray(self.mean + self.references * self.lengths[:, None], np.float32)
 
     def distance(self, X: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return how far vectors, float32 of shape (n, dim), lie from the training images: float64 of shape (n,)."""
+        """Return the distances of vectors, float32 of shape (n, dim), to the training images: float64 of shape (n,)."""
         return distance(directions(X, self.mean), self.references)
 
     def to_bytes(self) -> bytes:
@@ -57,7 +57,7 @@ class Reference:
 
     @staticmethod
     def from_bytes(data: bytes) -> Reference:
-        """Return what `to_bytes` was given, references to half precision; ValueError for what is none."""
+        """Read the bytes of `to_bytes`, references to half precision; ValueError where they are no reference."""
         arrays = parse_arrays(data)
         shapes = {name: array.shape for name, array in arrays.items()}
         if (
@@ -73,7 +73,7 @@ class Reference:
 
 
 def directions(X: NDArray[np.float32], mean: Floats | float) -> NDArray[np.float32]:
-    """Centre vectors, float32 of shape (n, dim), and bring them to length 1; one of zeros stays."""
+    """Centre vectors, float32 of shape (n, dim), and scale them to length 1; a zero vector stays zero."""
     centred = X - mean
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
     return np.asarray(centred / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32)
@@ -99,9 +99,9 @@ def unsureness(probabilities: Floats) -> NDArray[np.float64]:
 
 
 def alike(scores: Floats, known: Floats) -> NDArray[np.float64]:
-    """Return for each score the share of known images that are at least as strange, itself among them.
+    """Return the conformal p-value of each score: the share of known images, itself included, that are at least as strange.
 
-    Of images like the known ones it is at most a in a share a of cases: a conformal p-value.
+    For images like the known ones, P(p <= a) is at most a.
 
     scores, known : of any float dtype, shapes (n,) and (m,), or (n, k) for `scores`; returns float64 of the shape of
         `scores`
@@ -111,18 +111,18 @@ def alike(scores: Floats, known: Floats) -> NDArray[np.float64]:
 
 
 def auroc(known: Floats, unknown: Floats) -> float:
-    """Return how often an unknown image is stranger than a known one, a tie counting half: the area under the ROC curve."""
+    """Return the area under the ROC curve: how often an unknown image is stranger than a known one, a tie counting half."""
     ranks = rankdata(np.concatenate([known, unknown]))
     return float((ranks[len(known) :].sum() / len(unknown) - (len(unknown) + 1) / 2) / len(known))
 
 
 def label_sets(probabilities: Floats, of_truth: Floats, coverage: float) -> NDArray[np.bool_]:
-    """Return the labels that cannot be ruled out: of images like the known ones a share `coverage` has the true one.
+    """Return conformal sets of labels, which hold the true one for a share `coverage` of images like the known ones.
 
-    The likeliest label is always there.
+    The most probable label is always included.
 
     probabilities : of any float dtype, shape (n, n_classes); returns bool of the same shape
-    of_truth : those of the true labels of m known images when they were held out, of any float dtype, shape (m,)
+    of_truth : probabilities of the true labels of m held-out known images, of any float dtype, shape (m,)
     """
     p = np.asarray(probabilities, dtype=np.float64)
     kept = alike(1 - p, 1 - np.asarray(of_truth, dtype=np.float64)) > 1 - coverage

@@ -1,1 +1,1 @@
-"""Files, digests, memory, bars, and where Python looks for modules: what every other folder may import."""
+"""Utilities that every other package may import: files, digests, memory, progress bars, module look-up, remote files."""

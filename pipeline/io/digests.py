@@ -1,7 +1,7 @@
-"""Digests: what two things have in common when their bytes are equal.
+"""Digests of contents, files and identities.
 
 Image contents are named by BLAKE2b-128 (16 bytes), files and identities by BLAKE2b-256 (32 bytes). BLAKE2b is in the
-standard library, runs at about 1 GB/s, and a 128-bit digest meets by chance once in 2**64 images.
+standard library and runs at about 1 GB/s; 128-bit digests collide by chance once in 2**64 images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Digests = NDArray[np.uint64]
 
 
 def content_digest(data: bytes | memoryview, revision: bytes = b"") -> bytes:
-    """Return the 16-byte digest of some bytes; another one under each `revision`, of at most 16 bytes."""
+    """Return the 16-byte digest of some bytes; it also depends on `revision`, of at most 16 bytes."""
     return hashlib.blake2b(data, digest_size=CONTENT_BYTES, person=revision).digest()
 
 
@@ -38,7 +38,7 @@ def bytes_digest(data: bytes | memoryview) -> str:
 
 
 def parts_digest(parts: Iterable[bytes | memoryview]) -> str:
-    """Return the hex BLAKE2b-256 of bytes that come in parts, as if they were in one piece."""
+    """Return the hex BLAKE2b-256 of concatenated parts."""
     digest = hashlib.blake2b(digest_size=32)
     for part in parts:
         digest.update(part)
@@ -46,7 +46,7 @@ def parts_digest(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of a value: sorted keys, no spaces, no NaN, ASCII."""
+    """Return the canonical JSON text of a value: sorted keys, no spaces, no NaN, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 

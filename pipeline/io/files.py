@@ -1,7 +1,7 @@
-"""Writing files so that a name only ever shows whole, synced content.
+"""Atomic, durable writing of files, and file locks.
 
-A file is written under a temporary name, synced, renamed, and its folder is synced: after a kill or a power loss the final name shows
-the old content or the new. A failed `fsync` is never repeated on the same descriptor, as the kernel may have dropped the pages.
+A file is written under a temporary name, synced and renamed, and its folder is synced: after a kill or a power loss the final name has
+either the old content or the new. A failed `fsync` is never repeated on the same descriptor, as the kernel may have dropped the pages.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SYSTEM: dict[str, Callable[..., Any]] = {
     "rmdir": os.rmdir,
     "ftruncate": os.ftruncate,
 }
-"""Name -> the operating system's function: every call that changes the file system, so that tests can make it fail, or record it."""
+"""Name -> system call: all calls that change the file system, so that tests can record them or make them fail."""
 
 BytesLike = bytes | bytearray | memoryview
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 NOT_ORDINARY = {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EINVAL, errno.EFBIG}
-"""What reading or locking says of a folder, a link where none may be, a socket, a pipe or device, and a file too large."""
+"""Errors of reading or locking a folder, a forbidden link, a socket, a pipe or device, or a file that is too large."""
 
 REMEDIES = {
     errno.ENOSPC: "free some space there, or write to another place",
@@ -57,11 +57,11 @@ REMEDIES = {
     errno.EFBIG: "name a smaller file",
     errno.EMFILE: "close other programs, or raise the limit with `ulimit -n`",
 }
-"""What the file system refuses to users -> what they can do. Every other error number is taken for a bug of ours."""
+"""Error number -> advice, for errors that users can remedy. All others count as bugs of this program."""
 
 
 def refusal(error: OSError) -> str | None:
-    """Say in one line what the file system refuses and what to do about it; None where it may be a bug of ours."""
+    """Describe a file system error and its remedy in one line; None for errors that may be bugs of this program."""
     if error.errno not in REMEDIES:
         return None
     where = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else "the output"
@@ -69,11 +69,11 @@ def refusal(error: OSError) -> str | None:
 
 
 _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
-"""Not waiting: a pipe that somebody put in place of a file would be waited for forever."""
+"""Non-blocking, because opening a pipe in place of a file would wait forever."""
 
 
 def read_file(path: Path, most: int | None = None) -> bytes:
-    """Return every byte of an ordinary file, of at most so many bytes; never waits.
+    """Return the content of an ordinary file of at most `most` bytes, without blocking.
 
     OSError as from the system; `EINVAL` for a pipe or device, `EFBIG` for a larger file.
     """
@@ -85,7 +85,7 @@ def read_file(path: Path, most: int | None = None) -> bytes:
 
 
 def open_ordinary(path: Path, flags: int = 0) -> int:
-    """Open an ordinary file for reading, without waiting; return the descriptor. OSError as from the system, `EINVAL` for a pipe."""
+    """Open an ordinary file for reading, without blocking; return the descriptor. OSError as from the system, `EINVAL` for a pipe."""
     descriptor = os.open(path, os.O_RDONLY | _FLAGS | flags)
     try:
         _require_ordinary(descriptor, path)
@@ -105,16 +105,16 @@ def _require_ordinary(descriptor: int, path: Path) -> os.stat_result:
 
 
 _HELD: dict[tuple[int, int], int] = {}
-"""(device, inode) of each file that a process has for itself -> its process id; a forked child inherits the table."""
+"""(device, inode) of each locked file -> id of the process that holds it; a forked child inherits the table."""
 
 
 def open_alone(path: Path, flags: int = 0) -> int:
-    """Open a file for reading and writing by this process alone, creating it; give it back with `close_alone`.
+    """Open a file, creating it, for exclusive reading and writing by this process; release it with `close_alone`.
 
-    A POSIX record lock, because it dies with its process even when a forked worker lives on; `flock` and HDF5's own locks
-    stay with the child. Such a lock does not keep out a second user of the same process, and closing any descriptor of the
-    file gives it up: so a table of held files goes first. BlockingIOError when another process has it, or this one already; OSError
-    when it is a symbolic link or no ordinary file (see `NOT_ORDINARY`), or cannot be opened or locked.
+    It takes a POSIX record lock, which ends with its process even if a forked worker lives on; `flock` and HDF5's own locks stay with
+    the child. A record lock does not exclude a second user in the same process, and closing any descriptor of the file releases it,
+    so `_HELD` is checked first. BlockingIOError when another process holds it, or this one already; OSError when it is a symbolic link
+    or no ordinary file (see `NOT_ORDINARY`), or cannot be opened or locked.
     """
     while True:
         if is_held(path):
@@ -124,7 +124,7 @@ def open_alone(path: Path, flags: int = 0) -> int:
         try:
             state = _require_ordinary(descriptor, path)
             _lock(descriptor)
-            # It may have been replaced or set aside between the two calls.
+            # The file may have been replaced or moved between the two calls.
             if os.path.samestat(state, os.stat(path, follow_symlinks=False)):
                 _HELD[state.st_dev, state.st_ino] = os.getpid()
                 return descriptor
@@ -139,12 +139,12 @@ def open_alone(path: Path, flags: int = 0) -> int:
 def _lock(descriptor: int) -> None:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except PermissionError as error:  # what some systems say for EAGAIN
+    except PermissionError as error:  # some systems raise this in place of EAGAIN
         raise BlockingIOError(errno.EAGAIN, error.strerror) from None
 
 
 def close_alone(descriptor: int) -> None:
-    """Close what `open_alone` opened; in a forked child, whose parent goes on having it, nothing else changes."""
+    """Close a file that `open_alone` opened; in a forked child the parent keeps the lock."""
     state = os.fstat(descriptor)
     if _HELD.get((state.st_dev, state.st_ino)) == os.getpid():
         del _HELD[state.st_dev, state.st_ino]
@@ -152,7 +152,7 @@ def close_alone(descriptor: int) -> None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether this process has the file by `open_alone`."""
+    """Whether this process holds the file by `open_alone`."""
     try:
         state = os.stat(path, follow_symlinks=False)
     except OSError:
@@ -161,8 +161,8 @@ def is_held(path: Path) -> bool:
 
 
 def locked_elsewhere(path: Path) -> bytes | None:
-    """Return what stands in a file that another process has by `open_alone`, its first 4 KB; None where none has it."""
-    if is_held(path):  # closing a descriptor would give the lock up
+    """Return the first 4 KB of a file that another process holds by `open_alone`; None if none does."""
+    if is_held(path):  # closing a descriptor would release the lock
         return None
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | _FLAGS)
@@ -180,7 +180,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Let a signal to stop wait until the block ends: libhdf5 drops what is raised while it calls back, or trips over it."""
+    """Defer stop signals until the block ends: an exception inside a callback of libhdf5 is lost or breaks it."""
     if threading.current_thread() is not threading.main_thread():  # signals are handled in the main thread only
         yield
         return
@@ -200,7 +200,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def require_place(path: Path) -> None:
-    """See that a file can be written under this name, and make its folder: before the work whose result it is to hold.
+    """Check that a file can be written to this path, and make its folder: before the work that makes its content.
 
     OSError as from writing, and for a device such as /dev/null, which a rename would replace.
     """
@@ -215,7 +215,7 @@ def require_place(path: Path) -> None:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Let errors name the file that the user knows, in place of a temporary one or none."""
+    """Make errors name the user's file in place of a temporary one or none."""
     try:
         yield
     except OSError as error:
@@ -224,19 +224,19 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: BytesLike) -> None:
-    """Replace a file's content in one step."""
+    """Replace a file's content atomically."""
     with _named(path):
         rename(write_temporary(path.parent, [data], f".{path.name}"), path)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a text file's content in one step, as UTF-8 with the newlines as given."""
+    """Replace a text file's content atomically, as UTF-8 with newlines as given."""
     write_atomic(path, text.encode("utf-8"))
 
 
 @dataclass
 class Growing:
-    """A file that is being written beside the name it will have; `written` counts the bytes."""
+    """A file that is being written under a temporary name; `written` counts the bytes."""
 
     path: Path
     target: Path
@@ -244,7 +244,7 @@ class Growing:
     written: int = 0
 
     def add(self, data: BytesLike) -> None:
-        """Hand bytes to the system, so that they outlive this process."""
+        """Pass bytes to the system, so that they survive a kill of this process."""
         with _named(self.target):
             write_all(self.descriptor, data)
         self.written += len(data)
@@ -252,9 +252,9 @@ class Growing:
 
 @contextlib.contextmanager
 def growing(path: Path) -> Iterator[Growing]:
-    """Open a file that grows beside `path` as `NAME.*.partial` and takes that name when the block ends.
+    """Write a file as `NAME.*.partial` next to `path` and rename it to `path` when the block ends.
 
-    Where the block fails or the process is killed, what was written before stays there; an empty file does not.
+    If the block fails or the process is killed, the partial file stays, unless it is empty.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     with _named(path):
@@ -274,7 +274,7 @@ def growing(path: Path) -> Iterator[Growing]:
 
 
 def write_temporary(folder: Path, parts: Iterable[BytesLike], prefix: str = "") -> Path:
-    """Write and sync a new file under a name of its own; return its path. Nothing is left behind when it fails."""
+    """Write and sync a new file under a unique name; return its path. On failure the file is removed."""
     path = folder / f"{prefix}.{secrets.token_hex(6)}.tmp"
     descriptor = create(path)
     try:
@@ -298,7 +298,7 @@ def create(path: Path) -> int:
 
 
 def write_all(descriptor: int, data: BytesLike) -> None:
-    """Write every byte; the system may take fewer than it is given."""
+    """Write every byte, as one system call may write fewer."""
     rest = memoryview(data).cast("B")
     while rest:
         # Linux takes 2 GiB at most in one call, macOS refuses more.
@@ -326,7 +326,7 @@ def sync_folder(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give a synced file its final name, replacing what had it, and sync the folder. The source is removed on failure."""
+    """Rename a synced file, replacing the target, and sync the folder. The source is removed on failure."""
     try:
         SYSTEM["rename"](source, target)
     except OSError:
@@ -337,7 +337,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Give a synced file its final name only where nothing has that name yet, else FileExistsError; sync the folder.
+    """Rename a synced file and sync the folder; FileExistsError if the target exists.
 
     The source is removed in every case.
     """
@@ -360,13 +360,13 @@ def publish(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file; one that is gone already is fine."""
+    """Remove a file if it exists."""
     with contextlib.suppress(FileNotFoundError):
         SYSTEM["unlink"](path)
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder with its parents and sync the name of each; one that exists is fine, a file of that name is not."""
+    """Create a folder with its parents if needed, and sync each name; NotADirectoryError for a file of that name."""
     if path.is_dir():
         return
     if path.parent != path:
@@ -376,6 +376,6 @@ def make_folder(path: Path) -> None:
     except FileExistsError:
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
-    except FileNotFoundError:  # though its parent is there: a file system that has no room for new names, such as /proc
+    except FileNotFoundError:  # though its parent exists: a file system without new folders, such as /proc
         raise PermissionError(errno.EPERM, "No folder can be made there", str(path)) from None
     sync_folder(path.parent)

@@ -1,4 +1,4 @@
-"""Memory: how much there is, an allocator that keeps what it has, and the errors that mean there is no more; versions of packages."""
+"""The process: available memory, the allocator, out-of-memory errors, package versions, users' modules, progress bars."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _CGROUPS = (  # limit, use, statistics, and the statistics' line for file pages 
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc's allocator keep freed memory; say whether it does. MANYHEADS_NO_MALLOPT in the environment prevents it.
+    """Make glibc's allocator keep freed memory and return whether it does; the variable MANYHEADS_NO_MALLOPT prevents it.
 
-    A large network's activations are otherwise mapped and unmapped with every batch: 527,000 page faults in one forward pass
-    of ResNet-50 at batch 32, none with it, for 80 to 150 MB more memory. It applies to the whole process, so a command calls
-    it, never an import.
+    Otherwise a large network's activations are mapped and unmapped with every batch: 527,000 page faults in one forward pass
+    of ResNet-50 at batch 32, none with it, for 80 to 150 MB more memory. It affects the whole process, so commands call it,
+    never imports.
     """
     if os.environ.get(OPT_OUT) or not sys.platform.startswith("linux"):
         return False
@@ -47,7 +47,7 @@ def keep_freed_memory() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a smaller batch may work; torch's own error is a RuntimeError."""
+    """Whether an error is out of memory, so that a smaller batch may work; torch raises a RuntimeError."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
@@ -56,7 +56,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @cache
 def version(name: str) -> str | None:
-    """Return the version of an installed package; None where it is not. Read once, as that takes milliseconds."""
+    """Return the version of a package, None if it is not installed; cached, as reading takes milliseconds."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -64,9 +64,9 @@ def version(name: str) -> str | None:
 
 
 def available_bytes(system: Path = Path("/")) -> int:
-    """Return the memory that the process can take without swapping: the machine's, or its container's if that is less.
+    """Return the free memory, in bytes, of the machine or of its container, whichever is less.
 
-    Linux says it in /proc and /sys, under `system`; elsewhere half of the machine's memory is taken for free.
+    On Linux it is read from /proc and /sys under `system`; elsewhere half of the machine's memory counts as free.
     """
     try:
         fields = dict(line.split(":", 1) for line in (system / "proc/meminfo").read_text().splitlines())
@@ -77,7 +77,7 @@ def available_bytes(system: Path = Path("/")) -> int:
 
 
 def _left_in_containers(folder: Path) -> list[int]:
-    """What control groups of version 2 and 1 leave, where there are any."""
+    """Return the memory left by control groups of version 2 and 1, if there are any."""
     left = []
     for limit, use, statistics, droppable in _CGROUPS:
         try:
@@ -93,9 +93,9 @@ def _left_in_containers(folder: Path) -> list[int]:
 
 @contextmanager
 def instead(stand_ins: Mapping[str, ModuleType | None]) -> Iterator[None]:
-    """Let an import find stand-ins for modules, or with None an ImportError; modules that are loaded already stay."""
+    """Substitute modules that are not loaded yet for imports in the block; None makes their import fail."""
     added = {name: module for name, module in stand_ins.items() if name not in sys.modules}
-    sys.modules.update(added)  # type: ignore[arg-type]  # None is Python's own way to say that there is no such module
+    sys.modules.update(added)  # type: ignore[arg-type]  # Python raises ImportError for a module that is None
     try:
         yield
     finally:
@@ -104,14 +104,14 @@ def instead(stand_ins: Mapping[str, ModuleType | None]) -> Iterator[None]:
 
 
 def look_in(folder: Path) -> None:
-    """Let the user's own modules be found in a folder too, after all that is installed; worker processes look there as well."""
+    """Append a folder to the module search path, for users' modules; worker processes inherit it."""
     name = str(folder.absolute())
     if name not in sys.path:
         sys.path.append(name)
 
 
 def users_module(name: str, asked: str, kind: type[PipelineError]) -> ModuleType:
-    """Import a module of the user's own; an error of this kind, which begins with what was asked for, where that fails."""
+    """Import a user's module; on failure raise an error of type `kind` whose message begins with `asked`."""
     try:
         look_in(Path())
         return importlib.import_module(name)
@@ -124,27 +124,27 @@ def users_module(name: str, asked: str, kind: type[PipelineError]) -> ModuleType
 
 Piece = TypeVar("Piece")
 LOG_SECONDS = 15.0
-"""How often a bar is redrawn where nobody watches it live."""
+"""Seconds between updates of a bar in a log file."""
 
 
 class Progress:
-    """The bar of one piece of work."""
+    """A progress bar."""
 
     def __init__(self, bar: tqdm[Any], interval: float = LOG_SECONDS) -> None:
         self._bar, self._interval = bar, interval
         self._noted = time.monotonic()
 
     def update(self, count: int = 1) -> None:
-        """Say that `count` more are done."""
+        """Advance the bar by `count`."""
         self._bar.update(count)
 
     def passed(self, piece: Piece) -> Piece:
-        """Say that one more is done, and return it: for `map`."""
+        """Advance the bar by one and return the piece; for `map`."""
         self.update()
         return piece
 
     def note(self, text: str) -> None:
-        """Show a short text behind the bar, such as the best score so far; soon, also where no piece ends for hours."""
+        """Show a short text after the bar, such as the best score so far, even if no piece ends for hours."""
         due = time.monotonic() - self._noted >= self._interval
         if due:
             self._noted = time.monotonic()
@@ -153,7 +153,7 @@ class Progress:
 
 @contextmanager
 def bar(total: int, unit: str, label: str, initial: int = 0, delay: float = 0.0) -> Iterator[Progress]:
-    """Show a bar on standard error for `total` pieces of work, `initial` of them done before; after `delay` seconds, if it takes as long."""
+    """Show a bar on standard error for `total` pieces of work, `initial` of them done, once the work has taken `delay` seconds."""
     live = sys.stderr.isatty()
     interval = 0.2 if live else LOG_SECONDS
     with tqdm(

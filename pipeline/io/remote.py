@@ -1,4 +1,4 @@
-"""Files of other machines, by addresses such as `s3://bucket/photos`, through fsspec: nothing is connected to that is not named so."""
+"""Remote files by addresses such as `s3://bucket/photos` through fsspec, and clusters; only named addresses are connected to."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipeline.errors import DatasetError, PipelineError, first_line
 from pipeline.io.digests import bytes_digest
 
 Stat = tuple[int, int, int]
-"""Size, mtime_ns and ctime_ns of a file, or what else tells whether it was touched; a size of -1 is not known before it is read."""
+"""Size (-1 if unknown), mtime_ns and ctime_ns of a file, or other marks that change with its content."""
 
 CONNECT_SECONDS = 10.0
 
 CONNECTIONS = 16
-"""Files that are asked for at a time: most of the time is waiting."""
+"""Parallel requests, which mostly wait."""
 
 _ADDRESS = re.compile(r"(?!file:)([a-z][a-z0-9+]+):/+")
 
@@ -39,22 +39,22 @@ _TIMES = (
     "modificationTime",
     "created",
 )
-"""Under which names file systems say what tells one version of a file from the next."""
+"""Fields in which file systems report a file's version or time of change."""
 
 
 def address_of(path: object) -> str | None:
-    """Return the address of a remote file, also where pathlib has left one slash of `://`; None for a path on this machine."""
+    """Return the address of a remote file, restoring a `//` that pathlib has shortened; None for a local path."""
     found = _ADDRESS.match(str(path))
     return None if found is None else f"{found[1]}://{str(path)[found.end() :]}"
 
 
 def absolute(path: object) -> str:
-    """Return the address of a remote file, or a path from the root of this machine."""
+    """Return the address of a remote file, or the absolute path of a local one."""
     return address_of(path) or os.path.abspath(str(path))
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """Return the file system of an address and the file's name there; DatasetError when it is none that is known here."""
+    """Return the file system of an address and the file's name there; DatasetError when its protocol is not available."""
     try:
         import fsspec
     except ImportError:
@@ -68,7 +68,7 @@ def file_system(address: str) -> tuple[Any, str]:
 
 @contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """Let an error of a file system, which may be of any kind, be one that callers expect."""
+    """Convert errors of remote file systems, which may be of any type, into OSError."""
     try:
         yield
     except OSError:
@@ -78,23 +78,23 @@ def _as_os_errors() -> Iterator[None]:
 
 
 def read_remote(address: str, start: int | None = None, end: int | None = None) -> bytes:
-    """Read a file, or the bytes of it from `start` to before `end`; OSError where it cannot be."""
+    """Read a file or its bytes `start` to `end` (exclusive); OSError on failure."""
     system, name = file_system(address)
     with _as_os_errors():
         data = bytes(system.cat_file(name, start=start, end=end))
-    # A web server may know nothing of ranges, and send all.
+    # A web server without range requests sends the whole file.
     return data[start:end] if start is not None and end is not None and len(data) > end - start else data
 
 
 def open_remote(address: str) -> BinaryIO:
-    """Open a file to be read anywhere; OSError where it cannot be."""
+    """Open a file for random access; OSError on failure."""
     system, name = file_system(address)
     with _as_os_errors():
         return system.open(name, "rb")  # type: ignore[no-any-return]
 
 
 def write_remote(address: str, data: bytes) -> None:
-    """Write a file in one go: others see all of it, or nothing; OSError where it cannot be."""
+    """Write a file atomically; OSError on failure."""
     system, name = file_system(address)
     with _as_os_errors():
         system.makedirs(name.rpartition("/")[0], exist_ok=True)
@@ -103,9 +103,9 @@ def write_remote(address: str, data: bytes) -> None:
 
 @cache
 def list_remote(address: str) -> dict[str, Stat | None]:
-    """Return what a remote folder holds, asked once until `forget_listings`: size and times of each file by its name, None for a folder.
+    """List a remote folder, cached until `forget_listings`: name -> size and times of a file, or None for a folder.
 
-    OSError when it is not there, or cannot be listed; NotADirectoryError when it is a file.
+    OSError when it is missing or cannot be listed; NotADirectoryError when it is a file.
     """
     system, root = file_system(address)
     is_web = address.startswith("http")
@@ -114,7 +114,7 @@ def list_remote(address: str) -> dict[str, Stat | None]:
         if [*found] == [root.rstrip("/")] and found[root.rstrip("/")]["type"] == "file":
             raise NotADirectoryError(address)
         own = [name for name in found if name != root.rstrip("/") and "?" not in name]
-        # A page of links says nothing of what they lead to.
+        # A web page of links does not tell sizes and times of their targets.
         about = threads.map(
             lambda name: found[name] | (system.info(name) if is_web and found[name]["type"] != "directory" else {}), own
         )
@@ -123,7 +123,7 @@ def list_remote(address: str) -> dict[str, Stat | None]:
 
 
 def stat_remote(address: str) -> Stat:
-    """Return size and times of a remote file; OSError where there is none."""
+    """Return size and times of a remote file; OSError if it is missing."""
     system, name = file_system(address)
     with _as_os_errors():
         found = _stat_of(system.info(name))
@@ -133,15 +133,15 @@ def stat_remote(address: str) -> Stat:
 
 
 def forget_listings(address: str) -> None:
-    """Have a file system look anew at what is there."""
+    """Clear cached listings, so that a remote file system is read again."""
     list_remote.cache_clear()
     file_system(address)[0].invalidate_cache()
 
 
 def _stat_of(entry: Mapping[str, Any]) -> Stat | None:
-    """Return size and times for what a file system says of a file; None for a folder.
+    """Convert a file system's entry into size and times; None for a folder.
 
-    Where it says nothing by which a change would show, the time is now: the file is never taken for unchanged.
+    An entry without any mark of change gets the current time, so that the file never counts as unchanged.
     """
     if entry["type"] == "directory":
         return None
@@ -154,12 +154,12 @@ def _stat_of(entry: Mapping[str, Any]) -> Stat | None:
 
 
 OBJECT_BYTES = 100 << 20
-"""Of memory for Ray's objects on this machine: neither images nor vectors go through them."""
+"""Memory for Ray's object store on this machine, through which neither images nor vectors go."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine by its name, the address of a running cluster, and the number of workers; None starts one here, of as many as it likes."""
+    """An engine's name, the address of its cluster (None: start one here) and its number of workers (None: the engine decides)."""
 
     name: str
     address: str | None = None
@@ -167,16 +167,16 @@ class Engine:
 
     @staticmethod
     def of(name: str | None, address: str | None = None, workers: int | None = None) -> Engine | None:
-        """Return the engine that a user names; None without a name, where nothing else may be said either."""
+        """Return the engine that a user names; None without a name; PipelineError for other options without a name."""
         if name is None and (address or workers):
             raise PipelineError("--address and --workers are of an engine; they need --engine")
         return None if name is None else Engine(name, address, workers)
 
 
 def require_answer(address: str, start: str) -> None:
-    """See that a process listens at a cluster's address, before an engine waits for minutes for one that does not.
+    """Check that a process listens at a cluster's address, because engines wait for minutes if none does.
 
-    Nothing but that address is asked; `start` is the command that starts a cluster there.
+    It connects only to that address; `start` is the command that starts a cluster there.
 
     Raises
     ------
@@ -200,8 +200,8 @@ def require_answer(address: str, start: str) -> None:
 
 @contextmanager
 def connected(address: str | None) -> Iterator[Any]:
-    """Yield the module `ray`, connected, also by the caller before; PipelineError when there is no Ray, or no such cluster."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it tells its makers of every cluster
+    """Connect to Ray, unless the caller has, and yield its module; PipelineError without Ray, or without the cluster."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise it reports every cluster to its makers
     try:
         import ray
     except ImportError:
@@ -212,7 +212,7 @@ def connected(address: str | None) -> Iterator[Any]:
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address not in (None, "auto", "local"):
         require_answer(address, "ray start --head")
-        # Else it asks a port that is not Ray's for a quarter of an hour.
+        # Otherwise it tries a port that is not Ray's for a quarter of an hour.
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
     if address is None:
         settings |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_BYTES}

@@ -1,8 +1,8 @@
-"""The one door to torchvision, open also where its compiled operators are missing.
+"""Import torchvision even where its compiled operators are missing.
 
-PyPI's torchvision is built for CUDA. Beside a CPU-only torch its operators do not load, and `import torchvision` fails with "operator
+PyPI's torchvision is built for CUDA. With a CPU-only torch its operators do not load, and `import torchvision` fails with "operator
 torchvision::nms does not exist". Declaring the two that it registers shapes for is enough for models, transforms and feature extraction.
-Your own code opens it with `from pipeline.io.vision import torchvision`, also after an `import torchvision` that failed.
+Your own code can use `from pipeline.io.vision import torchvision`, even after an `import torchvision` that failed.
 """
 
 from __future__ import annotations

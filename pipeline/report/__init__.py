@@ -1,8 +1,8 @@
-"""The report page of an experiment, its charts for papers, and several experiments side by side, all from saved artifacts.
+"""The report page of an experiment, its charts for papers, and comparisons of experiments, all from saved artifacts.
 
-`build` and `refresh` take the output folder and return the page's path; both raise PipelineError where there is no leaderboard,
-or one of another version. Of several targets each has its page, and the folder's is a table of them. matplotlib is imported only
-where something is drawn.
+`build` and `refresh` take the output folder and return the page's path; both raise PipelineError where the leaderboard is missing
+or of another version. With several targets each has its own page, and the folder's page is an overview. matplotlib is imported
+only when something is drawn.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ RECORD = "report.json"
 
 
 def build(output: Path) -> Path:
-    """Make `report.html`, `plots/*.png` and `audit/*.csv`."""
+    """Write `report.html`, `plots/*.png` and `audit/*.csv`."""
     return refresh(output, anew=True)
 
 
 def refresh(output: Path, anew: bool = False) -> Path:
-    """Make them where they, or what they are made of, have changed, or all `anew`."""
+    """Write the report files if they or their inputs have changed, or in any case if `anew`."""
     output = Path(output)
     each = Artifacts(output).each_target()
     made = {} if "" in each else {name: refresh(folder, anew) for name, folder in each.items()}
@@ -39,7 +39,7 @@ def refresh(output: Path, anew: bool = False) -> Path:
 
 
 def is_current(output: Path) -> bool:
-    """Whether all that `report.json` names is as it was then: what the page was made of, and what was made."""
+    """Whether the inputs and files recorded in `report.json` are unchanged."""
     try:
         record = read_document(output / RECORD, REPORT)
         made = digests(output, map(output.joinpath, record["files"]))
@@ -49,9 +49,9 @@ def is_current(output: Path) -> bool:
 
 
 def digest_inputs(output: Path) -> str:
-    """Return one digest of all that goes into a page: saved results, and this version of the program.
+    """Return one digest of all inputs of a page: the saved results and the version of the program.
 
-    The date of the leaderboard does not count: a run that had nothing to do writes a new one.
+    The leaderboard's date is ignored, because a run with nothing to do updates it.
     """
     board = read_leaderboard(output)
     record = json.loads(board.to_json())
@@ -66,7 +66,7 @@ def digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 
 
 def _sources(output: Path, board: Leaderboard) -> Iterator[Path]:
-    """The files beside the leaderboard that the page is made of; the features are named by their digest in features.json."""
+    """Yield the page's input files besides the leaderboard; features.json stands for the features, whose digests it has."""
     files = Artifacts(output)
     yield from (files.features, files.audit, files.few_shot, files.advice, files.mistakes, files.layers)
     yield from sorted(files.dataset.glob("*.csv"))

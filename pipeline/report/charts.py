@@ -1,4 +1,4 @@
-"""The charts: each function draws its numbers in the colours of a palette; with its numbers given it is a `Chart`."""
+"""The charts: each function draws data in the colours of a palette; a `partial` with its data is a `Chart`."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
     from pipeline.evaluation.fewshot import FewShot
 
 MOST_ROWS = 30
-"""Rows of a leaderboard drawn; the table has them all."""
+"""Most rows of a leaderboard in a chart; the table has them all."""
 MOST_CELLS = 25
-"""Classes of a confusion matrix drawn: with more of them no label can be read."""
+"""Most classes in a confusion matrix: with more, labels are illegible."""
 MOST_SMALL = 12
-"""Classes up to which the matrix is as small as other charts; a larger one is twice as wide, so that counts can be read."""
+"""Most classes in a matrix of normal size; larger matrices are twice as wide, so that counts are legible."""
 MOST_DOTS = 600
-"""Test images in a chart of numbers, evenly chosen of more: each has a tooltip."""
+"""Most test images in a chart of numbers, evenly sampled: each has a tooltip."""
 LEGEND, LAYER, EMBEDDING, CLASS = 48, 28, 20, 18
-"""Characters of a name in a legend, which a phone's width holds, and beside a row; the tooltips have the whole names."""
+"""Most characters of a name in a legend (a phone's width), and beside rows and cells; tooltips have full names."""
 DASHED = (0, (4, 3))
 
 
 def score_chart(
     palette: Palette, rows: Sequence[LeaderboardRow], group: Sequence[str], scoring: str, told: Metric = ACCURACY
 ) -> Figure:
-    """Draw each row's test score, the one that tests are `told` by, with its interval; the no-evidence group is filled.
+    """Draw each row's test score in the metric `told` with its interval; the no-evidence group is in the accent colour.
 
-    The cross-validation mean is drawn beside it where it is the same score; another one is in the tooltip only.
+    The cross-validation score is drawn too if it is in the same metric; otherwise only the tooltip has it.
     """
     metric, shown, scale = METRICS[scoring], rows[:MOST_ROWS], abs(told.scale)
     same = metric is told
@@ -73,7 +73,7 @@ def difference_chart(
 ) -> Figure:
     """Draw how far each row lies behind the best one, with simultaneous 95 % intervals; 0 is the best row.
 
-    Left is worse, also of a loss, whose numbers say by how much it is above the best row's.
+    Left is worse, for a loss too, whose axis shows the excess over the best row's loss.
     """
     metric = METRICS[scoring]
     scale, sign = abs(metric.scale), -metric.sign
@@ -99,7 +99,7 @@ def difference_chart(
 
 
 def tuning_chart(palette: Palette, searches: Mapping[str, Trials], scoring: str) -> Figure:
-    """Draw every trial's score and the best so far, one line per search; up is better, also of a loss."""
+    """Draw every trial's score and the best so far, one line per search; up is better, for a loss too."""
     metric = METRICS[scoring]
     scale, labels = abs(metric.scale), shorten_all(list(searches), LEGEND)
     columns = 2 if max(map(len, labels), default=0) <= LEGEND // 2 else 1
@@ -117,7 +117,7 @@ def tuning_chart(palette: Palette, searches: Mapping[str, Trials], scoring: str)
         axes.plot(count[-1], scale * best[-1], "o", color=colour, ms=5, gid=tip(text))
         lowest.append(float(np.nanmin(best)))
     if lowest:
-        # Failed, hopeless trials and searches would flatten the part that matters.
+        # Very bad trials and searches would flatten the part that matters.
         floor, top = scale * _floor(lowest, metric), axes.get_ylim()[1]
         axes.set_ylim(floor - 0.1 * (top - floor) - 1e-3, top)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -129,9 +129,9 @@ def tuning_chart(palette: Palette, searches: Mapping[str, Trials], scoring: str)
 
 
 def layer_chart(palette: Palette, found: LayerProfile) -> Figure:
-    """Draw the score of every layer with its interval, from the image to the answer, and below those side by side.
+    """Draw the score of every layer with its interval, from input to output, and of concatenated layers below.
 
-    Filled with the accent are those of which nothing says that they are worse than the best; the dashed line is the usual layer.
+    Rows with no evidence that they are worse than the best have the accent colour; the dashed line is the default layer.
     """
     metric = METRICS[found.metric]
     single = sum(len(row.embeddings) == 1 for row in found.rows)
@@ -152,8 +152,8 @@ def layer_chart(palette: Palette, found: LayerProfile) -> Figure:
 
 
 def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
-    """Draw a confusion matrix, int64 (n, n), each row as shares of its true class; of many classes those with most mistakes."""
-    mistakes = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)  # either way round
+    """Draw a confusion matrix, int64 (n, n), with rows as shares of the true class; of many classes those with most mistakes."""
+    mistakes = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)  # false positives and false negatives
     kept = np.sort(np.argsort(-mistakes, kind="stable")[:MOST_CELLS])
     cells, names = matrix[np.ix_(kept, kept)], [classes[place] for place in kept]
     shares = cells / np.maximum(matrix.sum(axis=1)[kept][:, None], 1)
@@ -164,7 +164,7 @@ def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequen
         right, share = row == column, float(shares[row, column])
         found = "right" if right else f"taken for {names[column]}"
         text = f"{names[row]} {found}: {cells[row, column]} ({100 * share:.0f} %)"
-        # A count on a wrong cell is read on half a colour, on light and on dark.
+        # Wrong cells stay pale enough for a legible count, on light and on dark.
         alpha = max(0.12, share if right else min(0.6, 3 * share))
         colour, corner = palette.accent if right else palette.bad, (column - 0.46, row - 0.46)
         axes.add_patch(Rectangle(corner, 0.92, 0.92, lw=0, color=colour, alpha=alpha, gid=tip(text)))
@@ -177,7 +177,7 @@ def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequen
     axes.set_yticks(range(len(names)), labels)
     end = len(names) - 0.5
     axes.set(xlim=(-0.5, end), ylim=(end, -0.5), aspect="equal", xlabel="predicted class")
-    # On paper there is no caption.
+    # The PNG for papers has no caption.
     part = "" if len(names) == len(matrix) else f": the {len(names)} of {len(matrix)} with most mistakes"
     axes.set_ylabel(f"true class{part}")
     axes.spines[:].set_visible(False)
@@ -185,7 +185,7 @@ def confusion_chart(palette: Palette, matrix: NDArray[np.int64], classes: Sequen
 
 
 def reliability_chart(palette: Palette, out_of_fold: Calibration | None, test: Calibration) -> Figure:
-    """Draw how often predictions were right against how sure they were, with Wilson intervals on the test images."""
+    """Draw accuracy against confidence, with Wilson intervals on the test images."""
     made, axes = figure(palette, "How often predictions are right against how sure they are", height=4.0)
     axes.plot([0, 100], [0, 100], color=palette.muted, lw=1, ls=DASHED)
     if out_of_fold is not None:
@@ -204,9 +204,9 @@ def reliability_chart(palette: Palette, out_of_fold: Calibration | None, test: C
 
 
 def numbers_chart(palette: Palette, test: Predictions, place: int, residuals: bool) -> Figure:
-    """Draw each test image's predicted number above its true one, or by how much it is too high beside what is predicted.
+    """Draw predicted against true numbers of the test images, or residuals against predictions.
 
-    On the line they are equal, between the dashed ones in nine of ten.
+    On the solid line both are equal; between the dashed lines are about nine in ten images.
     """
     target = test.target
     assert isinstance(target, Regression)
@@ -228,7 +228,7 @@ def numbers_chart(palette: Palette, test: Predictions, place: int, residuals: bo
 
 
 def learning_chart(palette: Palette, curve: LearningCurve, head: str) -> Figure:
-    """Draw accuracy against the number of labelled images, the fitted law, its forecast, and its test."""
+    """Draw accuracy against the number of labelled images: measurements, fitted law, forecast and its test on held-back sizes."""
     made, axes = figure(palette, "Accuracy against the number of labelled images")
     points = curve.points
     table = np.array([(point.size, point.accuracy, *point.interval) for point in points])
@@ -264,7 +264,7 @@ def few_shot_chart(palette: Palette, result: FewShot) -> Figure:
     made, axes = figure(palette, label, height=3.8)
     for number, method in enumerate(result.methods):
         colour, points = palette.category(number), [point for point in result.points if point.method == method]
-        # Side by side, so that equal ones do not hide each other.
+        # Shifted sideways, so that equal points do not hide each other.
         places = [point.shots * 1.03 ** (number - (len(result.methods) - 1) / 2) for point in points]
         axes.plot(places, [100 * point.accuracy for point in points], color=colour, lw=1.2, label=plain_text(method))
         for place, point in zip(places, points, strict=True):
@@ -277,7 +277,7 @@ def few_shot_chart(palette: Palette, result: FewShot) -> Figure:
 
 
 def priced(rows: Sequence[LeaderboardRow], told: Metric = ACCURACY) -> list[LeaderboardRow]:
-    """Return the rows that the cost chart shows: those with a score and a time, unless they would squeeze all others."""
+    """Return the rows that the cost chart shows: those with a score and a time, without outliers that would squeeze the others."""
     tested = _tested(rows, told)
     floor, timed = _floor([low for _, low, _ in tested.values()], told), any(row.embed_seconds for row in rows)
     return [
@@ -286,7 +286,7 @@ def priced(rows: Sequence[LeaderboardRow], told: Metric = ACCURACY) -> list[Lead
 
 
 def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, told: Metric = ACCURACY) -> Figure:
-    """Draw the test's score against time per image (embedding and head); rows that none beats in both are joined."""
+    """Draw the test score against time per image (embedding and head); the Pareto-optimal rows are joined."""
     shown = priced(rows, told)
     names = list(dict.fromkeys(row.head for row in shown))
     height = 3.3 + 0.21 * -(-len(names) // 2)
@@ -316,9 +316,9 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, to
 
 
 def map_chart(palette: Palette, space: Map, codes: Sequence[int]) -> Figure:
-    """Draw the embedding space, a dot per image in the order of `space.rows`, coloured by the number of its class."""
+    """Draw the embedding space, a dot per image in the order of `space.rows`, coloured by its class index."""
     made, axes = figure(palette, "Map of the images; arrow keys go from dot to dot", width=7.6, height=4.6)
-    # The view is of the bulk of the images; the few that lie far out stand at its edge.
+    # The view fits the bulk of the images; outliers are drawn at its edge.
     low, middle, high = np.quantile(space.points, [0.02, 0.5, 0.98], axis=0)
     reach = 1.35 * np.maximum(high - middle, middle - low) + 1e-9
     points = np.clip(space.points, middle - reach, middle + reach)
@@ -335,7 +335,7 @@ def map_chart(palette: Palette, space: Map, codes: Sequence[int]) -> Figure:
 
 
 def ranking_chart(palette: Palette, ranking: Ranking, names: Sequence[str]) -> Figure:
-    """Draw a critical-difference diagram: average ranks over data sets, bars join what cannot be told apart."""
+    """Draw a critical-difference diagram: average ranks over data sets, bars joining ranks that do not differ significantly."""
     made, axes = figure(palette, "Average ranks over data sets", height=1.4 + 0.22 * len(names))
     for depth, head in enumerate(np.argsort(ranking.average_ranks, kind="stable")):
         rank = ranking.average_ranks[head]
@@ -357,7 +357,7 @@ def ranking_chart(palette: Palette, ranking: Ranking, names: Sequence[str]) -> F
 
 
 def _dot(axes: Axes, place: float, value: float, interval: Interval, floor: float, colour: str, text: str) -> bool:
-    """Draw a row's value with its interval; a triangle, and return False, where it lies too far left to be drawn."""
+    """Draw a row's value with its interval; where it is below `floor`, draw a triangle and return False."""
     if value < floor:
         axes.plot(floor, place, "<", color=colour, ms=6, gid=tip(text))
         return False
@@ -377,13 +377,13 @@ def _upright(
     size: float = 5,
     **line: Any,
 ) -> None:
-    """Draw a share with its interval, in per cent, one above the other."""
+    """Draw a share in per cent with its vertical interval."""
     axes.plot([x, x], [100 * span[0], 100 * span[1]], color=colour, **{"lw": 1.2, **line})
     axes.plot(x, 100 * share, sign, color=colour, ms=size, gid=tip(text))
 
 
 def _tested(rows: Sequence[LeaderboardRow], told: Metric) -> dict[str, tuple[float, float, float]]:
-    """Return by key each row's test score and the ends of its interval, higher is better; rows that have none are left out."""
+    """Return each row's test score and interval ends by key, higher being better; rows without a score are left out."""
     found = {}
     for row in rows:
         value, span = (None, None) if row.test is None else row.test.of(told)
@@ -393,7 +393,7 @@ def _tested(rows: Sequence[LeaderboardRow], told: Metric) -> dict[str, tuple[flo
 
 
 def _floor(values: Sequence[float], metric: Metric) -> float:
-    """Return where an axis may begin: below the bulk of the values, so that a hopeless few do not squeeze the rest."""
+    """Return the start of an axis: below the bulk of the values, so that a few very low ones do not squeeze the rest."""
     if not values:
         return 0.0
     middle, top = float(np.median(values)), max(values)
@@ -401,7 +401,7 @@ def _floor(values: Sequence[float], metric: Metric) -> float:
 
 
 def _of_rows(palette: Palette, label: str, rows: Sequence[LeaderboardRow]) -> tuple[Figure, Axes]:
-    """Return an empty figure with a line for each row, named by its head, and by its embedding too where there are several."""
+    """Return an empty figure with a line per row, labelled by its head, and by its embedding if there are several."""
     names, embeddings = [row.head for row in rows], [row.embedding.removesuffix("-penultimate") for row in rows]
     several = len(set(embeddings)) > 1
     if several:
@@ -413,14 +413,14 @@ def _of_rows(palette: Palette, label: str, rows: Sequence[LeaderboardRow]) -> tu
 
 
 def _lines(axes: Axes, places: Sequence[float], names: Sequence[str]) -> None:
-    """Name what stands in lines below one another."""
+    """Label the lines of a chart."""
     axes.set_yticks(places, list(map(plain_text, names)), linespacing=1.2)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
 
 
 def _counts(axes: Axes, ticks: Sequence[int]) -> None:
-    """Make the axis to the right one of numbers of images."""
+    """Make the x axis a logarithmic one of image counts."""
     axes.set_xscale("log")
     axes.set_xticks(ticks, list(map("{:,}".format, ticks)))
     axes.minorticks_off()
@@ -435,6 +435,6 @@ def _tuned(score: float, metric: Metric) -> str:
 
 
 def _as_a_loss_is_known(axis: Axis, metric: Metric) -> None:
-    """Number an axis of minus a loss by the loss itself, so that better stays up or to the right."""
+    """Label an axis of minus a loss with the loss itself, so that better stays up or to the right."""
     if metric.lower_is_better:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(0.0 - value, 6) + 0.0:g}"))

@@ -1,7 +1,7 @@
-"""From a matplotlib figure to an SVG that follows the page's colours, and to a PNG for papers; names shortened to fit.
+"""Convert matplotlib figures to SVG in the page's colours and to PNG for papers; shorten names.
 
-Charts are drawn once with the colours of a `Palette`. For the page each colour is a stand-in that becomes a CSS variable,
-so light and dark are a matter of style; for paper they are real colours.
+Charts are drawn with the colours of a `Palette`. For the page each colour is a placeholder that becomes a CSS variable, so that
+the style sheet decides on light and dark; for papers the colours are real.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CATEGORIES = (
     *("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951"),
     *("#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0"),
 )
-"""Observable's ten colours: told apart on light and on dark."""
+"""Observable's ten colours, distinguishable on light and on dark."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Palette:
     categories: tuple[str, ...]
 
     def category(self, number: int) -> str:
-        """Return a colour by number; they begin again after the last."""
+        """Return a category's colour; colours repeat after the last."""
         return self.categories[number % len(self.categories)]
 
 
@@ -51,13 +51,13 @@ _STAND_INS = tuple(f"#0102{number:02x}" for number in range(3, 3 + len(_VARIABLE
 SCREEN = Palette(**dict(zip(_NAMES, _STAND_INS, strict=False)), categories=_STAND_INS[len(_NAMES) :])
 
 Chart = Callable[[Palette], Figure]
-"""Draws itself with the colours it is given."""
+"""A function that draws a figure in the colours of a palette."""
 
 
 def figure(palette: Palette, label: str, width: float = 4.6, height: float = 3.5) -> tuple[Figure, Axes]:
-    """Return an empty figure, in inches, and its axes. A phone has 336 CSS pixels for 4.6 inches, so no letter may be below 10 points.
+    """Return an empty figure, sizes in inches, and its axes. On a phone 4.6 inches are 336 CSS pixels, so text needs 10 points or more.
 
-    `label` is what a screen reader calls the chart.
+    `label` is the chart's name for screen readers.
     """
     made = Figure(figsize=(width, height), layout="constrained", label=label)
     made.patch.set_alpha(0.0 if palette is SCREEN else 1.0)
@@ -65,18 +65,18 @@ def figure(palette: Palette, label: str, width: float = 4.6, height: float = 3.5
 
 
 def to_svg(chart: Chart, name: str) -> str:
-    """Draw a chart as an SVG element; `tip` ids become tooltips, stand-in colours become CSS variables."""
+    """Draw a chart as an SVG element; `tip` ids become tooltips, placeholder colours become CSS variables."""
     nothing = dict.fromkeys(("Date", "Creator", "Type", "Format"))
     data, label = _drawn(chart, SCREEN, format="svg", metadata=nothing)
     text = data.decode("utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for size in ("width", "height"):
         text = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", text, count=1)
-    # Hundredths of a point cannot be seen; tooltips keep their digits.
+    # Two decimals of a point suffice; tooltips keep their digits.
     text = re.sub(r'\b(?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
     # The page sets its own font.
     text = re.sub(r"font-family: [^;\"]*; ?", "", text)
-    # Ids are unique in one SVG only; a page has many.
+    # Ids are unique only within one SVG; a page has many.
     text = re.sub(r'\bid="(?!tip:)([^"]*)"', rf'id="{name}-\1"', text)
     text = re.sub(r'href="#([^"]*)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", text)
@@ -93,20 +93,20 @@ def to_png(chart: Chart) -> bytes:
 
 
 def plain_text(text: str) -> str:
-    """Return text that matplotlib does not take for mathematics."""
+    """Escape text so that matplotlib does not read it as mathematics."""
     return text.replace("$", r"\$")
 
 
 def tip(text: str) -> str:
-    """Return the id by which an artist gets a tooltip on the page."""
+    """Return the id that gives an artist a tooltip on the page."""
     return f"tip:{text}"
 
 
 def _drawn(chart: Chart, palette: Palette, **how: Any) -> tuple[bytes, str]:
-    """Return the drawing in a file's bytes, and its label."""
+    """Return the drawing as the bytes of a file, and its label."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(_style(palette)), warnings.catch_warnings():
-        # A glyph that matplotlib's font lacks is set by the browser in a font that has it.
+        # The browser has fonts for the glyphs that matplotlib's font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         made = chart(palette)
         made.savefig(buffer, **how)
@@ -146,10 +146,10 @@ GAP = "…"
 
 
 def shorten_all(names: Sequence[str], length: int) -> list[str]:
-    """Return every name in about `length` characters, different names kept different.
+    """Shorten names to about `length` characters, keeping different names different.
 
-    Where one is too long, words that all begin or end with are left out first ("…blue circle…" of many photographs of
-    something on a plain background), then the middle, as names mostly differ at their ends; those that are alike then are numbered.
+    Where one is too long, the words that all names begin or end with are dropped first ("…blue circle…" for many photographs of
+    something on a plain background), then the middle, as names mostly differ at their ends; equal results are numbered.
     """
     unique = list(dict.fromkeys(names))
     if all(len(name) <= length for name in unique):
@@ -171,6 +171,6 @@ def shorten_all(names: Sequence[str], length: int) -> list[str]:
 
 
 def _shared(texts: Sequence[str]) -> int:
-    """Return how many characters the words have that all texts begin with."""
-    beginning = commonprefix(list(texts))  # noqa: RUF071 - of characters, these are no paths
+    """Return the length of the whole words that all texts begin with."""
+    beginning = commonprefix(list(texts))  # noqa: RUF071 - these are texts, not paths
     return max(beginning.rfind(sign) + 1 for sign in " -_/.")

@@ -1,4 +1,4 @@
-"""Pages on why images got their labels: a map over each image, and training images beside it."""
+"""Explanation pages: why images got their labels, as a map over each image with training images beside it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pipeline.report.pictures import DOT_SIDE, SIDE, data_address, small
 
 INDEX = "index.html"
 SHOWN_NEAR = 3
-"""Images for a label and as many against it that the experiment's page shows."""
+"""Neighbours with the label, and as many without it, on the experiment's page."""
 SHOWN_SIDE = 384
 """Pixels of the longer side of an image on its page."""
 FOR, AGAINST = (232, 89, 12), (59, 91, 219)
 STRONGEST = 0.8
-"""How much of its colour the strongest place of a map has."""
+"""Opacity of the strongest cell of a map."""
 
 Near = Sequence[tuple[float, str, str]]
 """Distance, label and path of images, nearest first."""
@@ -31,25 +31,25 @@ Near = Sequence[tuple[float, str, str]]
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """An image, its label, and why."""
+    """An image, its predicted label, and the explanation."""
 
     path: str
     label: str
     probability: float | None
     pixels: NDArray[np.uint8]
-    """What the map lies over, shape (height, width, 3)."""
+    """The image under the map, shape (height, width, 3)."""
     cells: NDArray[np.floating] | None
-    """What each place says for the label, or below 0 against it, shape (rows, columns); None where nobody can tell."""
+    """Evidence of each cell for the label, below 0 against it, shape (rows, columns); None where there is no map."""
     exact: bool
-    """Whether the cells are the head's own scores of each place, and not what covering changes."""
+    """Whether the cells are the head's own scores at each place, and not the effects of occlusion."""
     exclusive: bool = True
-    """Whether an image has one label, so that exact cells are its lead over the best other one's."""
+    """Whether an image has one label, so that exact cells are its lead over the second-best label."""
     near: tuple[Near, Near] = ((), ())
-    """Training images of its label, and of others."""
+    """Nearest training images with its label, and with other labels."""
 
     @property
     def way(self) -> str:
-        """How the map was made, in a word or two."""
+        """The method of the map."""
         if self.cells is None:
             return "neighbours alone, as the head gives no probability"
         return "exact class activation map" if self.exact else "occlusion"
@@ -61,7 +61,7 @@ class Explained:
 
 
 def build(folder: Path, found: Sequence[Explained], no_neighbours: str = "") -> Path:
-    """Write a page for each image, numbered, and one that leads to them, whose path is returned; `no_neighbours` says why there are none."""
+    """Write a numbered page for each image and an index, whose path is returned; `no_neighbours` says why neighbours are missing."""
     make_folder(folder)
     links = []
     for number, each in enumerate(found, 1):
@@ -81,11 +81,11 @@ def build(folder: Path, found: Sequence[Explained], no_neighbours: str = "") -> 
     return folder / INDEX
 
 
-# ---- of the mistakes on an experiment's page
+# ---- mistakes on an experiment's page
 
 
 def keep(files: Artifacts, row: str, found: Mapping[str, Explained]) -> None:
-    """Write down why a row mistakes some images, by their paths, small enough for the page: a map, the nearest images, a link."""
+    """Store explanations of a row's mistakes by path, small enough for the page: a map, the nearest images, a link."""
     images = {
         path: {
             "said": each.label,
@@ -104,14 +104,14 @@ def keep(files: Artifacts, row: str, found: Mapping[str, Explained]) -> None:
 
 
 def enlarged(image: Image.Image, side: int) -> Image.Image:
-    """Return an image whose longer side has this many pixels."""
+    """Resize an image so that its longer side has `side` pixels."""
     scale = side / max(image.size)
     width, height = (max(1, round(length * scale)) for length in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def overlaid(image: Image.Image, cells: NDArray[np.floating]) -> Image.Image:
-    """Return an image in grey with a map over it, shape (rows, columns): above 0 in the colour of what speaks for, below in the other's."""
+    """Overlay a grey image with a map, shape (rows, columns): values above 0 in the colour `FOR`, below in `AGAINST`."""
     smooth = np.asarray(Image.fromarray(cells.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR))
     strength = STRONGEST * smooth / max(float(np.abs(cells).max()), 1e-12)
     grey = np.asarray(image.convert("L"), np.float32)[..., None]

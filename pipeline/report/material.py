@@ -1,6 +1,6 @@
-"""Everything the page shows, gathered from the saved artifacts: nothing is tuned again, no network is needed.
+"""The page's data, read from saved artifacts without tuning or running a network.
 
-A part whose files are missing is None, with the reason in `missing`; the page says so instead of failing.
+A part whose files are missing is None, with the reason in `missing`, which the page shows.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ if TYPE_CHECKING:
     from pipeline.evaluation.fewshot import FewShot
 
 MOST_IMAGES = 20_000
-"""Images whose features are read."""
+"""Most images whose features are read."""
 MOST_DOTS = 900
-"""Images on the map: each carries its thumbnail, and the page should stay well below 3 MB."""
+"""Most images on the map: each has a thumbnail, and the page should stay well below 3 MB."""
 LEAST_UMAP = 20
-"""Images that UMAP needs: it looks at fifteen neighbours of each."""
+"""Fewest images for UMAP, which uses fifteen neighbours of each."""
 MOST_CURVE_ROWS = 6_000
 TRAINING = ("train", "validation")
 CURVE_HEAD = RIDGE
-"""The learning curve is measured with a cheap head: one factorisation per fit. Its penalty is the number of features: with
-little of it, ridge gets worse where images are about as many as features (double descent), and no law fits that."""
+"""The cheap head of the learning curve: one factorisation per fit. Its penalty is the number of features, because with a small
+penalty ridge gets worse where n is near the number of features (double descent), which no power law fits."""
 CURVE_DRAWS = 5
 
 T = TypeVar("T")
@@ -63,20 +63,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EmbeddingView:
-    """One embedding of images that are in use: `rows` of the index, shape (n,), `features` of shape (n, dim)."""
+    """One embedding of the images in use: `rows` of the index, shape (n,), `features` of shape (n, dim)."""
 
     embedding: str
     rows: NDArray[np.intp]
     images: DatasetIndex
     features: NDArray[np.float32]
     labelled: int
-    """Training images there are, also where `images` are a part."""
+    """Number of all training images, even if `images` are a subset."""
     seed: int
 
 
 @dataclass(frozen=True)
 class Map:
-    """The embedding space in two dimensions: `rows` of the index, shape (n,), and where each lies, shape (n, 2), by a method."""
+    """The embedding space in two dimensions: `rows` of the index, shape (n,), and their `points`, shape (n, 2)."""
 
     rows: NDArray[np.intp]
     points: NDArray[np.float32]
@@ -85,7 +85,7 @@ class Map:
 
 @dataclass(frozen=True)
 class Material:
-    """What the page is made of; `predictions` and `trials` are by row key. What costs time is worked out when first asked for."""
+    """The page's data; `predictions` and `trials` are by row key, and expensive parts are computed on first access."""
 
     output: Path
     leaderboard: Leaderboard
@@ -93,19 +93,19 @@ class Material:
     trials: Mapping[str, Trials]
     index: DatasetIndex | None = None
     view: EmbeddingView | None = None
-    """Of the best row's embedding, or the best with features."""
+    """The embedding of the best row with features."""
     findings: audit.Findings = field(default_factory=audit.Findings)
     missing: tuple[str, ...] = ()
     few_shot: FewShot | None = None
-    """What `manyheads fewshot` found, where it was run."""
+    """Results of `manyheads fewshot`, if it was run."""
     advice: Advice | None = None
-    """What `manyheads advise` said, where it was asked."""
+    """Result of `manyheads advise`, if it was run."""
     why: Mapping[str, Any] = field(default_factory=dict)
-    """By path, why the best row mistakes an image, as `explained.keep` has it, where `manyheads report --explain` was run."""
+    """Explanations of the best row's mistakes by path, as `explained.keep` stores them, if `manyheads report --explain` was run."""
 
     @property
     def target(self) -> str:
-        """The kind of the experiment's target, which sections serve or not."""
+        """The kind of the experiment's target, which decides on the sections."""
         return self.leaderboard.target.kind
 
     @property
@@ -120,12 +120,12 @@ class Material:
 
     @cached_property
     def kinds(self) -> DatasetIndex | None:
-        """The images under names that a person would count them by: classes, each of several labels, ranges of a number."""
+        """The images labelled by countable names: classes, each of several labels, or ranges of a number."""
         return None if self.index is None else TARGETS[self.target].as_classes(self.index)
 
     @cached_property
     def codes(self) -> Mapping[str, list[int]]:
-        """For each path the places of its names among the classes of `kinds`."""
+        """Indices of each path's names among the classes of `kinds`."""
         found, kinds = dict[str, list[int]](), self.kinds
         if kinds is not None:
             columns = class_columns(kinds.labels.astype(str), kinds.classes).tolist()
@@ -135,12 +135,12 @@ class Material:
 
     @cached_property
     def curve(self) -> LearningCurve | None:
-        """Accuracy by the number of labelled images; None without features, where images are too few or have no class each."""
+        """Accuracy by number of labelled images; None without features or classes, or with too few images."""
         return _curve(self.view) if self.view is not None and self.leaderboard.target.exclusive else None
 
     @cached_property
     def label_issues(self) -> audit.LabelIssues:
-        """Labels that the best row with out-of-fold probabilities does not believe."""
+        """Labels that the best row with out-of-fold probabilities doubts."""
         for row in self.leaderboard.rows:
             part = self.predictions[row.key].out_of_fold if row.key in self.predictions else None
             if part is not None and part.probabilities is not None and part.target.exclusive:
@@ -194,7 +194,7 @@ def gather(output: Path) -> Material:
 
 
 def _view(files: Artifacts, board: Leaderboard, index: DatasetIndex, missing: list[str]) -> EmbeddingView | None:
-    """Read the features of the best embedding that has some; of very many images a stratified part."""
+    """Read the features of the best embedding that has some, or a stratified sample of them."""
     seed = int(board.provenance.get("seed", 0))
     try:
         require_index(files.features, index.fingerprint())
@@ -209,7 +209,7 @@ def _view(files: Artifacts, board: Leaderboard, index: DatasetIndex, missing: li
         rows = known = np.flatnonzero(~store.missing(index.digests) & (splits != "excluded"))
         if len(known) > MOST_IMAGES:
             rows = np.sort(known[stratified_order(index.labels[known].astype(str), seed)[:MOST_IMAGES]])
-            missing.append(f"The map and the learning curve look at {len(rows):,} of {len(known):,} images.")
+            missing.append(f"The map and the learning curve use {len(rows):,} of {len(known):,} images.")
         labelled = int(np.isin(splits[known], TRAINING).sum())
         return EmbeddingView(record.name, rows, index.rows(rows), store.read(index.digests[rows]), labelled, seed)
     except (OSError, PipelineError) as error:
@@ -226,7 +226,7 @@ def _why(files: Artifacts, row: str) -> Mapping[str, Any]:
 
 
 def umap_is_installed() -> bool:
-    """Whether the extra `manyheads[umap]` is there."""
+    """Whether the extra `manyheads[umap]` is installed."""
     return find_spec("umap") is not None
 
 
@@ -238,14 +238,14 @@ def _map(view: EmbeddingView, codes: Mapping[str, list[int]]) -> Map:
         points = points[:, :2]
         return Map(view.rows[shown], np.pad(points, ((0, 0), (0, 2 - points.shape[1]))))
     with instead({"tensorflow": None}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no TensorFlow, for which we have no use
+        warnings.simplefilter("ignore")  # UMAP warns of missing TensorFlow, which is not needed
         from umap import UMAP
     drawn = UMAP(random_state=view.seed, n_jobs=1).fit_transform(points)
     return Map(view.rows[shown], drawn.astype(np.float32), "UMAP")
 
 
 def _curve(view: EmbeddingView) -> LearningCurve | None:
-    """Measure the curve within the training images, each draw with another fifth held out; test images stay untouched."""
+    """Measure the curve on the training images, holding out another fifth in each draw; test images are not used."""
     labels = view.images.labels.astype(str)
     rows = np.flatnonzero(np.isin(view.images.splits.astype(str), TRAINING))
     if len(rows) < 50:
@@ -255,7 +255,7 @@ def _curve(view: EmbeddingView) -> LearningCurve | None:
     draws = range(view.seed, view.seed + CURVE_DRAWS)
     parts = [_held_apart(view.images.rows(rows), draw) for draw in draws]
     smallest = min(len(rest) for rest, _ in parts)
-    if smallest < 40:  # one group holds nearly all images
+    if smallest < 40:  # one group has nearly all images
         return None
     sizes = np.array(curve_sizes(smallest, len(view.images.classes)))
     build = partial(configure, CURVE_HEAD, {"alpha": float(X.shape[1])})
@@ -269,9 +269,9 @@ def _curve(view: EmbeddingView) -> LearningCurve | None:
 
 
 def _held_apart(images: DatasetIndex, seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Divide images, whole groups and all copies of a content together, into those to learn from and a fifth to judge by.
+    """Split images, with groups and copies kept together, into a training part and a held-out fifth.
 
-    Returns the places of both in `images`, intp of shape (k,) and (m,).
+    Returns the rows of both in `images`, intp of shape (k,) and (m,).
     """
     groups, order = images.fold_groups(), stratified_order(images.labels.astype(str), seed)
     part = len(order) // 5

@@ -1,8 +1,8 @@
 """The report page: one HTML file with its charts, images, styles and script inside.
 
 `build` gathers the material, draws the charts once for the page and once as PNG, and writes `report.html`, `plots/`,
-`audit/` and a `MODEL_CARD.md` for each bundle; `report.json` says what they were made of, so that a page whose material did not
-change is not made again. `sections` says what each section is given; `templates` has their words, the look and the behaviour.
+`audit/` and a `MODEL_CARD.md` for each bundle. `report.json` records their inputs, so that an unchanged page is not rebuilt.
+`sections` prepares the data of each section; `templates` has their text, style and script.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def build(output: Path) -> Path:
-    """Write the report of an experiment, and a card beside each bundle; return the page's path. PipelineError without a leaderboard."""
+    """Write the report of an experiment and a model card for each bundle; return the page's path. PipelineError without a leaderboard."""
     output = Path(output)
-    inputs = digest_inputs(output)  # first, so that what changes meanwhile makes the page old
+    inputs = digest_inputs(output)  # first, so that changes during the build make the page outdated
     material = gather(output)
     shown = sections.shown(material)
     made: dict[str, str | bytes] = {PAGE: render(material, shown)}
@@ -54,7 +54,7 @@ def build(output: Path) -> Path:
 
 
 def build_overview(output: Path, pages: Mapping[str, Path]) -> Path:
-    """Write the page of several targets, a table with a link to the page of each, and return its path."""
+    """Write the overview page of several targets, with links to their pages, and return its path."""
     found = {name: read_leaderboard(page.parent) for name, page in pages.items()}
     given = {
         "title": sections.name_of_data(next(iter(found.values())), output),
@@ -67,14 +67,14 @@ def build_overview(output: Path, pages: Mapping[str, Path]) -> Path:
 
 
 def fill(name: str, given: Mapping[str, object]) -> str:
-    """Return a page of its own as HTML text, by its template and what that asks for."""
+    """Render a template as a page with the report's style and script."""
     style, script = (Markup((TEMPLATES / file).read_text(encoding="utf-8")) for file in ("style.css", "script.js"))
     look = {"parts": (), "images": None, "style": style, "script": script}
     return _environment().get_template(name).render({**look, **given})
 
 
 def render(material: Material, shown: Mapping[PageSection, Shown] | None = None) -> str:
-    """Return the page as HTML text; the same material gives the same text. `shown` spares looking what its sections show."""
+    """Return the page as HTML text; the same material gives the same text. `shown` is `sections.shown(material)` if known."""
     found = sections.shown(material) if shown is None else shown
     parts = [(section, filled(section, material, part)) for section, part in found.items()]
     named = [path for _, given in found.values() for path in given.get("pictures", ())]
@@ -83,7 +83,7 @@ def render(material: Material, shown: Mapping[PageSection, Shown] | None = None)
 
 
 def filled(section: PageSection, material: Material, part: Shown) -> Markup:
-    """Return a section as HTML, of what it shows."""
+    """Render a section as HTML."""
     charts, given = part
     drawn = {name: Markup(to_svg(chart, name)) for name, chart in charts.items()}
     macros = _environment().get_template("sections.html").make_module({**_known(material), "drawn": drawn, **given})
@@ -98,7 +98,7 @@ def _known(material: Material) -> dict[str, object]:
         "best": board.best,
         "title": sections.title(material),
         "metric": metric,
-        "told": board.told_by,
+        "told": board.test_metric,
         "unit": "%" if metric is ACCURACY else metric.header,
     }
 
@@ -137,7 +137,7 @@ def _span(metric: Metric, interval: Interval) -> str:
 
 
 def _within(value: float, span: Interval) -> float:
-    """Return where a value lies in a span, in per cent; at its ends where it lies beyond them."""
+    """Return the position of a value in a span in per cent, clipped to its ends."""
     return min(100.0, max(0.0, 100 * (value - span[0]) / max(span[1] - span[0], 1e-9)))
 
 

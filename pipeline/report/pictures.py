@@ -1,6 +1,6 @@
-"""The images that a page carries with it: thumbnails packed as WebP, what is known of each image, and its neighbours.
+"""The images inside a page: thumbnails packed as WebP, with labels, predictions and neighbours.
 
-An image that is pressed shows its neighbours, and a gallery of all can be filtered; both are the work of the page's script.
+The page's script uses them to show an image's neighbours on a click, and a gallery of all images with filters.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ DOT_SIDE = 72
 """Pixels of a thumbnail's side on the map: there are hundreds."""
 MOST_PIXELS = 64_000_000
 MOST_INSIDE = 1_200
-"""Images that a page carries: a thumbnail takes about 1 kB, and the page should stay well below 3 MB."""
+"""Most images inside a page: a thumbnail takes about 1 kB, and the page should stay well below 3 MB."""
 MOST_MISTAKES = 200
-"""Of them images labelled wrong that no section shows by itself."""
+"""Most mistakes among them besides those that sections show."""
 NEAREST = 6
 
 
 def small(root: Path, path: str, side: int) -> Image.Image | None:
-    """Return an image on a square of the given side, nothing cropped; None when it cannot be read."""
+    """Return an image scaled to fit a square of the given side; None when it cannot be read."""
     try:
         image = Image.fromarray(decode(open_file(root, path), max_pixels=MOST_PIXELS, at_least=side))
     except ImageProblem:
         return None
-    # Tiny images are enlarged in whole pixels, so that a digit of 8 x 8 stays what it is.
+    # Tiny images are enlarged without interpolation, so that the pixels of an 8 x 8 digit stay visible.
     way = Image.Resampling.NEAREST if max(image.size) <= side // 2 else Image.Resampling.LANCZOS
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    # A large photo is first reduced by whole pixels, which costs a fifth and cannot be seen.
+    # A large photo is first reduced by an integer factor, five times faster without visible loss.
     return image.resize(size, way, reducing_gap=2.0)
 
 
 def data_address(image: Image.Image, quality: int = 72) -> str:
-    """Return an image as a `data:` address."""
+    """Return an image as a `data:` URL."""
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=quality, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def gallery(index: DatasetIndex | None, paths: Iterable[str]) -> dict[str, str]:
-    """Return the thumbnail of each path that can be shown, by path."""
+    """Return thumbnails as `data:` URLs by path, without unreadable images."""
     if index is None:
         return {}
     known, found = set(index.paths.tolist()), dict[str, str]()
@@ -67,7 +67,7 @@ def gallery(index: DatasetIndex | None, paths: Iterable[str]) -> dict[str, str]:
 
 
 def sheet(index: DatasetIndex, rows: Sequence[int]) -> tuple[str, int]:
-    """Return one picture with the thumbnails of all rows, left to right and top to bottom, and its number of columns."""
+    """Return one picture with the thumbnails of all rows, in reading order, and its number of columns."""
     columns = max(1, int(np.ceil(np.sqrt(len(rows)))))
     lines = -(-len(rows) // columns)
     page = Image.new("RGB", (columns * DOT_SIDE, lines * DOT_SIDE), (236, 238, 241))
@@ -80,17 +80,17 @@ def sheet(index: DatasetIndex, rows: Sequence[int]) -> tuple[str, int]:
 
 
 def in_words(answer: Any) -> str:
-    """Write what is said of an image, a text or numbers of shape (k,), for people."""
+    """Write an image's label, a text or numbers of shape (k,), for people."""
     if isinstance(answer, str):
         return answer.replace(SEPARATOR, ", ") or "no label"
     return ", ".join(f"{number:.4g}" for number in np.atleast_1d(answer))
 
 
 def carried(material: Material, named: Iterable[str]) -> dict[str, Any] | None:
-    """Return what the page's script knows of images, in the order of their picture; None where there is no map.
+    """Return the image data for the page's script, in the order of the picture of thumbnails; None where there is no map.
 
-    First come those of the map, dot by dot, then those that sections show, whose paths are `named`, then mistakes, and what is nearest
-    to the named ones among all images that are looked at. The neighbours of each are told among these.
+    First come the dots of the map, then the images in sections, whose paths are `named`, then mistakes, and the nearest neighbours of
+    the named ones. The listed neighbours of each image are among these.
     """
     index, view, space, kinds = material.index, material.view, material.map, material.kinds
     if index is None or view is None or space is None or kinds is None:
@@ -126,10 +126,10 @@ def carried(material: Material, named: Iterable[str]) -> dict[str, Any] | None:
 
 
 def _answers(best: HeadPredictions | None, exclusive: bool) -> dict[str, tuple[str, int, float]]:
-    """Return what the best row says of each image that it has not learned from, by path.
+    """Return the best row's predictions by path for test images and, out of fold, training images.
 
-    That is its answer in words, 1 where it is right, 0 where it is wrong and -1 where there is no such thing, and how sure it is of
-    a class, in per cent, else 0; mistakes of which it is surest come first.
+    Each is the prediction in words, 1 if right, 0 if wrong or -1 for numbers, and the confidence in a class in per cent, else 0;
+    the most confident come first in each part.
     """
     found = dict[str, tuple[str, int, float]]()
     for part in (best.test, best.out_of_fold) if best else ():

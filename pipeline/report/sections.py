@@ -1,4 +1,4 @@
-"""The page's sections: each says which targets it serves, which charts it has, and what its macro of the template `sections.html` is given."""
+"""The page's sections: the targets that each applies to, its charts, and the arguments of its macro in `templates/sections.html`."""
 
 from __future__ import annotations
 
@@ -33,54 +33,54 @@ from pipeline.report.material import CURVE_HEAD, Material
 from pipeline.report.pictures import gallery, in_words
 
 MOST_SEARCHES = len(CATEGORIES)
-"""Searches in the tuning chart: each has a colour of its own."""
+"""Most searches in the tuning chart, one for each colour."""
 MOST_CLASSES = 25
-"""Classes or labels up to which the table has them all at once."""
+"""Most classes or labels in a table that is not folded."""
 WORST_CLASSES = 15
-"""Of more, those shown before the table is unfolded."""
+"""Classes shown above a folded table."""
 MOST_LISTED = 12
-"""Confusions in the table beside the matrix."""
+"""Most confusions in the table next to the matrix."""
 MOST_PICTURES = 24
 MOST_PAIRS = 18
 MOST_COLUMNS = 4
-"""Numbers that have charts; the table has all."""
+"""Most numbers with charts; the table has all."""
 CHIP = 28
-"""Characters of a class on the map's buttons."""
+"""Most characters of a class name on the map's buttons."""
 CARD = "MODEL_CARD.md"
 
 Shown = tuple[Mapping[str, Chart], Mapping[str, Any]]
-"""A section's charts by name, drawn on the page and as `plots/NAME.png`, and what else its macro is given."""
+"""A section's charts by name, drawn on the page and as `plots/NAME.png`, and the other arguments of its macro."""
 
 
 @dataclass(frozen=True)
 class PageSection:
-    """One part of the page: `show` returns what its macro is given, or None where there is nothing to show."""
+    """One part of the page: `show` returns its content, or None where there is nothing to show."""
 
     name: str
-    """Its anchor, and its macro, NAME_section."""
+    """Its anchor; its macro is NAME_section."""
     heading: str
-    """Its name in the navigation; the top of the page has none."""
+    """Its name in the navigation; '' for the top of the page."""
     targets: tuple[str, ...]
-    """The kinds of target it serves; pages of others do not have it."""
+    """Kinds of target whose pages have it."""
     show: Callable[[Material], Shown | None]
 
 
 def title(material: Material) -> str:
-    """Return what the page is about: the data set's name, and the column's where the manifest names one."""
+    """Return the page's title: the data set's name, and the label column's if the config names one."""
     dataset = material.leaderboard.provenance.get("config", {}).get("dataset", {})
     columns = [name for name in dataset.get("label_columns", ()) if name != LABEL]
     return ": ".join([name_of_data(material.leaderboard, material.output), *columns[:1]])
 
 
 def name_of_data(board: Leaderboard, output: Path) -> str:
-    """Return the data set's name, as far as the config tells it."""
+    """Return the data set's name from the config, or the output folder's name."""
     dataset = board.provenance.get("config", {}).get("dataset", {})
     name = dataset.get("name") or (Path(dataset["path"]).name if dataset.get("path") else dataset.get("source"))
     return str(name or output.resolve().name)
 
 
 def shown(material: Material) -> dict[PageSection, Shown]:
-    """Return the sections of an experiment's page, from top to bottom, with what they show."""
+    """Return the sections of an experiment's page and their content, from top to bottom."""
     found = {}
     for section in SECTIONS:
         part = section.show(material) if material.target in section.targets else None
@@ -90,13 +90,13 @@ def shown(material: Material) -> dict[PageSection, Shown]:
 
 
 def predict_command(output: Path, row: LeaderboardRow, best: LeaderboardRow) -> str:
-    """Return the line that labels new images with a row."""
+    """Return the command that labels new images with a row."""
     folder = output if row.key == best.key or row.bundle is None else output / row.bundle
     return f"manyheads predict {quote(str(folder))} IMAGES --output labels.csv"
 
 
 def cards(material: Material) -> dict[str, dict[str, Any]]:
-    """Return what the card of each bundle is made of, by its path below the output folder; rows whose bundle is gone have none."""
+    """Return the content of each bundle's model card by its path below the output folder; missing bundles have none."""
     board, kinds, found = material.leaderboard, material.kinds, dict[str, dict[str, Any]]()
     classes = () if kinds is None else kinds.classes
     counts = Counter(() if kinds is None else zip(kinds.labels.tolist(), kinds.splits.tolist(), strict=True))
@@ -121,7 +121,7 @@ def cards(material: Material) -> dict[str, dict[str, Any]]:
 
 
 def _first(material: Material) -> Shown:
-    """Give the first screen: what to use, how sure that is, whether a network helps, and what to do next."""
+    """Return the first screen: the recommended row, its test, whether a network helps, and next steps."""
     board, test = material.leaderboard, material.best.test if material.best else None
     row = board.recommended
     floor = next((one for one in board.ranked if one.baseline and one.test), None)
@@ -141,7 +141,7 @@ def _first(material: Material) -> Shown:
 
 
 def known_least(test: Predictions) -> list[ClassScores]:
-    """Return the scores of classes, lowest recall first, or of labels, lowest average precision first; of numbers none."""
+    """Return the scores of classes, lowest recall first, or of labels, lowest average precision first; [] for numbers."""
     if test.target.kind == "regression" or (not test.target.exclusive and test.probabilities is None):
         return []
     found = [one for one in per_class(test) if one.support]
@@ -151,23 +151,23 @@ def known_least(test: Predictions) -> list[ClassScores]:
 
 def _leaderboard(material: Material) -> Shown:
     board = material.leaderboard
-    # What to use, ~ and ± are said above the table, where the page has a blue edge for the sign.
+    # The page explains the recommendation, ~ (a blue edge here) and ± above the table.
     above = ("Use ", "~", "±")
     asked = [name for name in ("nested", "seeds") if any(getattr(row, name) for row in board.rows)]
     notes = [note for note in board.notes() if not note.startswith(above)]
-    columns = [metric for metric in metrics_for(board.target) if metric.column and metric is not board.told_by]
+    columns = [metric for metric in metrics_for(board.target) if metric.column and metric is not board.test_metric]
     return {}, {"notes": notes, "asked": asked, "ends": _ends(board), "columns": columns}
 
 
 def _ends(board: Leaderboard) -> Interval:
-    """Return the scores at the ends of the bars in the leaderboard."""
-    spans = np.array([span for row in board.rows if row.test and (span := row.test.of(board.told_by)[1])])
+    """Return the scores at both ends of the leaderboard's bars."""
+    spans = np.array([span for row in board.rows if row.test and (span := row.test.of(board.test_metric)[1])])
     if not len(spans):
         return (0.0, 1.0)
     lows, highs = spans.T.tolist()
     low, high = min(lows), max(highs)
-    # A hopeless row's interval would squeeze all others into a corner.
-    if board.told_by.lower_is_better:
+    # The interval of a very bad row would squeeze all others into a corner.
+    if board.test_metric.lower_is_better:
         return (low, min(high, 4 * median(highs) - 3 * low))
     return (max(low, 4 * median(lows) - 3 * high), high)
 
@@ -177,7 +177,7 @@ def _difference(material: Material) -> Shown:
     group = recommendation.no_evidence if recommendation else (board.best.key,)
     found = {
         "leaderboard": partial(
-            charts.score_chart, rows=board.ranked, group=group, scoring=board.scoring, told=board.told_by
+            charts.score_chart, rows=board.ranked, group=group, scoring=board.scoring, told=board.test_metric
         )
     }
     if recommendation and len(recommendation.differences) > 1:
@@ -189,7 +189,7 @@ def _difference(material: Material) -> Shown:
 
 
 def _layers(material: Material) -> Shown | None:
-    """Give a chart and a table for every network whose profile is of the leaderboard's images."""
+    """Return a chart and a table for every network with a layer profile on the leaderboard's images."""
     tasks = {row.task for row in material.leaderboard.rows}
     found = [one for one in read_profiles(Artifacts(material.output).layers) or () if one.task in tasks]
     drawn = {
@@ -218,7 +218,7 @@ def _tuning(material: Material) -> Shown | None:
 
 @dataclass(frozen=True)
 class Confusion:
-    """How many images of one class, and which share of its images, are taken for another."""
+    """How many images of one class, and which share of it, are predicted as another."""
 
     true: str
     said: str
@@ -227,7 +227,7 @@ class Confusion:
 
 
 def largest(matrix: NDArray[np.int64], classes: Sequence[str]) -> list[Confusion]:
-    """Return which classes are taken for which, the most images first, of a matrix, int64 of shape (n, n)."""
+    """Return the confusions of a matrix, int64 of shape (n, n), most frequent first."""
     wrong = matrix - np.diag(np.diag(matrix))
     places = np.argwhere(wrong)
     order = np.argsort(-wrong[wrong > 0], kind="stable")
@@ -242,7 +242,7 @@ def _classes(material: Material) -> Shown | None:
     if best is None:
         return None
     rows, matrix = per_class(best.test), confusion_matrix(best.test)
-    # A class that is neither among the test images nor among the answers has no F1, and is not the worst.
+    # A class neither among test images nor predictions has no F1 and comes last.
     worst = sorted(rows, key=lambda row: (not row.support + row.predicted, row.f1))[:WORST_CLASSES]
     confused = largest(matrix, best.classes)
     return {"confusion": partial(charts.confusion_chart, matrix=matrix, classes=best.classes)}, {
@@ -276,7 +276,7 @@ def _reliability(material: Material) -> Shown | None:
 
 
 def _numbers(material: Material) -> Shown | None:
-    """Give predicted beside true numbers, how often intervals hold, and the images that are furthest off."""
+    """Return predicted and true numbers, coverage of intervals, and the images with the largest errors."""
     best = material.best
     if best is None or not isinstance(best.test.target, Regression):
         return None
@@ -296,14 +296,14 @@ def _numbers(material: Material) -> Shown | None:
 
 
 def _told(material: Material, test: Predictions, rows: NDArray[np.intp]) -> dict[str, Any]:
-    """Return path, what is said and what is true of some rows, intp of shape (k,), in words, with their pictures."""
+    """Return paths, predictions and true labels in words, and pictures, of some rows, intp of shape (k,)."""
     paths = np.asarray(test.paths)[rows].tolist()
     words = [[in_words(answer) for answer in part[rows]] for part in (test.predicted, test.labels)]
     return {"found": list(zip(paths, *words, strict=True)), "pictures": gallery(material.index, paths)}
 
 
 def _labels(material: Material) -> Shown | None:
-    """Give how well each of several labels is known, and the images whose labels are furthest off."""
+    """Return the scores of each of several labels, and the images with the largest errors."""
     best = material.best
     if best is None or best.test.probabilities is None or not isinstance(best.test.target, MultiLabel):
         return None
@@ -321,7 +321,7 @@ def _labels(material: Material) -> Shown | None:
 
 
 def _growth(material: Material) -> Shown | None:
-    rows, told, found = material.leaderboard.rows, material.leaderboard.told_by, dict[str, Chart]()
+    rows, told, found = material.leaderboard.rows, material.leaderboard.test_metric, dict[str, Chart]()
     if material.curve is not None and len(material.curve.points) > 1:
         found["learning_curve"] = partial(charts.learning_chart, curve=material.curve, head=CURVE_HEAD.name)
     shown = charts.priced(rows, told)
@@ -342,14 +342,14 @@ def _few_shot(material: Material) -> Shown | None:
 
 
 def _unknown(material: Material) -> Shown | None:
-    """Give how well images of classes that were left out are told from others, by the best row."""
+    """Return how well the best row detects images of left-out classes."""
     board = material.leaderboard
     record = board.provenance.get("unknown", {}).get(board.best.key)
     return None if record is None else ({}, {"record": {"sets": None, **record}, "names": list(record["auroc"])})
 
 
 def _domains(material: Material) -> Shown | None:
-    """Give how far domains are apart, how the best row does in each, and what adapting it brought."""
+    """Return the distances between domains, the best row's accuracy in each, and the effects of adaptation."""
     record = material.leaderboard.provenance.get("domains")
     if record is None:
         return None
@@ -360,7 +360,7 @@ def _domains(material: Material) -> Shown | None:
 
 
 def _map(material: Material) -> Shown | None:
-    """Give the map of the embedding; what the page's script needs to show the image at a dot is `pictures.carried`."""
+    """Return the map of the embedding; `pictures.carried` has the images at its dots for the page's script."""
     space, index, kinds = material.map, material.index, material.kinds
     if space is None or index is None or kinds is None:
         return None
@@ -371,7 +371,7 @@ def _map(material: Material) -> Shown | None:
 
 
 def _mistakes(material: Material) -> Shown | None:
-    """Give the test images on which the best row was most sure and wrong, and why, where that was looked into."""
+    """Return the best row's most confident mistakes on test images, with explanations if there are any."""
     best = material.best
     if best is None:
         return None
@@ -382,7 +382,7 @@ def _mistakes(material: Material) -> Shown | None:
 
 
 def worst(part: Predictions) -> tuple[list[tuple[str, str, str, float]], int]:
-    """Return the images on which a head was most sure and wrong: path, what it said, the label and how sure; and how many are wrong."""
+    """Return a head's most confident mistakes as (path, prediction, label, confidence), and the number of all mistakes."""
     p, wrong = part.probabilities, np.flatnonzero(~part.correct)
     sure, own = np.ones(len(part)), np.zeros(len(part))
     if p is not None:
@@ -393,7 +393,7 @@ def worst(part: Predictions) -> tuple[list[tuple[str, str, str, float]], int]:
 
 
 def _to_look_at(material: Material, found: Sequence[Any], most: int, **more: Any) -> Shown | None:
-    """Give the first of what the audit found, with their pictures."""
+    """Return the first findings of an audit with their pictures."""
     shown = found[:most]
     paths = [path for item in shown for path in (item.path, getattr(item, "other", None)) if path]
     given = {"total": len(found), "shown": shown, "pictures": gallery(material.index, paths), **more}
@@ -401,20 +401,20 @@ def _to_look_at(material: Material, found: Sequence[Any], most: int, **more: Any
 
 
 def _label_issues(material: Material) -> Shown | None:
-    """Give training images whose label the head does not believe, and on how many of all it is right."""
+    """Return training images whose labels the head doubts, and its out-of-fold accuracy."""
     issues, best = material.label_issues, material.best
     right = None if best is None or best.out_of_fold is None else float(best.out_of_fold.correct.mean())
     return _to_look_at(material, issues.found, MOST_PICTURES, issues=issues, right=right)
 
 
 def _near_duplicates(material: Material) -> Shown | None:
-    """Give pairs of images that are nearly the same, those across splits first."""
+    """Return pairs of near-duplicates, those across splits first."""
     found = material.findings.near_duplicates
     return _to_look_at(material, found, MOST_PAIRS, across=sum(pair.across for pair in found))
 
 
 def _outliers(material: Material) -> Shown | None:
-    """Give images that are far from every other."""
+    """Return images that are far from all others."""
     return _to_look_at(material, material.findings.outliers, MOST_PICTURES // 2)
 
 
@@ -443,4 +443,4 @@ SECTIONS = (
     PageSection("outliers", "Outliers", EVERY, _outliers),
     PageSection("reproduce", "Reproduce", EVERY, lambda material: ({}, {})),
 )
-"""The page from top to bottom. One more section is a row, its macro, and the function that says what it shows."""
+"""The page from top to bottom. To add a section: a row here, its macro, and its function."""

@@ -1,6 +1,6 @@
-"""Several experiments side by side: ranks of their rows over data sets, and searches of different strategies.
+"""Comparison of experiments: ranks of their rows over data sets, and searches of different strategies.
 
-One data set cannot say which head is better in general; average ranks over several can, with a critical difference.
+One data set cannot show which head is better in general; average ranks over several can, with a critical difference.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pipeline.report.drawing import to_png
 def compare(outputs: Sequence[Path], target: Path, row: str | None = None) -> list[str]:
     """Compare experiments and return what to print: ranks over several data sets, or searches on one.
 
-    Experiments are on one data set when they answered the same question: the same images, labels and folds. Ranks are
-    written to `ranks.md` and `ranks.png` in `target`, the searches of `row`, or the first row that they share, to `search.png`.
-    PipelineError when there are fewer than two, they were tuned for different scores, or have too little in common.
+    Experiments are on one data set if they have the same images, labels and folds. Ranks are written to `ranks.md` and `ranks.png`
+    in `target`, the searches of `row` (default: the first shared row) to `search.png`. PipelineError when there are fewer than two
+    experiments, they were tuned for different metrics, or have too little in common.
     """
     if len(outputs) < 2:
         raise PipelineError(f"{len(outputs)} experiment given; a comparison needs at least 2 output folders")
@@ -40,7 +40,7 @@ def compare(outputs: Sequence[Path], target: Path, row: str | None = None) -> li
 
 
 def _ranks(boards: Sequence[Leaderboard], target: Path) -> list[str]:
-    """Rank the rows that all experiments share by the tuned score on the test."""
+    """Rank the rows that all experiments share by the tuned metric on the test images."""
     metric = boards[0].metric
     tested: list[dict[str, float]] = []
     for board in boards:
@@ -76,7 +76,7 @@ def _ranks(boards: Sequence[Leaderboard], target: Path) -> list[str]:
 
 
 def _searches(outputs: Sequence[Path], boards: Sequence[Leaderboard], target: Path, row: str | None) -> list[str]:
-    """Draw one row's search in every experiment, a line each, named by its strategy and folder."""
+    """Draw one row's search in every experiment, a line each, labelled by strategy and folder."""
     every = [{found.key for found in board.rows} for board in boards]
     shared = [found.key for found in boards[0].rows if found.trials > 1 and all(found.key in keys for keys in every)]
     if not shared:

@@ -46,7 +46,7 @@ class FinetuneRun:
         said = [*lines(self.result), f"weights    {self.weights} ({self.result['bytes'] / 1e6:.1f} MB)"]
         if self.result["alpha"]:
             backbone = json.dumps({"name": self.network, "weights": str(self.weights)}, ensure_ascii=False)
-            said.append(f"to go on   put {backbone} under backbones: and run features and heads")
+            said.append(f"next step  put {backbone} under backbones: and run features and heads")
         return ["finished before and kept", *said] if self.reused else said
 
 

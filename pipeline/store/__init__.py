@@ -2,14 +2,14 @@
 
     features.store/
       LOCK                    held by the one writer
-      snapshot-00000007.h5    the table of contents; the highest valid number counts, the one before is kept
+      snapshot-00000007.h5    the table of contents; the highest valid number counts, the previous one is kept
       segments/<digest>.h5    features, immutable, named by their content
-      journal/00000001.h5     groups of rows of a run that has not ended yet
-      tmp/                    the only place where a partial file can be
-      quarantine/             damaged files, set aside
+      journal/00000001.h5     committed groups of rows of an unfinished run
+      tmp/                    the only place for partial files
+      quarantine/             damaged files
 
-To read: `format` has the bytes of every file, `opener` checks them, `reader` gives vectors, `rows` many of them as an array. To write,
-which nobody needs who reads: `writer`, alone by `lock`; `maintain` cares for a whole store, `share` makes files of it.
+Reading: `format` defines the bytes of every file, `opener` checks them, `reader` returns vectors, `rows` many of them as an array.
+Writing: `writer`, one at a time by `lock`; `maintain` works on whole stores, `share` makes files to share.
 """
 
 from pipeline.store.format import differences

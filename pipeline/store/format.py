@@ -3,11 +3,11 @@
     [ HDF5 head: superblock, attributes, small datasets ][ the bulk dataset ][ trailer, 48 bytes ]
 
 The head holds `block_digest`, the BLAKE2b-128 of each 64 KiB of the bulk dataset. The trailer holds the length of the head
-and its BLAKE2b-256. So this one digest stands for every byte of the file, a file is opened by checking the head alone,
-and the bulk is checked block by block as it is read. HDF5 readers ignore the trailer, which follows their end of file.
+and its BLAKE2b-256. So this one digest covers every byte of the file; opening checks only the head, and the bulk is checked
+block by block as it is read. HDF5 readers ignore the trailer, which follows their end of file.
 
-libhdf5 composes the head in memory and never writes to a disk: a full disk makes it crash, and what it writes in place
-does not survive a power loss. No timestamps, so the same content gives the same bytes.
+libhdf5 composes the head in memory and never writes to disk: it crashes on a full disk, and its writes in place do not survive
+a power loss. There are no timestamps, so the same content gives the same bytes.
 
 | kind     | bulk                 | other datasets                                                                  |
 |----------|----------------------|---------------------------------------------------------------------------------|
@@ -15,9 +15,8 @@ does not survive a power loss. No timestamps, so the same content gives the same
 | snapshot | `rows` (4, n)        | `segment_digest`, `segment_rows`, `segment_bytes`, `identity_json`, `canary`    |
 | pack     | `features` (n, d)    | `content`, `identity_json`, `canary`; may have `row`, `path`, `label`, `split`, `group` |
 
-`rows` has four lines: first and second half of a content digest (sorted by these), its segment, its row in the segment.
-`canary` holds the probe vectors, those of the built-in probe images. It and the trailer's `MHSEALv1` keep the names that they
-had when the format was made.
+`rows` has four lines: first and second half of a content digest (by which it is sorted), its segment, its row in the segment.
+`canary` holds the probe vectors (those of the built-in probe images). Its name and the trailer's `MHSEALv1` are part of the format.
 """
 
 from __future__ import annotations
@@ -52,12 +51,12 @@ TRAILER = struct.Struct("<8sQ32s")
 TRAILER_MAGIC = b"MHSEALv1"
 
 Chunks = Callable[[], Iterable[NDArray[Any]]]
-"""Gives the bulk dataset piece by piece, in C order; called twice: once for the digests, once for the bytes."""
+"""Function that returns the bulk dataset piece by piece, in C order; called once for the digests and once for the bytes."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """One dataset: its dtypes (a trailing `*` leaves the length of a byte string open) and its shape in letters."""
+    """One dataset: its allowed dtypes (`|S*` is a byte string of any length) and its shape in letters."""
 
     dtypes: tuple[str, ...]
     shape: tuple[str | int, ...]
@@ -88,14 +87,14 @@ LAYOUTS: dict[str, dict[str, Field]] = {
 BULK = {"segment": "features", "snapshot": "rows", "pack": "features"}
 
 FIRST_ATTRIBUTES: dict[str, type] = {"format": str, "version_major": int, "kind": str}
-"""What has to be known before anything else can be expected."""
+"""The attributes that are checked first, as they decide on the others."""
 ATTRIBUTES: dict[str, type] = {"version_minor": int, "identity": str, "dtype": str, "rows": int, "dim": int}
 SNAPSHOT_ATTRIBUTES: dict[str, type] = {"parent": str, "generation": int}
 
 
 @dataclass(frozen=True)
 class StoreType:
-    """What all files of one store share: whose features they are, how many numbers each, stored as what."""
+    """What all files of one store share: the identity's fingerprint, the dimension and the dtype of the features."""
 
     fingerprint: str
     dim: int
@@ -109,7 +108,7 @@ class StoreType:
 
 
 def slices(count: int, row_bytes: int, most_bytes: int) -> Iterator[slice]:
-    """Yield the parts of so many rows of so many bytes each, one behind the other, that take at most `most_bytes`."""
+    """Yield consecutive slices of `count` rows, each of at most `most_bytes` (at least one row)."""
     step = max(1, most_bytes // row_bytes)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
@@ -117,7 +116,7 @@ def slices(count: int, row_bytes: int, most_bytes: int) -> Iterator[slice]:
 def differences(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], one: str = "the store", other: str = "this run"
 ) -> list[str]:
-    """Return one line for each field that differs: `preprocessing.resize: the store has 256, this run has 224`."""
+    """Return one line per field that differs: `preprocessing.resize: the store has 256, this run has 224`."""
     left, right = dict(_flat(stored)), dict(_flat(wanted))
     return [
         f"{name}: {one} has {_shown(left, name)}, {other} has {_shown(right, name)}"
@@ -142,9 +141,9 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def compose(
     kind: str, store_type: StoreType, rows: int, arrays: Mapping[str, NDArray[Any]], chunks: Chunks, **others: str | int
 ) -> tuple[str, Iterator[bytes | memoryview]]:
-    """Lay out one file: `rows` in the bulk dataset that `chunks` gives, the small datasets, and attributes of this kind alone.
+    """Lay out one file: the bulk dataset of `rows` rows from `chunks`, the small datasets, and the attributes of its kind.
 
-    Returns the digest that names it, and its bytes from first to last.
+    Returns the digest that names it, and its bytes in order.
     """
     dtype, shape = ("<u8", (4, rows)) if kind == "snapshot" else (store_type.dtype, (rows, store_type.dim))
     blocks = block_digests(chunk.reshape(-1).view(np.uint8) for chunk in map(np.ascontiguousarray, chunks()))
@@ -172,7 +171,7 @@ def compose(
 
 
 def origin(identity: Mapping[str, Any], probe: NDArray[np.float32] | None, dim: int) -> dict[str, NDArray[Any]]:
-    """Return the datasets that say how vectors were made; `probe` are the probe vectors, float32 of shape (k, dim), or none."""
+    """Return the datasets on the vectors' origin; `probe` are the probe vectors, float32 of shape (k, dim), or None."""
     return {
         "identity_json": np.frombuffer(canonical_json(dict(identity)).encode("ascii"), np.uint8),
         "canary": np.ascontiguousarray(np.zeros((0, dim)) if probe is None else probe, "<f4"),
@@ -180,7 +179,7 @@ def origin(identity: Mapping[str, Any], probe: NDArray[np.float32] | None, dim: 
 
 
 def make_trailer(head: bytes) -> bytes:
-    """Return the 48 bytes that close a file with this head."""
+    """Return the 48-byte trailer of a file with this head."""
     return TRAILER.pack(TRAILER_MAGIC, len(head), hashlib.blake2b(head, digest_size=32).digest())
 
 
@@ -190,7 +189,7 @@ def block_digest(block: bytes | memoryview) -> bytes:
 
 
 def block_digests(pieces: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Return the digests of each 64 KiB of a stream of bytes, shape (blocks, 16)."""
+    """Return the digest of each 64 KiB of a stream of bytes: uint8 of shape (blocks, 16)."""
     digests: list[bytes] = []
     rest = b""
     for piece in pieces:
@@ -204,7 +203,7 @@ def block_digests(pieces: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 class HeadFile(io.BytesIO):
-    """A file for libhdf5 of which only the head is in memory; behind that are zeros, up to `size`."""
+    """A file for libhdf5 with only its head in memory, followed by zeros up to `size`."""
 
     size = 0
 
@@ -213,13 +212,13 @@ class HeadFile(io.BytesIO):
         return super().seek(self.size) if whence == io.SEEK_END else super().seek(offset, whence)
 
     def readinto(self, buffer: Any) -> int:
-        """Fill all of the buffer, which libhdf5 counts on."""
+        """Fill the whole buffer, as libhdf5 expects."""
         found = super().readinto(buffer)
         buffer[found:] = bytes(len(buffer) - found)
         return len(buffer)
 
     def truncate(self, size: int | None = None) -> int:
-        """Set how long the file is."""
+        """Set the file's length."""
         self.size = size or 0
         return self.size
 
@@ -231,10 +230,10 @@ def _head(
     dtype: str,
     shape: tuple[int, ...],
 ) -> bytes:
-    """Let libhdf5 lay out the whole file in memory and return what comes before the bulk dataset, of this dtype and shape.
+    """Let libhdf5 lay out the whole file in memory and return the bytes before the bulk dataset, of this dtype and shape.
 
-    The bulk's space is allocated by a first write after all else is there, so that it comes last, and the space is
-    never touched again: a segment of a gigabyte costs a few kilobytes here.
+    The bulk is allocated by a single write after everything else, so that it comes last, and is not touched again: a segment of
+    a gigabyte needs a few kilobytes of memory here.
     """
     memory = HeadFile()
     with (
@@ -263,7 +262,7 @@ def _head(
 
 
 def _dataset(file: Any, name: str, dtype: str, shape: tuple[int, ...]) -> Any:
-    """Create a contiguous dataset whose space is allocated when it is first written, without timestamps."""
+    """Create a contiguous dataset without timestamps, allocated on its first write."""
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     settings.set_layout(h5py.h5d.CONTIGUOUS)
     settings.set_alloc_time(h5py.h5d.ALLOC_TIME_LATE)

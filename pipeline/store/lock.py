@@ -1,4 +1,4 @@
-"""One writer at a time, and the second is told who the first is; and what is said where the disk refuses to be written."""
+"""The store's lock, which lets in one writer and tells a second one who holds it; and messages for failed writes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LOCK = "LOCK"
 
 
 def acquire(folder: Path, patience: float = 0.0) -> int:
-    """Take the lock of a store, waiting for so many seconds, which may be infinite; give it back with `files.close_alone`.
+    """Take the lock of a store, waiting up to `patience` seconds (may be infinite); release it with `files.close_alone`.
 
-    StoreError when another writer has it: says which process, on which host, since when.
+    StoreError when another writer holds it, with its process, host and start time.
     """
     path, end = folder / LOCK, time.monotonic() + patience
     while True:
@@ -52,7 +52,7 @@ def acquire(folder: Path, patience: float = 0.0) -> int:
 
 @contextlib.contextmanager
 def held(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Have the lock of a folder while the block runs."""
+    """Hold the lock of a folder while the block runs."""
     descriptor = acquire(folder, patience)
     try:
         yield
@@ -61,7 +61,7 @@ def held(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def holder(folder: Path) -> str | None:
-    """Say who writes to a store now, or None when nobody does."""
+    """Describe the current writer of a store; None if there is none."""
     if files.is_held(folder / LOCK):
         return "this process"
     data = files.locked_elsewhere(folder / LOCK)
@@ -76,7 +76,7 @@ def holder(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def explained(store: Path) -> Iterator[None]:
-    """Turn the file system's errors into one line that says what is safe and what to do."""
+    """Turn file system errors into a StoreError that says what is safe and what to do."""
     try:
         yield
     except OSError as error:

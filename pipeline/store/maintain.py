@@ -1,4 +1,4 @@
-"""What is done to a whole store: verify, repair, removing stale rows, merging. Each returns what it found or did."""
+"""Operations on whole stores: verify, repair, remove stale rows, merge."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from pipeline.store.reader import (
 )
 from pipeline.store.writer import StoreWriter, groups
 
-# ---- verify: is everything there, and is every byte what was written?
+# ---- verify: is every file there, and every byte unchanged?
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     full: bool
     generation: int
@@ -41,7 +41,7 @@ class VerifyReport:
     problems: tuple[str, ...]
     """Each begins with the name of a file."""
     damaged: Digests
-    """Contents whose features cannot be used, uint64 of shape (n, 2); `repair` drops these, so that they are embedded again."""
+    """Contents with unusable features, uint64 of shape (n, 2); `repair` drops them, so that they are embedded again."""
 
     @property
     def ok(self) -> bool:
@@ -50,16 +50,16 @@ class VerifyReport:
 
 
 def verify(path: str | Path, full: bool = False) -> VerifyReport:
-    """Check a store or a packed file: quick checks every file's head, size and structure, and the table; full reads every byte.
+    """Check a store or a packed file: every file's head, size and structure, and the table; with `full` every byte.
 
-    StoreError when there is no store, or no valid snapshot to start from.
+    StoreError when there is no store, or no valid snapshot.
     """
     path = Path(path)
     if path.is_file():
         return _verify_pack(path, full)
     for _ in range(ATTEMPTS):
         numbers = require_generations(path)
-        with suppress(FileNotFoundError):  # a writer has removed it meanwhile, and published a newer state
+        with suppress(FileNotFoundError):  # a writer has removed a file and published a newer state
             report = _verify_once(path, full, numbers)
             if report.ok or generations(path) == numbers:
                 return report
@@ -76,7 +76,7 @@ def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport
     for place in (snapshot_path(path, number) for number in numbers):
         try:
             snapshot = open_snapshot(place)
-            _ = snapshot.table  # which checks all of it
+            _ = snapshot.table  # checks the whole table
             snapshots.append(snapshot)
         except StoreError as error:
             wrong(place, error)
@@ -106,7 +106,7 @@ def _verify_once(path: Path, full: bool, numbers: Sequence[int]) -> VerifyReport
 def _check_others(
     path: Path, snapshots: Sequence[FeatureStore], full: bool, wrong: Callable[[Path, StoreError], None]
 ) -> None:
-    """Check what the newest snapshot does not need: damage costs the way back, or rows of a run that has not ended."""
+    """Check the files that the newest snapshot does not need: those of the previous snapshot and of the journal."""
     newest, *older = snapshots
     segments = {*(segment for snapshot in older for segment in snapshot.segments)}.difference(newest.segments)
     for place in (*sorted(segments), *groups(path)):
@@ -122,7 +122,7 @@ def _check_others(
 
 
 def damaged_rows(file: StoreFile) -> NDArray[np.intp]:
-    """Check every block and number of a segment; return the rows that cannot be used, of dtype intp and shape (k,)."""
+    """Check every block and number of a segment; return the unusable rows, intp of shape (k,)."""
     row_bytes = file.store_type.row_bytes
     bad = np.zeros(len(file.bulk), np.bool_)
     for block in file.bad_blocks():
@@ -146,9 +146,9 @@ def _verify_pack(path: Path, full: bool) -> VerifyReport:
 
 
 def repair(path: str | Path) -> VerifyReport:
-    """Drop exactly the damaged rows of a store, keep every good one, and set damaged files aside; return what was wrong.
+    """Drop the damaged rows of a store, keep all others, and quarantine damaged files; return the problems found.
 
-    The next `manyheads features` embeds what was dropped.
+    The next `manyheads features` embeds the dropped images.
     """
     path = Path(path)
     if path.is_file():
@@ -161,9 +161,9 @@ def repair(path: str | Path) -> VerifyReport:
 
 
 def collect(path: str | Path, live: Digests) -> tuple[int, int]:
-    """Remove the rows of contents that are not in `live`, uint64 of shape (n, 2), and every file not needed then.
+    """Remove the rows of contents that are not in `live`, uint64 of shape (n, 2), and every file no longer needed.
 
-    Returns how many rows went, and how many stayed. Readers that have the store open go on reading what they opened.
+    Returns the numbers of removed and remaining rows. Open readers keep reading the state they opened.
     """
     path = Path(path)
     before, wanted = newest_snapshot(path).rows, digest_keys(np.asarray(live, np.uint64))
@@ -179,17 +179,17 @@ def _open_existing(path: Path) -> StoreWriter:
 
 
 def merge(path: str | Path, sources: Sequence[str | Path]) -> dict[str | Path, int]:
-    """Add the rows of other stores or packed files of the same identity, such as those of several machines.
+    """Add the rows of other stores or packed files of the same identity, such as those of other machines.
 
-    `sources` : paths, or addresses that fsspec understands. Returns how many were new in each. StoreError, and nothing is added, when
-    an identity, a dim, a dtype or the probe vectors differ.
+    `sources` : paths, or addresses that fsspec understands. Returns the number of new rows by source. Adds nothing and raises StoreError
+    when an identity, a dim, a dtype or the probe vectors differ.
     """
     stores = [FeatureStore.open(source) for source in sources]
     return dict(zip(sources, copy_rows(stores, Path(path)), strict=True))
 
 
 def copy_rows(stores: Sequence[FeatureStore], target: Path, content: Digests | None = None) -> list[int]:
-    """Add rows of stores to another, of some contents, uint64 of shape (n, 2), or all; return how many were new in each."""
+    """Add rows of stores to another: of some contents, uint64 of shape (n, 2), or all; return the number of new rows by store."""
     first = stores[0]
     probe = first.probe if len(first.probe) else None
     with StoreWriter.open(target, first.identity, first.dim, first.store_type.dtype, probe) as writer:

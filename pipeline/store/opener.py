@@ -1,9 +1,9 @@
-"""The strict opener: a store's file is a stranger's until everything about it has been checked.
+"""The strict opener: a store's file is untrusted until everything about it has been checked.
 
-First the digest of the head, before libhdf5 sees a byte, because a damaged file can make it hang. Then the structure:
+The digest of the head is checked first, before libhdf5 sees a byte, because a damaged file can make it hang. Then the structure:
 exactly the datasets of this kind, each a hard link to a contiguous, unfiltered, fully stored dataset of the expected
-type inside the file, none overlapping another, no external storage, no virtual dataset. libhdf5 is given
-the head alone and only asked where things are; it never opens a path and never reads data, so nothing outside can be reached.
+type inside the file, none overlapping another, no external storage, no virtual dataset. libhdf5 gets only the head and returns
+only the positions of datasets; it never opens a path and never reads data, so it cannot reach anything outside the file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MAX_TEXT = 4096
 
 @dataclass(frozen=True)
 class StoreFile:
-    """One file whose head has been checked; `array` gives its small datasets, `bulk` the memory-mapped large one."""
+    """One file whose head has been checked; `arrays` holds its small datasets, `bulk` the memory-mapped large one."""
 
     path: Path
     digest: str
@@ -67,7 +67,7 @@ class StoreFile:
         return StoreType(self.attributes["identity"], self.attributes["dim"], self.attributes["dtype"])
 
     def bad_blocks(self, blocks: NDArray[np.intp] | None = None) -> list[int]:
-        """Return the damaged ones of some blocks of the bulk, int64 of shape (k,), or of all; good ones are remembered."""
+        """Return the damaged blocks of the bulk among some, int64 of shape (k,), or all; good blocks are remembered."""
         data = self.bulk.reshape(-1).view(np.uint8).data
         bad = []
         blocks = np.arange(len(self._checked)) if blocks is None else blocks
@@ -88,7 +88,7 @@ class StoreFile:
             )
 
     def check_rows(self, rows: NDArray[np.int64]) -> None:
-        """Check the blocks that hold some rows of the bulk, int64 of shape (k,), before they are used; StoreError for damage."""
+        """Check the blocks of some rows of the bulk, int64 of shape (k,), before use; StoreError for damage."""
         if self._checked.all():
             return
         first = rows * self.store_type.row_bytes // BLOCK_BYTES
@@ -103,10 +103,10 @@ class StoreFile:
 def open_file(
     path: Path, kind: str | None = None, digest: str | None = None, data: mmap.mmap | None = None
 ) -> StoreFile:
-    """Open one file of a store, checking its head, its structure and, where given, its kind and its digest.
+    """Open one file of a store and check its head, its structure and, if given, its kind and its digest.
 
-    `data` is the file when it was mapped before; then it may have lost its name since. FileNotFoundError when there is no such
-    file, StoreError when it is not what it should be.
+    `data` is the file if it is mapped already; then its name may be gone. FileNotFoundError when there is no such file, StoreError
+    when it is invalid.
     """
     data = map_file(path) if data is None else data
     head_bytes, found = _check_trailer(path, data, digest)
@@ -120,7 +120,7 @@ def open_file(
         attributes, places = known
         _require(kind in (None, attributes["kind"]), f"it is a {attributes['kind']}, expected a {kind}")
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        # libhdf5 reports whatever it trips over through these.
+        # libhdf5 reports every problem by one of these.
         raise StoreError(f"{path}: not a valid feature store file: {' '.join(str(error).split())[:200]}") from None
     arrays = {name: np.ndarray(place.shape, place.dtype, data, place.start) for name, place in places.items()}
     unchecked = np.zeros(len(arrays["block_digest"]), np.bool_)
@@ -128,7 +128,7 @@ def open_file(
 
 
 class _Place(NamedTuple):
-    """Where a dataset is in its file: its first byte and the one behind its last, and what it is."""
+    """A dataset's first byte in its file, the one after its last, its dtype and its shape."""
 
     start: int
     stop: int
@@ -137,7 +137,7 @@ class _Place(NamedTuple):
 
 
 _KNOWN: dict[tuple[str, int], tuple[dict[str, Any], dict[str, _Place]]] = {}
-"""What was found in a head, by its digest and the size of its file: the same files are opened again and again."""
+"""Parsed heads by digest and file size: the same files are opened again and again."""
 MOST_KNOWN = 1000
 
 
@@ -147,10 +147,9 @@ def _require(condition: bool, problem: str) -> None:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Map a regular file into memory; links are not followed. Cheap: nothing is read or checked yet; a remote file is fetched.
+    """Map a regular file into memory without reading it; links are not followed, and a remote file is fetched.
 
-    OSError when there is none, or the system does not let it be read, which says nothing about the file; StoreError when it is
-    no regular file, or too short for one of ours.
+    OSError when it is missing or cannot be read, which does not mean damage; StoreError when it is no regular file, or too short.
     """
     if (address := address_of(path)) is not None:
         return fetch(address)
@@ -158,7 +157,7 @@ def map_file(path: Path) -> mmap.mmap:
         descriptor = open_ordinary(path, getattr(os, "O_NOFOLLOW", 0))
     except OSError as error:
         if error.errno not in (*NOT_ORDINARY, errno.ENOTDIR):
-            raise  # what may not be read, or not now, is not damaged
+            raise  # a file that may not be read, or not now, is not damaged
         raise StoreError(f"{path}: cannot be opened ({error.strerror})") from None
     try:
         size = os.fstat(descriptor).st_size
@@ -169,10 +168,10 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def fetch(address: str, head_only: bool = False) -> mmap.mmap:
-    """Return the bytes of a remote file, in a file without a name that goes when nobody has it any more.
+    """Fetch a remote file into an unnamed temporary file, which vanishes with its last user.
 
-    With `head_only` just the head and the trailer are fetched, and zeros stand for the bulk. FileNotFoundError or StoreError when it
-    is not there, or cannot be read.
+    With `head_only` just the head and the trailer are fetched, and the bulk is zeros. FileNotFoundError when it is missing, StoreError
+    when it cannot be read.
     """
     try:
         size = stat_remote(address)[0]
@@ -213,7 +212,7 @@ def _check_trailer(path: Path, data: mmap.mmap, digest: str | None) -> tuple[int
 
 
 def _parse(data: mmap.mmap, head_bytes: int) -> tuple[dict[str, Any], dict[str, _Place]]:
-    """Return the attributes and the place of each dataset; ValueError for what is not as it should be."""
+    """Return the attributes and the place of each dataset; ValueError for a wrong structure."""
     head = HeadFile(data[:head_bytes])
     head.size = size = len(data) - TRAILER.size
     with h5py.File(head, "r") as file:
@@ -230,7 +229,7 @@ def _parse(data: mmap.mmap, head_bytes: int) -> tuple[dict[str, Any], dict[str, 
 
 
 def _attributes(root: Any) -> dict[str, Any]:
-    """Read the root's attributes: those first that say which others there must be."""
+    """Read the root's attributes, first those that determine the others."""
     found = {name: _attribute(root, name, of) for name, of in FIRST_ATTRIBUTES.items()}
     _require(found["format"] == FORMAT, f"its format is {found['format']!r}, expected {FORMAT!r}")
     _require(
@@ -247,7 +246,7 @@ def _attributes(root: Any) -> dict[str, Any]:
 
 
 def _attribute(root: Any, name: str, of: type) -> str | int:
-    """Read one attribute, which must be a single fixed text of ASCII, or a number of 64 bits."""
+    """Read one attribute, which must be a scalar: fixed-length ASCII text, or a 64-bit integer."""
     _require(h5py.h5a.exists(root, name.encode()), f"it has no attribute {name!r}")
     attribute = h5py.h5a.open(root, name.encode())
     kind, single = attribute.get_type(), attribute.get_space().get_simple_extent_type() == h5py.h5s.SCALAR
@@ -270,7 +269,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _places(root: Any, kind: str) -> dict[str, _Place]:
-    """Find every dataset of this kind, and nothing else, each of the layout's dtype and number of axes."""
+    """Find exactly the datasets of this kind, each with the layout's dtype and number of axes."""
     places: dict[str, _Place] = {}
     for name, wanted in LAYOUTS[kind].items():
         if root.links.exists(name.encode()):
@@ -285,7 +284,7 @@ def _places(root: Any, kind: str) -> dict[str, _Place]:
 
 
 FORBIDDEN_MESSAGES = 1 << 0x0007 | 1 << 0x000B
-"""Object header messages of external storage and of filters: the bytes of such a dataset are not simply there."""
+"""Object header messages of external storage and of filters: such a dataset's bytes are not stored plainly."""
 
 
 def _place(root: Any, name: str, wanted: Field) -> _Place:
@@ -308,7 +307,7 @@ def _place(root: Any, name: str, wanted: Field) -> _Place:
 
 
 def _dtype(kind: Any, name: str, wanted: Field) -> np.dtype[Any]:
-    """Turn an HDF5 type into one of the expected dtypes, comparing types, not names."""
+    """Convert an HDF5 type into one of the expected dtypes."""
     for text in wanted.dtypes:
         if text == "|S*" and _is_text(kind):
             return np.dtype(f"S{kind.get_size()}")
@@ -318,7 +317,7 @@ def _dtype(kind: Any, name: str, wanted: Field) -> np.dtype[Any]:
 
 
 def _check_sizes(kind: str, places: dict[str, _Place], attributes: dict[str, Any]) -> None:
-    """Check that a letter means the same length in the shapes of all datasets, and that the attributes say so, and the dtype, too."""
+    """Check that each letter has one length in the shapes of all datasets, and that lengths and dtype agree with the attributes."""
     bulk = places[BULK[kind]]
     lengths = {"n": attributes["rows"], "d": attributes["dim"], "b": -(-(bulk.stop - bulk.start) // BLOCK_BYTES)}
     for name, place in places.items():

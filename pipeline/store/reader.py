@@ -1,8 +1,8 @@
-"""`FeatureStore`: the reader of one snapshot or one packed file. No lock; a run that writes meanwhile is not seen.
+"""`FeatureStore`: the reader of one snapshot or one packed file. It takes no lock and does not see later writes.
 
 A snapshot is a store's table of contents at one moment, immutable and numbered; the highest valid number counts. Its digest
-covers its table and the digests of all segments, so it names the state of the whole store. The one before is kept, as a way
-back should the newest be damaged.
+covers its table and the digests of all segments, so it identifies the state of the whole store. The previous snapshot is kept
+as a fallback.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ MAX_IDENTITY_BYTES = 1 << 16
 COPY_BYTES = 16 << 20
 GATHER_BYTES = 4 << 20
 PACKED = (".h5", ".hdf5")
-"""What the address of a packed file ends with; that of a store does not."""
+"""Suffixes of packed files' addresses."""
 ATTEMPTS = 10
-"""How often a store is looked at anew that a writer has changed meanwhile."""
+"""Most attempts to read a store that a writer keeps changing."""
 
 
 # ---- the table: where each content is
@@ -43,17 +43,17 @@ ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class Table:
-    """Content digests in order, and the place of each: `lines`, uint64 of shape (4, n), are both halves of the digests, segment, row."""
+    """Sorted content digests and their places: `lines`, uint64 of shape (4, n), are both halves of the digests, segment, row."""
 
     lines: NDArray[np.uint64]
 
     @staticmethod
     def of(contents: Sequence[Digests]) -> Table:
-        """Return the table of some segments, by the content of each one's rows in order, uint64 of shape (rows, 2)."""
+        """Make the table from the contents of each segment's rows in order, uint64 of shape (rows, 2)."""
         content = np.concatenate([np.zeros((0, 2), np.uint64), *contents])
         segment = np.repeat(np.arange(len(contents)), [len(each) for each in contents])
         row = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(each)) for each in contents)])
-        # By the first half alone, which is as good as always enough.
+        # The first half alone is nearly always enough.
         order = np.argsort(content[:, 0], kind="stable")
         first = content[order, 0]
         if (first[1:] == first[:-1]).any():
@@ -61,7 +61,7 @@ class Table:
         return Table(np.stack([line[order].astype("<u8") for line in (*content.T, segment, row)]))
 
     def problem(self, sizes: Sequence[int]) -> str | None:
-        """Say what is wrong with a table of segments of so many rows, which a stranger may have made; None where nothing is."""
+        """Describe what is wrong with an untrusted table of segments with `sizes` rows; None if nothing is."""
         first, second, segment, row = self.lines
         if not ((first[:-1] < first[1:]) | ((first[:-1] == first[1:]) & (second[:-1] < second[1:]))).all():
             return "its table is not sorted, or names a content twice"
@@ -75,11 +75,11 @@ class Table:
         wanted = np.ascontiguousarray(digests, np.uint64).reshape(-1, 2)
         if not self.lines.size:
             return np.full(len(wanted), -1, np.int64)
-        # In the order of the table, neighbours share pages: many times faster in a large one.
+        # Sorted lookups share pages: many times faster in a large table.
         order = np.argsort(wanted[:, 0], kind="stable")
         (first, second), (left, right) = self.lines[:2], wanted[order].T
         at = np.minimum(np.searchsorted(first, left), len(first) - 1)
-        # Two contents hardly ever share their first half, but all of a stranger's may.
+        # Two contents hardly ever share their first half, but in an untrusted file all may.
         if (several := (first[at] == left) & (second[at] != right)).any():
             pairs, asked = (
                 np.ascontiguousarray(each.T).view("u8,u8").ravel()
@@ -98,7 +98,7 @@ class Table:
 def open_segment(
     path: Path, store_type: StoreType, digest: str | None = None, data: mmap.mmap | None = None
 ) -> StoreFile:
-    """Open a segment or a group of the journal, which has the same form, and check that it belongs to this store."""
+    """Open a segment, or a journal group, which has the same format, and check that it belongs to this store."""
     file = open_file(path, "segment", digest, data)
     if file.store_type != store_type:
         raise StoreError(f"{path}: belongs to another store: it has {file.store_type}, expected {store_type}")
@@ -110,25 +110,25 @@ def open_segment(
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Content digest -> feature vector, for one identity, as it was when it was opened."""
+    """Content digest -> feature vector, for one identity, in the state at opening."""
 
     path: Path
     file: StoreFile
     """The snapshot, or the packed file."""
     identity: dict[str, Any]
     segments: tuple[Path, ...]
-    """The file of each segment, which is called as the digest of its head."""
+    """The file of each segment, named by the digest of its head."""
     _files: dict[int, StoreFile] = field(default_factory=dict, repr=False)
-    """Segment number -> its file; opened and checked when first read."""
+    """Segment number -> its file, opened and checked when first read."""
     _mapped: dict[int, mmap.mmap] = field(default_factory=dict, repr=False)
-    """Segment number -> its bytes, held so that they outlive their name."""
+    """Segment number -> its mapped bytes, which stay readable after the file is deleted."""
 
     @staticmethod
     def open(path: str | Path, fingerprint: str | None = None) -> FeatureStore:
         """Open a store's newest valid snapshot, or a packed file.
 
-        `path` may also be an address that fsspec understands, such as `s3://bucket/features.h5`; then the files are fetched now.
-        StoreError when there is none, it is damaged, or its identity is not the one of this fingerprint.
+        `path` may also be an address that fsspec understands, such as `s3://bucket/features.h5`; its files are fetched at once.
+        StoreError when it is missing or damaged, or its identity has another fingerprint.
         """
         path = Path(path)
         try:
@@ -148,7 +148,7 @@ class FeatureStore:
 
     @cached_property
     def table(self) -> Table:
-        """Where each content is, checked as a whole when it is first asked for; StoreError for damage."""
+        """The place of each content, checked as a whole on first use; StoreError for damage."""
         if self.file.attributes["kind"] == "pack":
             return Table.of([self.file.arrays["content"]])
         self.file.require_whole()
@@ -164,7 +164,7 @@ class FeatureStore:
 
     @property
     def digest(self) -> str:
-        """Names the state of the whole store."""
+        """Digest of the state of the whole store."""
         return self.file.digest
 
     @property
@@ -184,16 +184,16 @@ class FeatureStore:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """How the numbers are stored; reads give float32."""
+        """The dtype on disk; reads give float32."""
         return np.dtype(self.store_type.dtype)
 
     @property
     def rows(self) -> int:
-        """Number of contents that have a feature vector."""
+        """Number of contents with a feature vector."""
         return int(self.file.attributes["rows"])
 
     def missing(self, digests: Digests) -> NDArray[np.bool_]:
-        """Say for each of n digests, uint64 of shape (n, 2), whether the store has no vector for it: bool of shape (n,)."""
+        """Say for each of n digests, uint64 of shape (n, 2), whether the store lacks its vector: bool of shape (n,)."""
         return self.table.find(digests) < 0
 
     def locate(self, digests: Digests) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -209,18 +209,18 @@ class FeatureStore:
         return segments, rows
 
     def read(self, digests: Digests) -> NDArray[np.float32]:
-        """Return the vectors of n digests, uint64 of shape (n, 2), in the order asked, float32 of shape (n, dim), checked.
+        """Return the checked vectors of n digests, uint64 of shape (n, 2), in their order: float32 of shape (n, dim).
 
-        StoreError when some are missing (how many, and the first), or a segment is missing or damaged.
+        StoreError when some are missing (with their number and the first), or a segment is missing or damaged.
         """
         return self.read_at(*self.locate(digests), digests)
 
     def read_at(
         self, segments: NDArray[np.int64], rows: NDArray[np.int64], digests: Digests, view: bool = False
     ) -> NDArray[np.float32]:
-        """Like `read`, for n digests that were located before: `segments` and `rows` are int64 of shape (n,).
+        """Like `read`, for n located digests: `segments` and `rows` are int64 of shape (n,).
 
-        With `view` a read-only view of the mapped file, where they lie one behind the other in a float32 segment.
+        `view` allows a read-only view of the mapped file where the rows are consecutive in one float32 segment.
         """
         if (
             view
@@ -240,18 +240,18 @@ class FeatureStore:
         return result
 
     def pieces(self, digests: Digests) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """Yield the vectors of n digests, uint64 of shape (n, 2), as float32 of shape (k, dim), each with its place among the n."""
+        """Yield the vectors of n digests, uint64 of shape (n, 2), in blocks: a slice of the n, and float32 of shape (k, dim)."""
         return ((part, self.read(digests[part])) for part in slices(len(digests), 4 * self.dim, COPY_BYTES))
 
     def whereabouts(self, digests: Digests) -> Iterator[tuple[StoreFile, NDArray[np.int64]]]:
-        """Yield each file that has some of n digests, uint64 of shape (n, 2), with their rows there, int64 of shape (k,), checked."""
+        """Yield each checked file with some of n digests, uint64 of shape (n, 2), and their rows there, int64 of shape (k,)."""
         segments, rows = self.locate(digests)
         for number in np.unique(segments).tolist():
             here = segments == number
             yield self._segment(number, rows[here], digests[here]), rows[here]
 
     def open_segment(self, number: int) -> StoreFile:
-        """Open a segment of the snapshot; StoreError when it is missing, or another."""
+        """Open a segment of the snapshot; StoreError when it is missing, damaged or a different one."""
         path = self.segments[number]
         try:
             return open_segment(path, self.store_type, path.stem, self._mapped.get(number))
@@ -262,7 +262,7 @@ class FeatureStore:
             ) from None
 
     def _segment(self, number: int, rows: NDArray[np.int64], digests: Digests) -> StoreFile:
-        """Return a segment in which these k rows, int64, are those digests, uint64 of shape (k, 2), and whole."""
+        """Return a segment after checking that k rows, int64, are undamaged and belong to the digests, uint64 of shape (k, 2)."""
         if number not in self._files:
             self._files[number] = self.open_segment(number)
         file = self._files[number]
@@ -279,20 +279,20 @@ class FeatureStore:
 
 
 def _open_folder(path: Path) -> FeatureStore:
-    """Open the newest snapshot and map all its segments while they have a name; a writer may remove them later."""
+    """Open the newest snapshot and map all its segments at once, as a writer may remove them later."""
     for _ in range(ATTEMPTS):
         store = newest_snapshot(path)
         for number, segment in enumerate(store.segments):
-            with contextlib.suppress(FileNotFoundError, StoreError):  # an error when it is read
+            with contextlib.suppress(FileNotFoundError, StoreError):  # reported when the segment is read
                 store._mapped[number] = map_file(segment)
         if len(store._mapped) == len(store.segments) or newest_snapshot(path).digest == store.digest:
             break
-        # Segments went while we opened: a writer has published a newer snapshot, so take that one.
+        # A writer has removed segments and published a newer snapshot: open that one.
     return store
 
 
 def open_snapshot(path: Path) -> FeatureStore:
-    """Open one snapshot and check everything about it but its table, which is checked when it is first used."""
+    """Open one snapshot and check everything but its table, which is checked on first use."""
     file = open_file(path, "snapshot")
     if path.name != snapshot_path(path.parent, file.attributes["generation"]).name:
         raise StoreError(f"{path}: is of generation {file.attributes['generation']}; it was renamed")
@@ -304,7 +304,7 @@ def open_snapshot(path: Path) -> FeatureStore:
 
 
 def _identity(file: StoreFile) -> dict[str, Any]:
-    """Return the identity that a file carries, checked against its fingerprint."""
+    """Return a file's identity, checked against its fingerprint."""
     raw = file.arrays["identity_json"].tobytes()
     try:
         identity = json.loads(raw if len(raw) <= MAX_IDENTITY_BYTES else b"")
@@ -316,12 +316,12 @@ def _identity(file: StoreFile) -> dict[str, Any]:
 
 
 def snapshot_path(store: Path, generation: int) -> Path:
-    """Where the snapshot of a generation is."""
+    """Return the path of a generation's snapshot."""
     return store / f"snapshot-{generation:08d}.h5"
 
 
 def generations(store: Path) -> list[int]:
-    """Return the generations that have a file, newest first; none where there is no store."""
+    """Return the generations of a store's snapshot files, newest first; none if there is no store."""
     found = [re.fullmatch(r"snapshot-([0-9]{8})\.h5", name) for name in listed(store)]
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
@@ -334,7 +334,7 @@ def require_generations(store: Path) -> list[int]:
 
 
 def listed(folder: str | Path) -> list[str]:
-    """Return the names in a folder, here or remote, in order; none where there is no such folder."""
+    """Return the sorted names in a local or remote folder; none if it does not exist."""
     address = address_of(folder)
     try:
         if address is None:
@@ -348,7 +348,7 @@ def listed(folder: str | Path) -> list[str]:
 
 
 def newest_snapshot(store: Path) -> FeatureStore:
-    """Open the newest valid snapshot, without its segments; a damaged one is passed over with a warning.
+    """Open the newest valid snapshot, without its segments; damaged ones are skipped with a warning.
 
     StoreError when there is no store, or none of its snapshots is valid.
     """
@@ -361,10 +361,10 @@ def newest_snapshot(store: Path) -> FeatureStore:
                     log.warning("%s; the one before is used", error)
             break
         except FileNotFoundError:
-            pass  # a writer has removed it meanwhile, and published a newer one
+            pass  # a writer has removed it and published a newer one
     raise no_valid_snapshot(store)
 
 
 def no_valid_snapshot(store: Path, problems: Sequence[str] = ()) -> StoreError:
-    """Return the error of a store that is damaged beyond use."""
+    """Return the error for a store without a valid snapshot."""
     return StoreError(f"{store}: no valid snapshot; delete the store and run 'manyheads features' again", problems)

@@ -1,4 +1,4 @@
-"""Vectors of many contents as one array that stays on disk, of one store or of several side by side; and the nearest among them."""
+"""Vectors of many contents as one array on disk, from one store or several concatenated; and nearest-neighbour search in them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipeline.store.format import slices
 from pipeline.store.reader import COPY_BYTES, FeatureStore
 
 SPARE = 8
-"""More vectors than are asked for are compared once more by differences, in float64: a product cannot order near copies."""
+"""Extra candidates whose distances are recomputed from differences in float64: float32 products cannot order near copies."""
 
 
 @dataclass(frozen=True)
 class JoinedStores:
-    """Several stores side by side: content digest -> their vectors in a row. Nothing is copied on disk."""
+    """Several stores side by side: content digest -> their concatenated vectors. Nothing is copied on disk."""
 
     stores: tuple[FeatureStore, ...]
 
@@ -31,11 +31,11 @@ class JoinedStores:
 
     @property
     def digest(self) -> str:
-        """Names the state of all stores."""
+        """Digest of the state of all stores."""
         return fingerprint({"stores": [store.digest for store in self.stores]})
 
     def missing(self, digests: Digests) -> NDArray[np.bool_]:
-        """Say for each of n digests, uint64 of shape (n, 2), whether one of the stores has no vector for it: bool of shape (n,)."""
+        """Say for each of n digests, uint64 of shape (n, 2), whether any store lacks its vector: bool of shape (n,)."""
         missing: NDArray[np.bool_] = np.any([store.missing(digests) for store in self.stores], axis=0)
         return missing
 
@@ -51,7 +51,7 @@ class JoinedStores:
     def read_at(
         self, segments: NDArray[np.int64], rows: NDArray[np.int64], digests: Digests, view: bool = False
     ) -> NDArray[np.float32]:
-        """Like `read`, for n digests that were located before: `segments` and `rows` are int64 of shape (n, k). Never a view."""
+        """Like `read`, for n located digests: `segments` and `rows` are int64 of shape (n, k). Never a view."""
         result = np.empty((len(rows), self.dim), np.float32)
         stop = 0
         for number, store in enumerate(self.stores):
@@ -62,13 +62,11 @@ class JoinedStores:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StoredRows(NDArrayOperatorsMixin):
-    """The vectors of n digests, float32 of shape (n, dim), as an array that is read and checked only where it is indexed.
+    """The vectors of n digests, float32 of shape (n, dim), as an array that reads and checks only the indexed rows.
 
-    NumPy's operators, functions and methods read all of it: `X - X.mean(axis=0)`.
-
-    A slice gives a view of the mapped file, read-only, where the rows lie one behind the other there, and so does `numpy.asarray`
-    of all; a mask or row numbers give a copy. `segments` and `rows`, int64 of shape (n,), or (n, k) of k joined stores, say where each
-    vector lies.
+    NumPy's operators, functions and methods read all rows: `X - X.mean(axis=0)`. A slice, or `numpy.asarray` of the whole, gives a
+    read-only view of the mapped file if its rows are consecutive there; a mask or row indices give a copy. `segments` and `rows`,
+    int64 of shape (n,), or (n, k) for k joined stores, locate each vector.
     """
 
     store: FeatureStore | JoinedStores
@@ -78,7 +76,7 @@ class StoredRows(NDArrayOperatorsMixin):
 
     @staticmethod
     def of(store: FeatureStore | JoinedStores, digests: Digests) -> StoredRows:
-        """Find n digests, uint64 of shape (n, 2), without reading their vectors; StoreError when some are missing."""
+        """Locate n digests, uint64 of shape (n, 2), without reading their vectors; StoreError when some are missing."""
         digests = np.asarray(digests).reshape(-1, 2)
         return StoredRows(store, digests, *store.locate(digests))
 
@@ -100,12 +98,12 @@ class StoredRows(NDArrayOperatorsMixin):
 
     @property
     def dtype(self) -> np.dtype[np.float32]:
-        """float32, whatever the store holds."""
+        """float32, whatever the dtype in the store."""
         return np.dtype(np.float32)
 
     @property
     def nbytes(self) -> int:
-        """Bytes the array would take in memory."""
+        """Bytes of the whole array in memory."""
         return 4 * len(self) * self.store.dim
 
     def __getitem__(self, places: Any) -> NDArray[np.float32]:
@@ -134,27 +132,27 @@ class StoredRows(NDArrayOperatorsMixin):
         return getattr(self[:], name)
 
     def part(self, places: NDArray[np.integer]) -> StoredRows:
-        """Return some of the rows, of any integer dtype, shape (k,), still unread."""
+        """Select rows, of any integer dtype, shape (k,), without reading them."""
         return StoredRows(self.store, self.digests[places], self.segments[places], self.rows[places])
 
     def file_order(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how to sort k places into the order in which their vectors lie on disk: int64 of shape (k,), as `argsort`."""
+        """Return the permutation, int64 of shape (k,), that sorts k rows by their position on disk."""
         rows, segments = (each[places].reshape(len(places), -1)[:, 0] for each in (self.rows, self.segments))
         return np.lexsort((rows, segments))
 
 
 @dataclass(frozen=True, eq=False)
 class Nearest:
-    """An exact search among the vectors of n contents by the cosine; the first one reads and checks the store's files."""
+    """An exact nearest-neighbour search by cosine among n contents; the first search reads and checks the store's files."""
 
     vectors: StoredRows
-    """In the order in which they lie on disk."""
+    """The vectors in file order."""
     order: NDArray[np.int64]
-    """The place of each among the n contents, shape (n,)."""
+    """The index of each among the n contents, shape (n,)."""
 
     @staticmethod
     def of(store: FeatureStore | JoinedStores, digests: Digests) -> Nearest:
-        """Search among n digests, uint64 of shape (n, 2); StoreError when some have no vector."""
+        """Prepare a search among n digests, uint64 of shape (n, 2); StoreError when some have no vector."""
         rows = StoredRows.of(store, digests)
         order = rows.file_order(np.arange(len(rows)))
         return Nearest(rows.part(order), order)
@@ -165,7 +163,7 @@ class Nearest:
 
     @cached_property
     def scales(self) -> NDArray[np.float32]:
-        """One over the length of each vector, float32 of shape (n,); 0 for a vector of zeros, which is like no other."""
+        """1 / length of each vector, float32 of shape (n,); 0 for a zero vector, which is similar to none."""
         lengths = np.empty(len(self.vectors), np.float32)
         for part in self._blocks:
             block = self.vectors[part]
@@ -173,7 +171,7 @@ class Nearest:
         return np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0)
 
     def find(self, queries: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return for each of k vectors the nearest of the n contents and 1 - cosine, nearest first.
+        """Find for each of k vectors the nearest of the n contents and 1 - cosine, nearest first.
 
         queries : float32 of shape (k, dim); returns int64 and float64 of shape (k, min(count, n))
         """

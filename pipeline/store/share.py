@@ -1,11 +1,11 @@
-"""Vectors in files of their own: packed files to share (docs/promises.md has their datasets), parts, `.npy` and `.parquet`.
+"""Vectors in stand-alone files: packed files to share (docs/promises.md has their datasets), parts, `.npy` and `.parquet`.
 
-Parts are packed files, immutable and made without a lock, on a disk or in an object store:
+Parts are packed files, immutable and written without a lock, on a disk or in an object store:
 
-    PLACE/NAME.parts/<digest>.h5      some vectors of one embedding; PLACE/NAME.store is made of them by `maintain.copy_rows`
+    PLACE/NAME.parts/<digest>.h5      some vectors of one embedding; `maintain.copy_rows` combines them into PLACE/NAME.store
 
-A file is there as a whole or not at all. Whoever dies leaves the files that are finished; whoever makes vectors twice does no harm,
-because those who read take each content once.
+A file appears as a whole or not at all. A killed process leaves its finished files, and duplicate vectors do no harm, because
+readers take each content once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pipeline.store.reader import FeatureStore, listed
 log = logging.getLogger(__name__)
 
 Columns = Mapping[str, Sequence[str] | NDArray[np.object_]]
-"""Column of the dataset index, such as `paths` -> a text for each of m images."""
+"""Columns of the dataset index by name, such as `paths`, with a text for each of m images."""
 
 COLUMNS = {"paths": "path", "labels": "label", "splits": "split", "groups": "group"}
 """Column of the dataset index -> dataset of the packed file."""
@@ -51,7 +51,7 @@ def pack(
     columns: Columns | None = None,
     anonymous: bool = False,
 ) -> FeatureStore:
-    """Write the vectors of m images, uint64 of shape (m, 2), of which several may have one content, into one file, and open that.
+    """Write the vectors of m images, uint64 of shape (m, 2), which may share contents, into one file and open it.
 
     `columns` : `paths`, `labels`, `splits`, `groups` of these images; `anonymous` leaves out the paths.
     """
@@ -92,7 +92,7 @@ class ImageTable:
 
 
 def read_packed_index(path: str | Path) -> ImageTable:
-    """Return digests and columns (`paths`, `labels`, ...) of a packed file; no columns when it was packed without.
+    """Return the digests and the columns (`paths`, `labels`, ...), if any, of a packed file.
 
     StoreError when a text is not UTF-8, or an image points at a row that does not exist.
     """
@@ -118,7 +118,7 @@ def read_packed_index(path: str | Path) -> ImageTable:
 def export(store: FeatureStore, path: Path, digests: Digests, columns: Columns) -> None:
     """Write the float32 features of n images, uint64 of shape (n, 2), as `.npy` or `.parquet`.
 
-    A `.npy` has room for the features alone; a `.parquet` also has `content` (hex digest) and the given columns.
+    A `.npy` holds only the features; a `.parquet` also has `content` (hex digest) and the given columns.
     """
     if path.suffix == ".npy":
         write_npy(path, (len(digests), store.dim), (features for _, features in store.pieces(digests)))
@@ -130,10 +130,10 @@ def export(store: FeatureStore, path: Path, digests: Digests, columns: Columns) 
 
 
 def read_vectors(path: Path) -> tuple[NDArray[np.object_] | None, NDArray[np.float32]]:
-    """Return the paths that a file names, object (str) of shape (n,) or None, and its vectors, float32 of shape (n, dim).
+    """Return the image paths in a file, object (str) of shape (n,) or None, and its vectors, float32 of shape (n, dim).
 
-    The files are those that `export` writes, and others: in Parquet a vector is a list in the one column of lists, or else the
-    numbers of all columns of numbers, and `path` or `paths` names images. StoreError when it is missing or holds no such thing.
+    It reads files that `export` writes, and others: in Parquet the vectors are the only column of lists, or else all numeric
+    columns, and `path` or `paths` names the images. StoreError when the file is missing or holds no vectors.
     """
     import pyarrow
     import pyarrow.parquet as pq
@@ -142,7 +142,7 @@ def read_vectors(path: Path) -> tuple[NDArray[np.object_] | None, NDArray[np.flo
         if path.suffix != ".parquet":
             paths, found = None, np.load(path, allow_pickle=False)
         else:
-            frame = pq.read_table(path).to_pandas(ignore_metadata=True)  # an index is a column like the others
+            frame = pq.read_table(path).to_pandas(ignore_metadata=True)  # read pandas' index as a column
             named = [name for name in ("path", "paths") if name in frame]
             paths = frame[named[0]].astype(str).to_numpy(object) if named else None
             lists = [name for name, column in frame.items() if isinstance(column.iat[0], np.ndarray)]
@@ -162,7 +162,7 @@ def read_vectors(path: Path) -> tuple[NDArray[np.object_] | None, NDArray[np.flo
 
 
 def write_npy(path: Path, shape: tuple[int, int], pieces: Iterable[NDArray[np.float32]]) -> None:
-    """Write an array of this shape, float32, of pieces that are each float32 of shape (k, dim), as `.npy`."""
+    """Write a float32 array of this shape as `.npy`, from pieces of float32, shape (k, dim)."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
     _write(path, itertools.chain([header.getvalue()], (np.ascontiguousarray(piece).data.cast("B") for piece in pieces)))
@@ -190,13 +190,13 @@ def _write_parquet(store: FeatureStore, path: Path, digests: Digests, columns: C
 
 PART_BYTES = 32 << 20
 PART_SECONDS = 60.0
-"""A part is finished when it has so many bytes, or after so many seconds: as much as a kill can cost."""
+"""A part is finished at this size or age, which bounds what a kill can lose."""
 
 PARTS = ".parts"
 
 
 def part_folders(place: str | Path) -> list[str]:
-    """Return the names of the embeddings that a place has parts of, without `.parts`."""
+    """Return the names of the embeddings with parts in a place, without `.parts`."""
     return [name.removesuffix(PARTS) for name in listed(place) if name.endswith(PARTS)]
 
 
@@ -207,7 +207,7 @@ def part_files(place: str | Path, name: str) -> list[str]:
 
 
 class PartWriter:
-    """Writes vectors of one embedding as parts, which `due` says when to finish; leaving it normally finishes the last one."""
+    """Writes vectors of one embedding as parts; `due` says when to `commit` one, and leaving the block normally commits the last."""
 
     def __init__(
         self,
@@ -219,10 +219,10 @@ class PartWriter:
         probe: NDArray[np.float32] | None = None,
         look: bool = True,
     ) -> None:
-        """Look at the parts that are there already, unless the caller knows that none is of use.
+        """Read the existing parts, unless `look` is False.
 
-        store : named like the one that they are for
-        probe : float32 of shape (k, dim)
+        store : path of the store that the parts are for
+        probe : probe vectors, float32 of shape (k, dim)
         """
         self.folder = f"{place}/{store.stem}{PARTS}"
         self.store_type = StoreType(fingerprint(dict(identity)), dim, np.dtype(dtype).str)
@@ -234,7 +234,7 @@ class PartWriter:
         self._known = digest_keys(np.concatenate([np.zeros((0, 2), np.uint64), *found]))
 
     def _head(self, path: str) -> StoreFile | None:
-        """Open a part to see which contents it has; one that is damaged counts as missing."""
+        """Open a part's head to list its contents; a damaged part counts as missing."""
         try:
             data = fetch(path, head_only=True) if address_of(path) else None
             file = open_file(Path(path), "pack", data=data)
@@ -246,23 +246,23 @@ class PartWriter:
         return file
 
     def missing(self, digests: Digests) -> NDArray[np.bool_]:
-        """Say for each of n digests, uint64 of shape (n, 2), whether no part that was there at the start has its vector: bool (n,)."""
+        """Say for each of n digests, uint64 of shape (n, 2), whether the parts read at the start lack its vector: bool of shape (n,)."""
         return ~np.isin(digest_keys(digests), self._known)
 
     def append(self, digests: Digests, features: NDArray[Any]) -> int:
-        """Add vectors, float of shape (n, dim), of n distinct digests, uint64 of shape (n, 2); return how many."""
+        """Add vectors, float of shape (n, dim), of n distinct digests, uint64 of shape (n, 2); return n."""
         if len(digests):
             self._waiting.append((digests, np.ascontiguousarray(features, self.store_type.dtype)))
         return len(digests)
 
     @property
     def due(self) -> bool:
-        """Whether it is time to finish a part."""
+        """Whether it is time to commit a part."""
         waiting = sum(vectors.nbytes for _, vectors in self._waiting)
         return waiting >= PART_BYTES or time.monotonic() - self._since >= PART_SECONDS
 
     def commit(self) -> None:
-        """Finish a part of what was appended since the last one."""
+        """Write everything appended since the last commit as a part."""
         self._since = time.monotonic()
         if not self._waiting:
             return

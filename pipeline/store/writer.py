@@ -2,10 +2,10 @@
 
     append -> memory -> commit: one synced journal file every 4 MB or 10 s -> compact: segments, then the next snapshot
 
-A group of the journal is there for good once its name is there. Compaction makes segments of the groups, and of their places the
-table of the next snapshot; then what nobody needs any more goes. A kill at any moment leaves the last snapshot valid and the journal
-for the next run to take over. The order of the rows is the order of appending, across kills, so a resumed run gives the same bytes as
-one that was never interrupted. Damaged files are set aside: nothing that could be of use is destroyed.
+A journal group is safe once its name exists. Compaction writes the groups as segments and their places as the table of the next
+snapshot, then removes unneeded files. A kill at any moment leaves the last snapshot valid, and the journal for the next run to take
+over. Rows keep the order of appending, across kills too, so a resumed run gives the same bytes as an uninterrupted one. Damaged files
+go to quarantine, so nothing useful is destroyed.
 """
 
 from __future__ import annotations
@@ -58,19 +58,19 @@ SEGMENT_BYTES = 1 << 30
 """Most bytes of features in one segment."""
 SMALL_BYTES = SEGMENT_BYTES // 16
 MAX_SMALL = 16
-"""As many segments below `SMALL_BYTES` may pile up before a run merges them."""
+"""Number of segments below `SMALL_BYTES` from which a run merges them."""
 COPY_BYTES = 4 << 20
 
 MIN_COSINE = 0.9999
 MAX_DEVIATION = 1e-2
-"""Largest difference of a probe vector's number, relative to the root mean square of the recorded row."""
+"""Largest deviation of a number in a probe vector, relative to the root mean square of the recorded vector."""
 
 
-# ---- what may be added
+# ---- checks of new rows
 
 
 def storable(features: NDArray[Any], store_type: StoreType) -> NDArray[np.bool_]:
-    """Say for each row, float of shape (n, dim), whether all its numbers are finite as they would be stored: bool of shape (n,)."""
+    """Say for each row, float of shape (n, dim), whether all its numbers are finite in the store's dtype: bool of shape (n,)."""
     with np.errstate(over="ignore"):
         finite: NDArray[np.bool_] = np.isfinite(np.asarray(features).astype(store_type.dtype)).all(axis=1)
     return finite
@@ -79,7 +79,7 @@ def storable(features: NDArray[Any], store_type: StoreType) -> NDArray[np.bool_]
 def check_probe(stored: NDArray[np.float32], found: NDArray[np.float32], where: str) -> None:
     """Compare the vectors of the built-in probe images, float32 of shape (k, dim), with those recorded when the store was made.
 
-    They catch what no list of fields can: a driver, a patched library, a network left in training mode. StoreError when a row's
+    They reveal changes outside the identity: a driver, a patched library, a network in training mode. StoreError when a row's
     cosine is below 0.9999 or a number is off by more than 1 % of the row's root mean square.
     """
     if stored.shape != found.shape:
@@ -112,7 +112,7 @@ def groups(store: Path) -> list[Path]:
 
 
 def _write(store: Path, parts: Iterable[bytes | memoryview], path: Path) -> None:
-    """Write a file under its name; when this returns, a power loss cannot take it away."""
+    """Write and sync a file under its name, so that it survives a power loss."""
     files.rename(files.write_temporary(store / TEMPORARY, parts), path)
 
 
@@ -127,7 +127,7 @@ def _set_aside(store: Path, path: Path) -> None:
 
 
 def _newest_whole_snapshot(store: Path) -> tuple[FeatureStore, bool]:
-    """Open the newest snapshot that is whole; move newer ones away, so that the next number is free, and say whether there were any."""
+    """Open the newest undamaged snapshot, quarantine newer ones, and say whether there were any."""
     numbers = generations(store)
     for generation in numbers:
         path = snapshot_path(store, generation)
@@ -143,7 +143,7 @@ def _newest_whole_snapshot(store: Path) -> tuple[FeatureStore, bool]:
 
 
 def _whole(store: Path, store_type: StoreType, paths: Iterable[Path]) -> Iterator[StoreFile]:
-    """Open groups or segments of a store, in order; one that is damaged in any place is set aside with a warning."""
+    """Open groups or segments of a store in order; damaged ones are quarantined with a warning."""
     for path in paths:
         try:
             file = open_segment(path, store_type)
@@ -156,7 +156,7 @@ def _whole(store: Path, store_type: StoreType, paths: Iterable[Path]) -> Iterato
 
 
 def _sweep(store: Path, newest: FeatureStore, keep: int) -> None:
-    """Remove snapshots but the newest `keep`, and segments that none of these names."""
+    """Remove all but the newest `keep` snapshots, and segments that none of these lists."""
     numbers = generations(store)
     for generation in numbers[keep:]:
         files.remove(snapshot_path(store, generation))
@@ -165,7 +165,7 @@ def _sweep(store: Path, newest: FeatureStore, keep: int) -> None:
         try:
             named.update(open_snapshot(snapshot_path(store, generation)).segments)
         except StoreError:
-            return  # it cannot say what it needs, so nothing is removed
+            return  # its segments are unknown, so none is removed
     for path in [*(store / SEGMENTS).glob("*.h5")]:
         if path not in named:
             files.remove(path)
@@ -176,14 +176,14 @@ def _sweep(store: Path, newest: FeatureStore, keep: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class FileRows:
-    """Rows of one opened file, int64 of shape (n,), that belong to the store's next state, in the order they have there."""
+    """Rows of one opened file, int64 of shape (n,), for the store's next state, in their order there."""
 
     file: StoreFile
     rows: NDArray[np.int64]
 
     @staticmethod
     def all(file: StoreFile) -> FileRows:
-        """Take every row of a file."""
+        """Select every row of a file."""
         return FileRows(file, np.arange(len(file.bulk)))
 
     @property
@@ -192,7 +192,7 @@ class FileRows:
         return len(self.rows) == len(self.file.bulk)
 
     def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[NDArray[Any]]:
-        """Yield the vectors from one of the rows to another, (k, dim) at a time, a few megabytes, each block of the file checked."""
+        """Yield the checked vectors of rows `start` to `stop`, (k, dim) at a time, a few megabytes each."""
         rows = self.rows[start:stop]
         for part in slices(len(rows), self.file.store_type.row_bytes, COPY_BYTES):
             self.file.check_rows(rows[part])
@@ -233,9 +233,9 @@ class StoreWriter:
         self._process = os.getpid()
         self._snapshot: FeatureStore
         self._segments: list[StoreFile] = []
-        """Those of the snapshot in order, opened and checked."""
+        """The snapshot's segments in order, opened and checked."""
         self._sources: list[FileRows] = []
-        """Rows of the journal, in the order they were appended."""
+        """Rows of the journal, in the order of appending."""
         self._new: set[bytes] = set()
         self._waiting: list[tuple[Digests, NDArray[Any]]] = []
         self._last_commit = time.monotonic()
@@ -250,18 +250,18 @@ class StoreWriter:
         probe: NDArray[np.float32] | None = None,
         patience: float = 0.0,
     ) -> StoreWriter:
-        """Create a store or open one for writing; takes over the journal of a killed run.
+        """Create a store or open one for writing, and take over the journal of a killed run.
 
         `dtype` : float32 or float16. `patience` : seconds to wait for another writer.
         `probe` : vectors of the built-in probe images, float32 of shape (k, dim), recorded in a new store and compared with an old one's.
 
-        StoreError when another writer has the lock, the identity, dim or dtype differ (shows both sides), or the probe vectors do.
+        StoreError when another writer has the lock, or the identity, dim, dtype (with both sides) or probe vectors differ.
         """
         path, identity = Path(path), dict(identity)
         store_type = StoreType(fingerprint(identity), dim, np.dtype(dtype).str)
         with explained(path):
             for name in (SEGMENTS, JOURNAL, TEMPORARY, QUARANTINE):
-                # What a link leads to is not ours to clear.
+                # The target of a link is not ours to clear.
                 if (path / name).is_symlink():
                     raise StoreError(
                         f"{path / name}: is a symbolic link, expected a folder of the store; nothing was changed"
@@ -277,7 +277,7 @@ class StoreWriter:
         return writer
 
     def _begin(self, probe: NDArray[np.float32] | None) -> None:
-        """Bring the folder into a known state: no partial files, a valid newest snapshot, the journal taken over.
+        """Bring the folder into a known state: no partial files, a valid newest snapshot, the journal loaded.
 
         `probe` : the probe vectors, float32 of shape (k, dim).
         """
@@ -287,7 +287,7 @@ class StoreWriter:
             self._publish(1, "0" * 64, probe)
         self._snapshot, fell_back = _newest_whole_snapshot(self.path)
         self._require_same(self.identity, self.store_type, probe)
-        # Where a newer snapshot was damaged, its segments have rows that no other knows.
+        # The segments of a damaged newer snapshot have rows that no other snapshot lists.
         others = {*(self.path / SEGMENTS).glob("*.h5")}.difference(self._snapshot.segments)
         found = sorted(others) if fell_back else []
         opened = [*_whole(self.path, self.store_type, [*found, *groups(self.path)])]
@@ -297,14 +297,14 @@ class StoreWriter:
         if self._new:
             log.info("%s: taking over %d rows of a run that did not end", self.path, len(self._new))
         if not self._sources:
-            # A kill fell between publishing and clearing: the snapshot has all that the journal has.
+            # A kill between publishing and clearing: the snapshot has all rows of the journal.
             self._clear_journal()
         self._next_group = max((int(path.stem) for path in groups(self.path)), default=0) + 1
 
     def _require_same(
         self, identity: Mapping[str, Any], wanted: StoreType, probe: NDArray[np.float32] | None = None
     ) -> None:
-        """See that vectors of an identity may be added; `probe` are its probe vectors, float32 of shape (k, dim), where they are known."""
+        """Check that vectors of an identity may be added; `probe` are its probe vectors, float32 of shape (k, dim), if known."""
         found = self._snapshot.store_type
         problems = differences(self._snapshot.identity, identity) + differences(
             {"dim": found.dim, "dtype": found.dtype}, {"dim": wanted.dim, "dtype": wanted.dtype}
@@ -319,7 +319,7 @@ class StoreWriter:
             check_probe(self._snapshot.probe, probe, str(self.path))
 
     def _open_segments(self) -> None:
-        """Open the snapshot's segments; of one that is missing or was cut the rows count as missing from now on."""
+        """Open the snapshot's segments; the rows of missing or damaged ones count as missing from now on."""
         for number, path in enumerate(self._snapshot.segments):
             try:
                 self._segments.append(self._snapshot.open_segment(number))
@@ -331,7 +331,7 @@ class StoreWriter:
             self._replace([FileRows.all(file) for file in self._segments])
 
     def _take(self, file: StoreFile, rows: NDArray[np.int64]) -> None:
-        """Let some rows of an opened file, int64 of shape (k,), belong to the next state."""
+        """Add rows of an opened file, int64 of shape (k,), to the next state."""
         if len(rows):
             self._sources.append(FileRows(file, rows))
             self._new.update(digest_keys(file.arrays["content"][rows]).tolist())
@@ -339,8 +339,8 @@ class StoreWriter:
     def adopt(self, store: FeatureStore, content: Digests | None = None) -> int:
         """Add vectors of another store, of some contents, uint64 of shape (n, 2), or all; return how many were new.
 
-        They are checked now, and copied when this store is compacted; until then its files must stay. StoreError when one
-        is missing there, damaged, or not finite, or the identity or the probe vectors of both differ.
+        They are checked now and copied when this store is compacted; until then the other store's files must stay. StoreError when a
+        vector is missing there, damaged, or not finite, or the identity or the probe vectors differ.
         """
         self.commit()
         self._require_same(store.identity, store.store_type, store.probe if len(store.probe) else None)
@@ -353,14 +353,14 @@ class StoreWriter:
         return len(content)
 
     def missing(self, digests: Digests) -> NDArray[np.bool_]:
-        """Say for each of n digests, uint64 of shape (n, 2), whether neither the store nor this run has its vector."""
+        """Say for each of n digests, uint64 of shape (n, 2), whether store and run lack its vector: bool of shape (n,)."""
         absent = self._snapshot.missing(digests)
         if self._new:
             absent &= np.array([key not in self._new for key in digest_keys(digests).tolist()], np.bool_)
         return absent
 
     def fresh(self, digests: Digests) -> NDArray[np.bool_]:
-        """Like `missing`, bool of shape (n,), but of equal digests only the first counts."""
+        """Like `missing`, bool of shape (n,), but True only for the first of equal digests."""
         fresh = self.missing(digests)
         _, first = np.unique(digests, axis=0, return_index=True)
         fresh[np.setdiff1d(np.arange(len(fresh)), first)] = False
@@ -369,8 +369,8 @@ class StoreWriter:
     def append(self, digests: Digests, features: NDArray[Any]) -> int:
         """Add vectors, float of shape (n, dim), for n digests, uint64 of shape (n, 2); return how many were new.
 
-        Those the store has already are passed over. They are safe once a group is committed, by itself every 4 MB or 10 s.
-        StoreError when a number is not finite, naming the contents, and nothing of this call was added; or when the disk is full.
+        Known digests are skipped. Vectors are safe once a group is committed, which happens every 4 MB or 10 s.
+        StoreError when a number is not finite, naming the contents and adding nothing of this call; or when the disk is full.
         """
         self._require_open()
         digests = np.ascontiguousarray(digests, np.uint64).reshape(-1, 2)
@@ -418,9 +418,9 @@ class StoreWriter:
         self._finish([FileRows.all(file) for file in self._segments], keep=2)
 
     def rewrite(self, wanted: Callable[[StoreFile], NDArray[np.bool_]], set_aside: bool = False) -> None:
-        """Publish a state that has only the rows `wanted` says yes to, and remove every older state.
+        """Publish a state with only the `wanted` rows, and remove every older state.
 
-        `wanted` : opened segment -> bool of shape (its rows,); `set_aside` keeps what is replaced in `quarantine`.
+        `wanted` : opened segment -> bool of shape (its rows,); `set_aside` keeps replaced files in `quarantine`.
         """
         self._finish([FileRows(file, np.flatnonzero(wanted(file))) for file in self._segments], 1, set_aside)
 
@@ -435,9 +435,9 @@ class StoreWriter:
             _sweep(self.path, self._snapshot, keep)
 
     def _replace(self, kept: Sequence[FileRows]) -> None:
-        """Publish the next state, of the rows that are kept and of the journal.
+        """Publish the next state from the kept rows and those of the journal.
 
-        Segments that are kept as a whole stay as they are, but for small ones when too many have piled up.
+        Segments kept as a whole are reused, except that small ones are merged when there are too many.
         """
         small = [each for each in kept if each.is_whole and each.file.size < SMALL_BYTES]
         merged = small if self._sources and len(small) >= MAX_SMALL else []
@@ -479,7 +479,7 @@ class StoreWriter:
             files.remove(path)
 
     def close(self) -> None:
-        """Give up the lock; what was appended but not committed is lost. A forked child has none to give up."""
+        """Release the lock, which a forked child does not have; uncommitted rows are lost."""
         if self._lock >= 0 and self._process == os.getpid():
             files.close_alone(self._lock)
             self._lock = -1

@@ -1,8 +1,8 @@
-"""The leaderboard: one row per head on an embedding, and the recommendation on them. JSON is the truth, tables are drawn from it.
+"""The leaderboard: one row per head on an embedding, and a recommendation. Stored as JSON, from which tables are rendered.
 
-    rows.py            what is known of a row, and of the recommendation
+    rows.py            the records of a row and of the recommendation
     table.py           Leaderboard: the rows in order, as JSON, Markdown and text; several targets side by side
-    recommendation.py  who is no worse than the best, what to use, how flattering the best score is, what uneven classes do
+    recommendation.py  comparison with the best row, the recommended row, selection optimism, effects of class imbalance
 
 Stage two builds `recommend(Leaderboard(rows, provenance), output)` and writes it; the report page shows it.
 """

@@ -1,6 +1,6 @@
-"""The recommendation on a leaderboard: who is no worse than the best, what to use, how flattering the best score is, what uneven classes do.
+"""The recommendation on a leaderboard: comparison with the best row, the recommended row, selection optimism, class imbalance.
 
-Reads what stage two saved: `predictions.npz` beside each bundle and the trials' journals.
+It is computed from the files of stage two: the `predictions.npz` of each bundle and the journals of trials.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pipeline.experiment import TRIALS, Artifacts, read_lines
 log = logging.getLogger(__name__)
 
 Trials = Sequence[Mapping[str, Any]]
-"""The finished, stopped and failed trials of one search, as its journal holds them."""
+"""The finished, stopped and failed trials of one search, as in its journal."""
 
 
 def recommend(leaderboard: Leaderboard, output: Path) -> Leaderboard:
-    """Return the leaderboard with its recommendation; without one where the best row left no out-of-fold predictions.
+    """Return the leaderboard with its recommendation, or without one where the best row has no out-of-fold predictions.
 
-    Rows whose predictions are missing or of other images, or whose saved fit is bad, take no part in the comparison.
+    Rows whose predictions are missing or of other images, or whose saved fit is bad, are left out of the comparison.
     """
     if not leaderboard.rows:
         return leaderboard
@@ -65,7 +65,7 @@ def read_predictions(leaderboard: Leaderboard, output: Path) -> dict[str, HeadPr
 
 
 def read_trials(leaderboard: Leaderboard, output: Path) -> dict[str, Trials]:
-    """Return the trials of every row whose journal is there, by key, in the order they were made."""
+    """Return the trials of every row that has a journal, by key, in the order they were made."""
     found: dict[str, Trials] = {}
     for row in leaderboard.rows:
         path = Artifacts(output).trials(row.embedding, row.head)
@@ -86,10 +86,10 @@ def read_trials(leaderboard: Leaderboard, output: Path) -> dict[str, Trials]:
 def _same_images(
     said: Mapping[str, HeadPredictions], which: Literal["test", "out_of_fold"], best: str, metric: Metric
 ) -> dict[str, Predictions]:
-    """Return one part of the predictions of the rows that saw the best row's images in the same order.
+    """Return one part of the predictions of the rows with the best row's images in the same order.
 
-    A search that is scored by probabilities judges a head's own, out of fold; users get calibrated ones, which the test
-    images are compared by. A row without what the metric looks at takes no part.
+    Probability metrics use a head's own probabilities out of fold, as the search does, and calibrated ones on the test images, as
+    users get them. Rows without the predictions that the metric needs are left out.
     """
     reference, found = getattr(said.get(best), which, None), dict[str, Predictions]()
     for key, both in said.items():
@@ -103,10 +103,10 @@ def _same_images(
 
 
 def _trial_optimism(trials: Trials) -> tuple[float | None, int | None]:
-    """Return the optimism of picking the best trial, and of how many: those that were fitted on every fold.
+    """Return the optimism of selecting the best trial, None for fewer than two, and the number of trials fitted on every fold.
 
-    The estimate needs the others' scores on the same folds. More trials can only raise it, so it is a lower bound where
-    some were stopped early; of one trial alone there is none.
+    The estimate needs all scores on the same folds. More trials can only raise it, so it is a lower bound where some were
+    stopped early.
     """
     complete = []
     for trial in trials:
@@ -117,22 +117,22 @@ def _trial_optimism(trials: Trials) -> tuple[float | None, int | None]:
 
 
 def _cost(row: LeaderboardRow) -> tuple[bool, float, int, str]:
-    """What a user pays for a row, in what no busy machine changes: a network or none, how simple the head is, how many numbers."""
+    """Return the sort key of a row's cost, which no timing affects: a network or none, the head's complexity, the dimension."""
     return (not row.baseline, row.simplicity, row.dim or 0, row.key)
 
 
 LARGEST_MARGIN = 0.05
-"""5 points of a share, or 0.05 nats, by which the true class's probability falls by 5 %."""
+"""5 points of a share, or 0.05 nats, which lower the true class's probability by 5 %."""
 
 SHARE_OF_THE_ERROR = 0.5
 
 
 def margin(metric: Metric, best: float, images: int) -> float:
-    """Return what a row of the no-evidence group may at most be behind the best to be recommended for being simpler.
+    """Return the non-inferiority margin: how far a simpler row may be behind the best and still be recommended.
 
-    Half of the best row's error, as 5 points at 99.5 % are ten times the errors, and never more than `LARGEST_MARGIN`. An error
-    that no image shows counts as one image. Of an error in the units of a number it is that share of the error.
-    best : its score out of fold, higher being better
+    Half of the best row's error (5 points at 99.5 % would be ten times its error), at least half an image and at most
+    `LARGEST_MARGIN`; for a metric in the units of a number, `LARGEST_MARGIN` times the error.
+    best : the best row's out-of-fold score, higher being better
     """
     if metric.in_units:
         return LARGEST_MARGIN * (metric.high - best)
@@ -142,12 +142,12 @@ def margin(metric: Metric, best: float, images: int) -> float:
 def _choose(
     leaderboard: Leaderboard, differences: Sequence[Difference], held_out: Predictions
 ) -> tuple[LeaderboardRow, str]:
-    """Pick the cheapest and simplest row that is shown to be as good as the best, and say what to use and why.
+    """Choose the cheapest and simplest row that is shown to be as good as the best, and give the reason.
 
-    A row of the no-evidence group stands in for the best only if its whole interval lies within the margin: a test of
-    non-inferiority (Schuirmann 1987), because few images show no difference of anything, and absence of evidence is not
-    evidence of absence (Altman and Bland 1995). Where no cheaper row passes, the best score decides; so it does where even
-    the guess that looks at no image may be as good.
+    A row of the no-evidence group replaces the best only if its whole interval lies within the margin: a test of
+    non-inferiority (Schuirmann 1987), because with few images no difference shows, and absence of evidence is not evidence of
+    absence (Altman and Bland 1995). The best row is chosen where no cheaper row passes, or where even a constant guess is in the
+    no-evidence group.
     """
     best, metric = leaderboard.best, leaderboard.metric
     images = counted(len(held_out), held_out.units)
@@ -183,17 +183,17 @@ def _choose(
 
 
 UNEVEN = 1.5
-"""Classes count as uneven when the largest has this many times the training images of the smallest."""
+"""Classes are imbalanced from this ratio of training images on, largest to smallest class."""
 
 
 MOST_UNEVEN = 10
-"""Beyond it accuracy hardly sees the smallest class."""
+"""Ratio above which accuracy hardly depends on the smallest class."""
 
 
 def advice(y: NDArray[Any], target: Target, scoring: str) -> list[str]:
-    """Return what to set where classes are very uneven and accuracy is tuned.
+    """Advise on settings where classes are very imbalanced and accuracy is tuned.
 
-    y : of the training images; int64 of shape (n,) where accuracy is tuned
+    y : labels of the training images; int64 of shape (n,) where accuracy is tuned
     """
     if scoring != "accuracy":
         return []
@@ -210,7 +210,7 @@ def advice(y: NDArray[Any], target: Target, scoring: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Effect:
-    """One way to treat uneven classes: scores out of fold, and on the test images where they are known."""
+    """One way to treat imbalanced classes: its scores out of fold, and on the test images if known."""
 
     name: str
     out_of_fold: Scores | None
@@ -218,13 +218,13 @@ class Effect:
 
 
 def unevenness(counts: Sequence[int]) -> float:
-    """Return how many times the images of the smallest class the largest has."""
+    """Return the ratio of images between the largest and the smallest class."""
     present = [count for count in counts if count > 0]
     return max(present) / min(present) if present else 1.0
 
 
 def effects(board: Leaderboard, found: HeadPredictions) -> tuple[Effect, ...]:
-    """Return the best row as it is and as it would be; empty where classes are even or probabilities are missing."""
+    """Return the best row's scores without and with each treatment of imbalance; empty for balanced classes or no probabilities."""
     part, row = found.out_of_fold, board.best
     if part is None or part.probabilities is None:
         return ()

@@ -1,4 +1,4 @@
-"""The records of a leaderboard: a row, what repeats say of it, the recommendation on all rows; and their way through JSON."""
+"""The records of a leaderboard and their JSON: a row, its repeated searches, near-duplicate leaks, the recommendation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipeline.experiment import from_plain, plain
 
 @dataclass(frozen=True)
 class Nested:
-    """A row's search repeated within every outer fold, so that no image judged what it helped to choose.
+    """Nested cross-validation of a row: its search repeated within every outer fold, scored on the held-out images.
 
-    `inner` has the best mean that each search reported on its own training images, `outer` what its winner then scored
-    on the images held out: one number per outer fold.
+    `inner` has the best mean score of each search on its own training images, `outer` the score of its winner on the held-out
+    images, one number per outer fold.
     """
 
     inner: tuple[float, ...]
@@ -32,13 +32,13 @@ class Nested:
 
     @property
     def interval(self) -> Interval:
-        """Its 95 % interval, the variance over folds corrected for the training images they share."""
+        """Its 95 % interval, with the variance over folds corrected for shared training images."""
         return repeated_interval(self.outer)
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """The same search with other seeds for folds, search and head; the test images stay. One number per seed."""
+    """The search repeated with other seeds for folds, search and head, on the same test images; one number per seed."""
 
     seeds: tuple[int, ...]
     cv_means: tuple[float, ...]
@@ -52,11 +52,11 @@ class Seeds:
 
 @dataclass(frozen=True)
 class LastFit:
-    """The fit on all training images, which is what is saved, beside the fits that cross-validation judged.
+    """The saved fit on all training images, compared with the cross-validation fits.
 
-    `score` and `fold_scores` are in the score that was tuned, each on the images the fit was made from. `sound` says that
-    the first is not below the lowest of the others by more than chance, after `tries` seeds. Warnings are counted by
-    category: of the fit that was kept, and of the chosen trial's fits on folds.
+    `score` and `fold_scores` are in the tuned metric, each on the images of its own fit. `sound` is whether `score`, after `tries`
+    seeds, is not below the lowest of `fold_scores` by more than chance. `warnings` of the saved fit and `fold_warnings` of the
+    chosen trial's fits are counts by category.
     """
 
     score: float
@@ -71,10 +71,10 @@ class LastFit:
 class LeaderboardRow:
     """One tuned head on one embedding.
 
-    `cv_mean` is the score of all held-out answers, `cv_std` the standard deviation of `cv_scores`, the fold scores at the
+    `cv_mean` is the score of all held-out predictions, `cv_std` the standard deviation of `cv_scores`, the fold scores at the
     chosen parameters; higher is better, so a log loss is negated. `bundle` is the bundle's folder relative to the output
-    folder. `simplicity` ranks the head's kind, lowest is simplest, and tells with `dim` what a row costs. `embed_seconds` is
-    what one image costs before any head, where it is known. `nested` and `seeds` are there on request.
+    folder. `simplicity` ranks the kinds of heads, lowest being simplest. `embed_seconds` is the time to embed one image, if known.
+    `nested` and `seeds` are None unless requested.
     """
 
     embedding: str
@@ -95,26 +95,26 @@ class LeaderboardRow:
     simplicity: float = 0
     dim: int | None = None
     license: str = ""
-    """Of the backbone's weights; '' where an earlier version made the row."""
+    """Licence of the backbone's weights; '' in rows of earlier versions."""
     search_seconds: float | None = None
     embed_seconds: float | None = None
     unseen_rows: int | None = None
-    """Training images that a fine-tuned network has not learned from, the only ones its heads used; None where all are used."""
+    """Training images that a fine-tuned network has not seen, the only ones its heads use; None where heads use all."""
     chose_rows: int = 0
-    """Of those, the images that chose the network's weights: cross-validation on them flatters, and its score is not shown."""
+    """Number of these images that selected the network's weights: cross-validation on them is biased, so its score is hidden."""
     task: str = ""
-    """Digest of the images, labels and folds of the row; rows on other images are ranked apart."""
+    """Digest of the images, labels and folds of the row; rows on other images are ranked separately."""
     components: int | None = None
     """Principal components that the head works on; None where it works on the features themselves."""
     nested: Nested | None = None
     seeds: Seeds | None = None
     reweighted: Scores | None = None
-    """Out of fold with the head's class weights switched, where classes are uneven and the head takes them."""
+    """Out-of-fold scores with class weights toggled, for imbalanced classes and heads that support them."""
     last_fit: LastFit | None = None
     expected_test: Interval | None = None
-    """The 99.9 % prediction interval of the test accuracy, given the answers out of fold; None of targets without an accuracy."""
+    """The 99.9 % prediction interval of the test accuracy from out-of-fold predictions; None for targets without an accuracy."""
     apart: str = ""
-    """What the head of another row was changed for, `domains` or `views`; '' of any other row. It is no candidate for the best."""
+    """Why the row is a variant of another row's head, `domains` or `views`, and so never the best; '' for ordinary rows."""
 
     @property
     def key(self) -> str:
@@ -123,7 +123,7 @@ class LeaderboardRow:
 
     @property
     def images(self) -> str:
-        """What the rows that are cross-validated on the same images have in common."""
+        """A key shared by the rows that are cross-validated on the same images."""
         if self.apart:
             return self.apart
         return "" if self.unseen_rows is None else f"{self.unseen_rows} of {self.task}"
@@ -135,7 +135,7 @@ class LeaderboardRow:
 
     @staticmethod
     def from_record(raw: Mapping[str, Any]) -> LeaderboardRow:
-        """Return the row that `to_record` wrote; ValueError where its bundle lies outside of the experiment."""
+        """Return the row that `to_record` wrote; ValueError where its bundle lies outside the experiment."""
         if raw.get("bundle") is not None and not {"..", ""}.isdisjoint(str(raw["bundle"]).split("/")):
             raise ValueError(f"the bundle {raw['bundle']!r} lies outside of the experiment")
         test, reweighted = (raw.get(name) and Scores.from_record(raw[name]) for name in ("test", "reweighted"))
@@ -148,12 +148,12 @@ class LeaderboardRow:
 
     @property
     def constant(self) -> bool:
-        """Whether it is the guess that looks at no image."""
+        """Whether its prediction is constant, the same for every image."""
         return self.embedding in CONSTANT_GUESSES
 
     @property
     def kind(self) -> str:
-        """What a reader must know about the embedding before comparing, in a word, or nothing."""
+        """One word on the kind of embedding, such as `baseline`; '' for a pretrained network."""
         if self.apart:
             return self.apart
         if self.unseen_rows is not None:
@@ -162,12 +162,12 @@ class LeaderboardRow:
 
     @property
     def sound(self) -> bool:
-        """Whether what is saved is as good a fit as those that cross-validation judged, as far as is known."""
+        """Whether the saved fit is as good as those of cross-validation, as far as is known."""
         return self.last_fit is None or self.last_fit.sound
 
     @property
     def surprise(self) -> Literal["above", "below"] | None:
-        """On which side of what cross-validation lets expect the test accuracy lies; None within."""
+        """On which side of its prediction interval the test accuracy lies; None if inside."""
         if self.test is None or self.expected_test is None:
             return None
         low, high = self.expected_test
@@ -175,7 +175,7 @@ class LeaderboardRow:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What a reader must know about the fit and its test, in a word each; the notes below the table say more."""
+        """Warnings on the fit and its test, a word or two each; the notes around the table say more."""
         fit, found = self.last_fit, list[str]()
         if fit is not None and (fit.tries > 1 or not fit.sound):
             found.append("refitted" if fit.sound else "bad fit")
@@ -191,11 +191,11 @@ class LeaderboardRow:
 
 @dataclass(frozen=True)
 class Leaks:
-    """Near-duplicates that stand on both sides of a score, as the data audit finds them in one embedding.
+    """Near-duplicates between training and test images or between folds, as the data audit finds them in one embedding.
 
-    Of `images` as many as `test_images` and `train_images` together were looked at. `test` of the `test_images` are nearly the same as a
-    training image, `folds` of the `train_images` as one of another fold. `without` is each row's test score on the other test images,
-    `held_out` its score on all out-of-fold answers and on those of the other training images, higher being better.
+    The audit searched `test_images` plus `train_images` of all `images`. `test` of the `test_images` are near-duplicates of a training
+    image, `folds` of the `train_images` of one in another fold. `without` is each row's test score without these test images,
+    `held_out` its out-of-fold score with and without these training images, higher being better.
     """
 
     embedding: str
@@ -208,9 +208,9 @@ class Leaks:
     held_out: Mapping[str, tuple[float, float]]
 
     def lines(self, rows: Sequence[LeaderboardRow], metric: Metric = ACCURACY) -> list[str]:
-        """Return what must be said above the table.
+        """Return the warnings to show above the table.
 
-        rows : the best row and, if it is another, the recommended one; metric : what the test is told by
+        rows : the best row and, if different, the recommended one; metric : the metric of the test scores
         """
         unit = metric.percent
 
@@ -248,11 +248,11 @@ class Leaks:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What paired comparison says about the rows, in the score that was tuned; `recommend` makes it from the predictions.
+    """The recommended row and the paired comparisons behind it, in the tuned metric; made by `recommend`.
 
-    `differences` are to the best row, for every row with out-of-fold predictions. `optimism` is for picking the best of the
-    rows, `trial_optimism` for picking the best of the trials of the best row's own search: of `finished_trials` of them,
-    those that were fitted on every fold (None where unknown).
+    `differences` are to the best row, for every row with out-of-fold predictions. `optimism` is that of selecting the best row,
+    `trial_optimism` that of selecting the best trial in the best row's search, among the `finished_trials` that were fitted on every
+    fold (None where unknown).
     """
 
     differences: tuple[Difference, ...]
@@ -264,19 +264,19 @@ class Recommendation:
 
     @property
     def advice(self) -> str:
-        """What to use, and why."""
+        """The recommended row, and why."""
         return self.reason if self.reason.startswith("Use ") else f"Use {self.recommended}. {self.reason}"
 
     @property
     def no_evidence(self) -> tuple[str, ...]:
-        """Keys of the rows for which nothing shows that they are worse than the best, the best among them."""
+        """Keys of the rows with no evidence that they are worse than the best, which is included."""
         return tuple(row.key for row in self.differences if row.no_evidence)
 
 
 def nested_choice(rows: Sequence[LeaderboardRow]) -> Nested | None:
-    """Return the nested score of the whole search: within each outer fold the row is chosen by its inner score too.
+    """Return the nested score of the whole search, in which each outer fold also selects the row by inner scores.
 
-    None unless every row has been searched within the same number of outer folds.
+    None unless every row has nested scores with the same number of outer folds.
     """
     found = [row.nested for row in rows if row.nested is not None]
     if not found or len(found) < len(rows) or len({len(nested.outer) for nested in found}) > 1:

@@ -1,6 +1,6 @@
-"""The leaderboard: one row per (embedding, head), ordered and won by cross-validation only; and several targets side by side.
+"""The leaderboard: one row per (embedding, head), ranked by cross-validation only; and an overview of several targets.
 
-Stage two (`train_heads`) fills `LeaderboardRow` and `Leaderboard`; test scores are shown and choose nothing.
+Stage two (`train_heads`) makes it; test scores are shown but not used for selection.
 """
 
 from __future__ import annotations
@@ -34,17 +34,15 @@ APART = {
         "whole images. These rows are no candidates; the notes say what each brought and costs.",
     ),
 }
-"""Headings and words on rows that are made of others, by `LeaderboardRow.apart`."""
+"""Headings and explanations of rows that are variants of others, by `LeaderboardRow.apart`."""
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Rows ordered by cross-validation, best first, with the provenance needed to make them again.
+    """Rows ordered by cross-validation, best first, with the provenance needed to reproduce them.
 
-    Rows that are cross-validated on other images than the best stand behind all others, whatever they score.
-
-    `provenance` holds plain values: config, seed, versions, store digests, index fingerprint, date, command, and notes on
-    what was left out.
+    Rows that are cross-validated on other images than the best come last, whatever their scores. `provenance` holds plain values:
+    config, seed, versions, store digests, index fingerprint, date, command, and notes on what was left out.
     """
 
     rows: tuple[LeaderboardRow, ...]
@@ -55,7 +53,7 @@ class Leaderboard:
     def __post_init__(self) -> None:
         ordered = sorted(self.rows, key=lambda row: (not row.sound, -row.cv_mean, row.simplicity, row.key))
         if ordered:
-            # The images of most rows; those of a fine-tuned network only where no other backbone is there.
+            # Rank first the images that most rows use; those of a fine-tuned network only without another backbone.
             first = min(
                 ordered,
                 key=lambda row: (bool(row.apart), row.baseline, row.unseen_rows is not None, row.chose_rows > 0),
@@ -65,14 +63,14 @@ class Leaderboard:
 
     @property
     def best(self) -> LeaderboardRow:
-        """The row with the highest cross-validation mean whose saved fit is sound; the simpler of two equal ones."""
+        """The row with the highest cross-validation score and a sound saved fit; of equal rows the simpler."""
         if not self.rows:
             raise PipelineError("the leaderboard has no rows; run `manyheads heads` first")
         return self.rows[0]
 
     @property
     def recommended(self) -> LeaderboardRow:
-        """The row to use; the best where there is no recommendation."""
+        """The row to use; the best if there is no recommendation."""
         return self.row(self.recommendation.recommended) if self.recommendation else self.best
 
     @property
@@ -82,7 +80,7 @@ class Leaderboard:
 
     @property
     def apart(self) -> tuple[tuple[LeaderboardRow, ...], ...]:
-        """The rows that are cross-validated on other images, those of fine-tuned networks, by their images."""
+        """The rows that are not ranked with the best: variants, and rows of fine-tuned networks, grouped by their images."""
         others = self.rows[len(self.ranked) :]
         return tuple(tuple(rows) for _, rows in groupby(others, lambda row: row.images))
 
@@ -92,22 +90,22 @@ class Leaderboard:
 
     @property
     def target(self) -> Target:
-        """What is said of an image."""
+        """The target that is predicted."""
         return target_of(self.provenance.get("target", {"classes": ()}))
 
     @property
-    def told_by(self) -> Metric:
-        """The score that the test is told by first."""
+    def test_metric(self) -> Metric:
+        """The main metric of the test."""
         return metrics_for(self.target)[0]
 
     @property
     def scoring(self) -> str:
-        """What the cross-validation scores measure."""
+        """The name of the tuned metric, in which cross-validation scores are."""
         return str(self.provenance.get("scoring", "accuracy"))
 
     @property
     def metric(self) -> Metric:
-        """The score that was tuned, by which rows are ordered and compared."""
+        """The tuned metric, by which rows are ordered and compared."""
         return METRICS[self.scoring]
 
     def to_json(self) -> str:
@@ -136,7 +134,7 @@ class Leaderboard:
             for metric in metrics_for(self.target):
                 if row.test is not None and row.test[metric.name] is not None:
                     cells[f"test_{metric.name}"] = row.test[metric.name]
-            low, high = (None if row.test is None else row.test.of(self.told_by)[1]) or (None, None)
+            low, high = (None if row.test is None else row.test.of(self.test_metric)[1]) or (None, None)
             cells |= {
                 "test_low": low,
                 "test_high": high,
@@ -155,7 +153,7 @@ class Leaderboard:
         return pd.DataFrame(found)
 
     def to_markdown(self) -> str:
-        """Return the leaderboard as a Markdown table with the notes a reader needs below it."""
+        """Return the leaderboard as a Markdown table with warnings above and notes below."""
         lines = ["# Leaderboard", ""]
         for line in self.warnings():
             lines += [f"> {line}", ""]
@@ -175,18 +173,22 @@ class Leaderboard:
         return "\n".join([*lines, *self.notes()])
 
     def _table(self, rows: Sequence[LeaderboardRow], style: str = "simple") -> str:
-        """Draw rows in a style of tabulate; of the repeated searches those that were asked for have a column."""
-        told_by, metric, lines = self.told_by, self.metric, []
-        # Where everything else is accuracy too, the table need not say so.
-        short = "" if metric is told_by is ACCURACY else " acc." if told_by is ACCURACY else f" {told_by.title}"
+        """Render rows in a style of tabulate, with columns for the repeated searches that were requested."""
+        test_metric, metric, lines = self.test_metric, self.metric, []
+        # Where cross-validation is in accuracy too, the header need not name it.
+        short = (
+            "" if metric is test_metric is ACCURACY else " acc." if test_metric is ACCURACY else f" {test_metric.title}"
+        )
         asked = [name for name in ("nested", "seeds") if any(getattr(row, name) for row in rows)]
-        others = {other.column: other for other in metrics_for(self.target) if other.column and other is not told_by}
+        others = {
+            other.column: other for other in metrics_for(self.target) if other.column and other is not test_metric
+        }
         headers = ["", "embedding", "head", f"CV {metric.title}", *asked, f"test{short} [95 %]"]
         headers += [*others, "fit s", "pred. s", "trials", "note"]
         for row in rows:
             cells = [self.mark(row), row.embedding, row.head, cross_validated(row, self.scoring)]
             cells += [repeated(row, name, metric)[0] for name in asked]
-            cells.append(test_text(row.test, told_by))
+            cells.append(test_text(row.test, test_metric))
             for other in others.values():
                 value = None if row.test is None else row.test[other.name]
                 cells.append("" if value is None else other.user_text(value))
@@ -205,16 +207,13 @@ class Leaderboard:
         return "~" if self.recommendation and row.key in self.recommendation.no_evidence else ""
 
     def warnings(self) -> list[str]:
-        """Return what must be known before the table is read, one sentence each: what may be wrong with the data and with rows.
-
-        Leaks, last fits unlike those on folds, warnings in fits, tests unlike what cross-validation promised.
-        """
+        """Return the warnings to show above the table, one sentence each: leaks, bad fits, fit warnings, surprising tests."""
         if not self.rows:
             return []
         looked_at = list(dict.fromkeys([self.best.key, self.recommended.key]))
         lines, warned, text = [], [], self.metric.text
         if self.leaks:
-            lines += self.leaks.lines(list(map(self.row, looked_at)), self.told_by)
+            lines += self.leaks.lines(list(map(self.row, looked_at)), self.test_metric)
         for row in self.rows:
             fit = row.last_fit
             if fit is not None and not (fit.sound and fit.tries == 1):
@@ -237,14 +236,14 @@ class Leaderboard:
         return [*lines, f"Warnings while fitting: {'; '.join(warned)}."] if warned else lines
 
     def notes(self) -> list[str]:
-        """Return what must be said beside the table, one sentence each."""
+        """Return the notes to show below the table, one sentence each."""
         if not self.rows:
             return ["No rows."]
         of_run = map(str, self.provenance.get("notes", ()))
         return [*self._score_notes(), *self._recommendation_notes(), *self._row_notes(), *of_run]
 
     def _score_notes(self) -> list[str]:
-        """Say what the scores are."""
+        """Explain the scores."""
         best, metric = self.best, self.metric
         better = ", lower is better" if metric.lower_is_better else ""
         lines = [
@@ -272,7 +271,7 @@ class Leaderboard:
         return lines
 
     def _recommendation_notes(self) -> list[str]:
-        """Say what to use, and how much luck there is in the best score."""
+        """Say which row to use, and how optimistic the best score is."""
         found, best, recommended, lines = self.recommendation, self.best, self.recommended, []
         if found is None:
             return []
@@ -299,11 +298,11 @@ class Leaderboard:
         return lines
 
     def luck(self, bias: float) -> str:
-        """Write by how much having been picked flatters a score."""
+        """Write the selection optimism of a score."""
         return self.metric.gap_text(max(bias, 0.0)).lstrip("+")
 
     def _row_notes(self) -> list[str]:
-        """Say what the rows were tested on and are made of."""
+        """Describe the test and the kinds of rows."""
         best, lines, test = self.best, list[str](), None
         kinds, reduced, licences = set[str](), dict[str, int](), dict[str, dict[str, None]]()
         for row in self.rows:
@@ -317,7 +316,7 @@ class Leaderboard:
         if test is not None:
             of = "" if test.units in (None, test.n) else f" of {test.units:,} groups, which the interval counts"
             lines.append(
-                f"Test: {test.n:,} images{of}, in brackets the 95 % interval{' (Wilson)' * (self.told_by is ACCURACY)}."
+                f"Test: {test.n:,} images{of}, in brackets the 95 % interval{' (Wilson)' * (self.test_metric is ACCURACY)}."
             )
         if "untrained" in kinds:
             lines.append(
@@ -325,7 +324,9 @@ class Leaderboard:
             )
         other = next((rows[0] for rows in self.apart if rows[0].unseen_rows is not None and rows[0].bundle), None)
         if other is not None:
-            lines.append(f"To label with a row that stands apart, give `manyheads predict` its folder, {other.bundle}.")
+            lines.append(
+                f"To label with a row that is ranked separately, give `manyheads predict` its folder, {other.bundle}."
+            )
         if best.unseen_rows is not None:
             lines.append(f"All of them: {apart_words(self.ranked)[1]}")
         if reduced:
@@ -335,7 +336,7 @@ class Leaderboard:
                 "training images."
             )
         if "baseline" in kinds:
-            lines.append("baseline: a floor without any backbone; a backbone that does not beat it does not help.")
+            lines.append("baseline: works without any backbone; a backbone that does not beat it does not help.")
         if licences:
             told = "; ".join(f"{licence} ({', '.join(names)})" for licence, names in licences.items())
             lines.append(f"Licences of the weights: {told}.")
@@ -348,11 +349,11 @@ SURPRISES = {
     "above": "the test is easier: look for copies",
     "below": "the fit or the test images differ",
 }
-"""What a test accuracy outside of its interval means."""
+"""Likely reasons for a test accuracy outside its prediction interval."""
 
 
 def apart_words(rows: Sequence[LeaderboardRow]) -> tuple[str, str]:
-    """Return the heading of rows that stand apart, all on the same images, and how they can be compared with others."""
+    """Return the heading of a group of separately ranked rows, and how to compare them with the others."""
     row = rows[0]
     if row.apart:
         return APART[row.apart]
@@ -370,7 +371,7 @@ def apart_words(rows: Sequence[LeaderboardRow]) -> tuple[str, str]:
 
 
 def cross_validated(row: LeaderboardRow, scoring: str) -> str:
-    """Return the cross-validation score and its spread over the folds; a dash where it cannot judge the row."""
+    """Return the cross-validation score and its spread over the folds; a dash where it would be biased."""
     return "–" if row.chose_rows or row.apart == "domains" else _spread(row.cv_mean, row.cv_std, METRICS[scoring])
 
 
@@ -383,7 +384,7 @@ def _nested(nested: Nested, metric: Metric) -> str:
 
 
 def repeated(row: LeaderboardRow, name: str, metric: Metric) -> tuple[str, float | None]:
-    """Return what a row's repeated search says, `nested` or `seeds`, and the score in it; nothing where it was not asked for."""
+    """Return the text and the score of a row's repeated search, `nested` or `seeds`; '' and None where it was not requested."""
     if name == "nested":
         return ("", None) if row.nested is None else (_nested(row.nested, metric), row.nested.mean)
     return ("", None) if row.seeds is None else (_spread(*row.seeds.cv, metric), row.seeds.cv[0])
@@ -417,7 +418,7 @@ def leaderboard_of(record: Mapping[str, Any], path: Path) -> Leaderboard:
 
 
 def seconds(value: float) -> str:
-    """Return a duration in seconds with as many digits as it deserves."""
+    """Write a duration in seconds, with fewer decimals the longer it is."""
     digits = (value < 100) + (value < 10) + (value < 0.095)
     return f"{value:.{digits}f}"
 
@@ -434,10 +435,10 @@ HEADERS = (
 
 
 def overview(boards: Mapping[str, Leaderboard]) -> list[tuple[str, ...]]:
-    """Return the best row of each of several targets on the same images, in cells as `HEADERS` names them."""
+    """Return table cells, in the columns of `HEADERS`, with the best row of each of several targets."""
     lines = []
     for name, board in boards.items():
-        best, told = board.best, board.told_by
+        best, told = board.best, board.test_metric
         named = "" if told is board.metric else f"{told.title} "
         guess = next((row for row in board.rows if row.constant), None)
         tests = [

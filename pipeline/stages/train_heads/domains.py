@@ -121,7 +121,7 @@ def _find(images: _Images, board: Leaderboard, found: ApartRows) -> None:
             found.rows.append(replace(made, fit_seconds=row.fit_seconds + time.perf_counter() - start))
             for name in told.used:
                 new, old = (part.rows(images.domains[images.n :] == name) for part in (told.answers, said.test))
-                gain = paired_answers(board.told_by, new, old, config.seed)
+                gain = paired_answers(board.test_metric, new, old, config.seed)
                 before, after = (float(part.correct.mean()) for part in (old, new))
                 adapted.append(Adapted(made.key, way, name, len(new), before, after, gain))
         if told.fitted is not None:

@@ -224,19 +224,23 @@ def _seeds(
 ) -> Seeds | None:
     """Search again with the next seeds, each with its own folds; None unless it is asked for."""
     task, tuning = embedding.task, embedding.tuning
-    told_by = metrics_for(task.target)[0]
+    test_metric = metrics_for(task.target)[0]
     if tuning.seeds < 2:
         return None
     assert row.test is not None
-    sign = told_by.sign
-    numbers, means, on_test = tuple(range(seed, seed + tuning.seeds)), [row.cv_mean], [row.test.of(told_by)[0] or 0.0]
+    sign = test_metric.sign
+    numbers, means, on_test = (
+        tuple(range(seed, seed + tuning.seeds)),
+        [row.cv_mean],
+        [row.test.of(test_metric)[0] or 0.0],
+    )
     for number in numbers[1:]:
         log.info("%s, seed %d", head.name, number)
         folds = make_folds(task.target.strata(task.y_train), tuning.folds, number, task.groups)
         beside = _beside(journal, f"seed-{number}")
         found = tune(head, vectors.train, task.y_train, folds, tuning, number, beside, target=task.target)
         means.append(found.mean)
-        on_test.append(sign * _score(found, vectors.test, task.y_test, task, told_by))
+        on_test.append(sign * _score(found, vectors.test, task.y_test, task, test_metric))
     return Seeds(numbers, tuple(means), tuple(on_test))
 
 

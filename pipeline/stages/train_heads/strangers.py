@@ -217,7 +217,7 @@ def find_leaks(board: Leaderboard, asked: Asked) -> tuple[Leaks | None, audit.Fi
     parted = ~across & (fold[first] != fold[second])
     tested, folded = (np.unique(pairs[part]) for part in (across, parted))
     tested = tested[in_test[tested]]
-    metric, without, held_out = board.told_by, dict[str, float](), dict[str, tuple[float, float]]()
+    metric, without, held_out = board.test_metric, dict[str, float](), dict[str, tuple[float, float]]()
 
     def clean_score(part: Predictions, leaking: NDArray[np.intp]) -> float:
         clean = part.rows(~np.isin(np.asarray(part.paths).astype(str), paths[leaking]))
