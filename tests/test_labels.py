@@ -35,7 +35,7 @@ from pipeline.evaluation.metric import influence, label_precision, weighted_mean
 from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 from pipeline.heads import Head, resolve
-from pipeline.heads.table import OF_LABELS, shares_of_labels
+from pipeline.heads.table import OF_LABELS, constant_guess
 from pipeline.heads.tuning import TuningRun, make_folds, tune
 from pipeline.report.material import gather
 from pipeline.report.page import render
@@ -276,7 +276,7 @@ def test_shared_work_finds_what_scikit_learn_does(tmp_path: Path) -> None:
 
 def test_the_guess_says_the_share_of_each_label_in_every_fold(tmp_path: Path) -> None:
     X, y = data()
-    run = tuned(shares_of_labels(y, 4), X[:, :1], y, tmp_path)
+    run = tuned(constant_guess(y, 4), X[:, :1], y, tmp_path)
     assert run.best.mean == pytest.approx(y.mean(axis=0).mean())
     assert run.out_of_fold.scores is not None
     assert (np.ptp(run.out_of_fold.scores, axis=0) == 0).all()

@@ -6,7 +6,6 @@ import inspect
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.evaluation.leaderboard import read_leaderboard
-from pipeline.experiment import LEADERBOARD, Artifacts, read_document, write_document
+from pipeline.experiment import BUDGET, LEADERBOARD, Artifacts, read_document, write_document
 from pipeline.stages import fit, settings, similar, train_heads
-from pipeline.stages.train_heads import Pass, next_trials, trials_within
+from pipeline.stages.train_heads import Pass, next_trials
 
 SMALL: dict[str, Any] = {
     "backbones": [{"name": "squeezenet1_1", "preprocessing": {"resize": 32, "crop": 32}}],
@@ -312,27 +311,6 @@ def test_so_many_trials_are_next(passes: list[Pass], limit: float, expected: int
     assert next_trials(passes, 16, limit) == expected
 
 
-def test_what_was_measured_is_not_measured_again(experiment: Config, tmp_path: Path) -> None:
-    tuning = experiment.tuning.model_copy(update={"trials": 16, "budget": "40s"})
-    asked: list[int] = []
-
-    def measure(trials: int) -> Pass:
-        asked.append(trials)
-        return Pass(trials, 4.0 * trials + 6, 4.0 * trials)
-
-    def within(key: str, measure: Callable[[int], Pass]) -> tuple[int, list[str]]:
-        return trials_within(tuning, key, tmp_path / "budget.json", measure)
-
-    told = (
-        "The budget of 40s cut the search: 6 of 16 trials for every row, in 40 s. More time may find better parameters."
-    )
-    assert within("a", measure) == (6, [told])
-    assert within("a", measure) == (6, [told])
-    assert asked == [1, 6]
-    within("b", measure)
-    assert asked == [1, 6, 1, 6]
-
-
 def test_a_budget_treats_every_row_alike_and_is_told(copied: Config) -> None:
     brief = settings.load(copied, {"tuning.budget": "0.001s"})
     cut = train_heads.run(brief)
@@ -346,6 +324,11 @@ def test_a_budget_treats_every_row_alike_and_is_told(copied: Config) -> None:
     assert [row.cv_mean for row in again.leaderboard.rows] == [row.cv_mean for row in cut.leaderboard.rows]
     plain = train_heads.run(settings.load(copied, {"tuning.trials": 1}))
     assert plain.reused == len(plain.leaderboard.rows), "a config with so many trials is the same search"
+    measured = read_document(cut.files.budget, BUDGET)
+    write_document(cut.files.budget, BUDGET, {"key": measured["key"], "passes": [[1, 9, 9], [2, 9, 9]]})
+    more = train_heads.run(brief).leaderboard
+    assert {row.trials for row in more.rows if not row.constant} == {2}, "what was measured is not measured again"
+    assert any("2 of 3 trials for every row, in 18 s." in note for note in more.notes())
 
 
 def test_a_budget_with_time_for_all_changes_nothing(copied: Config, experiment: Config) -> None:

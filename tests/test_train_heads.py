@@ -33,7 +33,7 @@ from pipeline.evaluation.leaderboard.table import cross_validated
 from pipeline.experiment import FEATURES, Artifacts, read_document, write_document
 from pipeline.export import bundle as bundles
 from pipeline.heads import HEADS
-from pipeline.heads.table import most_frequent
+from pipeline.heads.table import constant_guess
 from pipeline.heads.tuning import make_folds, tune
 from pipeline.images import policy_key
 from pipeline.io.digests import content_digest, digests_from_hex, digests_to_hex
@@ -219,7 +219,7 @@ def test_a_constant_guess_has_a_balanced_accuracy_of_one_in_so_many_classes(
     y, groups = np.repeat(np.arange(3), counts), None
     folds = make_folds(y, 5, 0, groups)
     tuning = TuningConfig(trials=1, scoring="balanced_accuracy")
-    guess = most_frequent(y, len(CLASSES))
+    guess = constant_guess(y, len(CLASSES))
     run = tune(guess, np.zeros((len(y), 1), dtype=np.float32), y, folds, tuning, 0, tmp_path / "trials.jsonl")
     assert run.best.mean == pytest.approx(1 / 3, abs=1e-12)
     assert run.pipeline.predict(np.zeros((1, 1)))[0] == np.argmax(counts)

@@ -275,6 +275,7 @@ def what_to_take(found: LayerProfile) -> list[str]:
     if found.nested is not None and found.nested_gain is not None:
         metric = METRICS[found.metric]
         lines.append(
-            f"chosen so within every fold, by other images than those it is scored on: {metric.text(found.nested)}, {gap(metric, found.nested_gain)} over {found.usual}"
+            "chosen so within every fold, by other images than those it is scored on: "
+            f"{metric.text(found.nested)}, {gap(metric, found.nested_gain)} over {found.usual}"
         )
     return lines

@@ -196,22 +196,24 @@ FOR_PHOTOS = ("logistic_regression", "linear_svm", "rbf_svm", "random_forest", "
 """Those that a folder of photos without a config is tuned on."""
 
 
-def most_frequent(y: NDArray[np.int64], width: int) -> Head:
-    """The guess that needs no image: always the most frequent class of all training images, in every fold the same.
+def constant_guess(y: NDArray[Any], width: int) -> Head:
+    """The guess that needs no image: the most frequent class of all training images, or how many have each label, in every fold the same.
 
     Fitted fold by fold it would change with which class the fold happens to leave most of, and be wrong on just the rest.
 
-    y : of all training images, int64 of shape (n,)
+    y : of all training images, places in `width` classes, int64 of shape (n,), or which labels each has, bool of shape (n, width)
     """
-    present, codes = np.unique(y, return_inverse=True)
+    several = y.ndim > 1
+    learned = y.astype(np.int64) if several else np.unique(y, return_inverse=True)[1]
 
     def build(seed: int) -> Pipeline:
         guess = DummyClassifier(strategy="prior", random_state=seed)
-        if len(present) == width:  # else folds and the last fit number the classes differently
-            guess = FrozenEstimator(guess.fit(np.zeros((len(codes), 1)), codes))
+        if several or learned.max() + 1 == width:  # else folds and the last fit number the classes differently
+            guess = FrozenEstimator(guess.fit(np.zeros((len(y), 1)), learned))
         return Pipeline([("head", guess)])
 
-    return Head(name="most_frequent", build=build, space={}, defaults={}, simplicity=-1, probabilities=True)
+    name, kind = ("constant", "multilabel") if several else ("most_frequent", "classification")
+    return Head(name, build, {}, {}, simplicity=-1, targets=(kind,), probabilities=True)
 
 
 def _like(name: str, kind: str, evaluator: Evaluator | None = None, **more: Any) -> Head:
@@ -267,16 +269,6 @@ OF_LABELS: Mapping[str, Head] = {
 """The built-in heads for several labels by name."""
 
 
-def shares_of_labels(y: NDArray[np.bool_], width: int) -> Head:
-    """The guess that needs no image: how many of all training images have each label, in every fold the same."""
-
-    def build(seed: int) -> Pipeline:
-        guess = DummyClassifier(strategy="prior", random_state=seed)
-        return Pipeline([("head", FrozenEstimator(guess.fit(np.zeros((len(y), 1)), y.astype(np.int64))))])
-
-    return Head("constant", build, {}, {}, simplicity=-1, targets=("multilabel",), probabilities=True)
-
-
 MEAN = Head("constant", partial(_alone, DummyRegressor()), {}, {}, simplicity=-1, targets=("regression",))
 """The guess that needs no image: the mean of the training images, fold by fold."""
 TABICL = Head("tabicl", in_context.build, space={}, defaults={}, simplicity=9, probabilities=True)
@@ -300,8 +292,8 @@ class HeadTable:
 
 
 TABLES: Mapping[str, HeadTable] = {
-    "classification": HeadTable(HEADS, LOGISTIC_REGRESSION, most_frequent, {TABICL.name: TABICL}),
-    "multilabel": HeadTable(OF_LABELS, OF_LABELS["logistic_regression"], shares_of_labels),
+    "classification": HeadTable(HEADS, LOGISTIC_REGRESSION, constant_guess, {TABICL.name: TABICL}),
+    "multilabel": HeadTable(OF_LABELS, OF_LABELS["logistic_regression"], constant_guess),
     "regression": HeadTable(OF_NUMBERS, OF_NUMBERS["ridge"], lambda y, width: MEAN),
 }
 """By the kind of target, as `pipeline.data.targets` names them."""

@@ -123,7 +123,7 @@ def _check_others(
 
 def damaged_rows(file: StoreFile) -> NDArray[np.intp]:
     """Check every block and number of a segment; return the rows that cannot be used, of dtype intp and shape (k,)."""
-    row_bytes = file.bulk.shape[1] * file.bulk.dtype.itemsize
+    row_bytes = file.store_type.row_bytes
     bad = np.zeros(len(file.bulk), np.bool_)
     for block in file.bad_blocks():
         bad[block * BLOCK_BYTES // row_bytes : -(-(block + 1) * BLOCK_BYTES // row_bytes)] = True

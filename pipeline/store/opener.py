@@ -87,17 +87,13 @@ class StoreFile:
                 "nothing of them was used; run 'manyheads store repair' to embed just these images again"
             )
 
-    def check_items(self, items: NDArray[Any], width: int = 1) -> None:
-        """Check the blocks that hold some items, of `width` numbers each, before they are used; StoreError for damage.
-
-        items : of any integer dtype, shape (k,)
-        """
+    def check_rows(self, rows: NDArray[np.int64]) -> None:
+        """Check the blocks that hold some rows of the bulk, int64 of shape (k,), before they are used; StoreError for damage."""
         if self._checked.all():
             return
-        item_bytes = self.bulk.dtype.itemsize * width
-        first = items.astype(np.intp) * item_bytes // BLOCK_BYTES
-        last = ((items.astype(np.intp) + 1) * item_bytes - 1) // BLOCK_BYTES
-        # A mask, not a sorted set: there may be ten million items in a thousand blocks.
+        first = rows * self.store_type.row_bytes // BLOCK_BYTES
+        last = ((rows + 1) * self.store_type.row_bytes - 1) // BLOCK_BYTES
+        # A mask, not a sorted set: there may be ten million rows in a thousand blocks.
         touched = np.zeros(len(self._checked), np.bool_)
         for step in range(int((last - first).max(initial=0)) + 1):
             touched[np.minimum(first + step, last)] = True

@@ -271,7 +271,7 @@ class FeatureStore:
             raise StoreError(
                 f"{file.path}: does not hold the images that the snapshot says; run 'manyheads store verify --full'"
             )
-        file.check_items(rows, self.dim)
+        file.check_rows(rows)
         return file
 
 

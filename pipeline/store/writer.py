@@ -195,7 +195,7 @@ class FileRows:
         """Yield the vectors from one of the rows to another, (k, dim) at a time, a few megabytes, each block of the file checked."""
         rows = self.rows[start:stop]
         for part in slices(len(rows), self.file.store_type.row_bytes, COPY_BYTES):
-            self.file.check_items(rows[part], self.file.bulk.shape[1])
+            self.file.check_rows(rows[part])
             yield self.file.bulk[rows[part]]
 
 

@@ -46,7 +46,8 @@ def usable(problem: Problem) -> bool:
 
 
 Votes = dict[str, tuple[int, NDArray[np.float64], NDArray[np.float64]]]
-"""Of forests in their first look: parameters -> the trees, the sum of their probabilities for each row, and that of the squares."""
+"""What first looks leave: by a forest's parameters the number of its trees, the sum of their probabilities for each row, and of the
+squares of these."""
 
 
 def _no_votes(problem: Problem, fold: int) -> Votes:
@@ -55,7 +56,7 @@ def _no_votes(problem: Problem, fold: int) -> Votes:
 
 @one_by_one
 def forest(problem: Problem, fold: int, grown: Votes, params: Params) -> FoldOutcome:
-    """Grow a forest on from its first look; what one of fewer trees than the head's says of the held-out rows is `extrapolated`."""
+    """Fit a forest, from where its first look ended; a first look's answers on the held-out rows are `extrapolated`."""
     whole = int(configure(problem.head, {}, problem.seed)[-1].n_estimators)
     X_train, X = problem.matrices(fold)
     start = time.perf_counter()

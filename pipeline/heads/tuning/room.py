@@ -76,7 +76,10 @@ def memory_needed(shape: tuple[int, int]) -> int:
 def memory_needed_on_disk(
     head: Head, shape: tuple[int, int], width: int, pca: int | float | None = None, folds: int = 1
 ) -> int | None:
-    """Return the same for features that stay on disk and a target of so many numbers, worked on there or as principal components; None for a head that cannot."""
+    """Return the same for features that stay on disk, worked on there or as principal components; None for a head that cannot.
+
+    width : the classes, labels or numbers that are said of an image
+    """
     n, dim = shape
     if pca is not None:
         return 4 * features.BLOCK_BYTES + 40 * dim**2 + (folds + 1 + COPIES) * _components_bytes(shape, pca)

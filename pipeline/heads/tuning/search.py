@@ -106,9 +106,8 @@ def tune(
         raise HeadError(problems[0])
     wrong = next((place for place, block in blocks(X) if not np.isfinite(block).all()), None)
     if wrong is not None:
-        raise HeadError(
-            f"the features hold NaN or infinity, first within rows {wrong.start} to {min(wrong.stop, len(X)) - 1}; extract them again in fp32"
-        )
+        rows = f"rows {wrong.start} to {wrong.stop - 1}"
+        raise HeadError(f"the features hold NaN or infinity, first within {rows}; extract them again in fp32")
     given = np.asarray(y)
     with fits_of(head, X, given, folds, tuning, seed, journal, projections, target) as (fits, classes):
         search = _Search(fits)

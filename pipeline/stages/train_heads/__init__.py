@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -220,25 +220,6 @@ def _asked(config: str, rows: str) -> Asked:
     return ask(Config.model_validate_json(config))
 
 
-def _within_budget(asked: Asked) -> tuple[Asked, _Rows, list[str]]:
-    """Return what is asked with as many trials as the budget has time for, its rows, and a line on what the budget cut."""
-    passes = list[_Rows]()
-
-    def measure(trials: int) -> Pass:
-        passes.append(_rows(_with_trials(asked, trials)))
-        searching = (
-            seconds_of_trials(files.trials(each.name, head.name)) for each in asked.embeddings for head in each.heads
-        )
-        return Pass(trials, passes[-1].seconds, sum(searching))
-
-    config, files = asked.config, asked.files
-    rows = [row_key(head, each, config.seed) for each in asked.embeddings for head in each.heads]
-    trials, cut = trials_within(config.tuning, fingerprint({"rows": rows}), files.budget, measure)
-    asked = _with_trials(asked, trials)
-    made = passes[-1] if passes else _rows(asked)
-    return asked, replace(made, reused=passes[0].reused if passes else made.reused), cut
-
-
 class Pass(NamedTuple):
     """So many trials of every row, the seconds of all rows together, and the part of them that more trials make longer."""
 
@@ -247,30 +228,36 @@ class Pass(NamedTuple):
     searching: float
 
 
-def trials_within(tuning: TuningConfig, key: str, file: Path, measure: Callable[[int], Pass]) -> tuple[int, list[str]]:
-    """Return how many trials every row is to have, and a line that says what the budget cut, where it did.
+def _within_budget(asked: Asked) -> tuple[Asked, _Rows, list[str]]:
+    """Return what is asked with as many trials as the budget has time for, its rows, and a line on what the budget cut.
 
-    `measure` makes all rows with so many trials; `file` keeps what was measured for the question that `key` names, so that a run
-    that was stopped goes on, and a second one has nothing to do.
+    What was measured is kept, so that a run that was stopped goes on, and a second one has nothing to do.
     """
-    asked, limit = tuning.trials, tuning.budget_seconds
+    tuning, files, seed = asked.config.tuning, asked.files, asked.config.seed
+    limit, made, reused = tuning.budget_seconds, None, None
     if limit is None:
-        return asked, []
-    passes = list[Pass]()
+        return asked, _rows(asked), []
+    every = [(each, head) for each in asked.embeddings for head in each.heads]
+    key, passes = fingerprint({"rows": [row_key(head, each, seed) for each, head in every]}), list[Pass]()
     with suppress(PipelineError, KeyError, TypeError):
-        found = read_document(file, BUDGET)
+        found = read_document(files.budget, BUDGET)
         passes = [Pass(*each) for each in found["passes"]] if found["key"] == key else []
-    while (trials := next_trials(passes, asked, limit)) is not None:
-        passes.append(measure(trials))
-        write_document(file, BUDGET, {"key": key, "passes": passes})
-    trials, spent = passes[-1].trials, sum(each.seconds for each in passes)
-    if trials == asked:
-        return trials, []
-    over = ", which is more than that: no row can have less than one" * (trials == 1 and spent > limit)
-    return trials, [
-        f"The budget of {tuning.budget} cut the search: {trials} of {asked} trials for every row, in {spent:.0f} s{over}. "
-        "More time may find better parameters."
-    ]
+    while (trials := next_trials(passes, tuning.trials, limit)) is not None:
+        made = _rows(_with_trials(asked, trials))
+        reused = made.reused if reused is None else reused
+        searching = sum(seconds_of_trials(files.trials(each.name, head.name)) for each, head in every)
+        passes.append(Pass(trials, made.seconds, searching))
+        write_document(files.budget, BUDGET, {"key": key, "passes": passes})
+    trials, spent, cut = passes[-1].trials, sum(each.seconds for each in passes), list[str]()
+    if trials < tuning.trials:
+        over = ", which is more than that: no row can have less than one" * (trials == 1 and spent > limit)
+        cut = [
+            f"The budget of {tuning.budget} cut the search: {trials} of {tuning.trials} trials for every row, in {spent:.0f} s{over}. "
+            "More time may find better parameters."
+        ]
+    asked = _with_trials(asked, trials)
+    made = made or _rows(asked)
+    return asked, replace(made, reused=made.reused if reused is None else reused), cut
 
 
 def next_trials(passes: Sequence[Pass], asked: int, limit: float) -> int | None:
