@@ -56,6 +56,6 @@ def small_config(photos: Path, output: Path) -> Config:
         "backbones": [{"name": "squeezenet1_1", "preprocessing": {"resize": 32, "crop": 32}}],
         "baselines": ["majority", "pixels"],
         "heads": ["logistic_regression", "nearest_centroid"],
-        "tuning": {"strategy": "random", "trials": 3, "folds": 3, "jobs": 1},
+        "tuning": {"strategy": "random", "trials": 3, "folds": 3},
     }
     return configuration.parse(raw, "test")

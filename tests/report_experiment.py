@@ -104,7 +104,7 @@ def squares(folder: Path, scoring: str = "accuracy") -> Config:
         "baselines": ["majority"],
         "extraction": {"device": "cpu", "precision": "fp32", "workers": 1},
         "heads": ["logistic_regression", "nearest_centroid"],
-        "tuning": {"strategy": "random", "trials": 3, "folds": 4, "jobs": 1, "scoring": scoring},
+        "tuning": {"strategy": "random", "trials": 3, "folds": 4, "scoring": scoring},
     }
     return configuration.parse(raw, "test")
 

@@ -173,6 +173,7 @@ def test_no_command_opens_a_connection_or_writes_to_the_home_folder(walked: tupl
 def test_the_tour_runs(walked: tuple[Path, str]) -> None:
     said = walked[1].partition("== import os")[2]
     assert "Run('artifacts/photos': 5 rows, best " in said
+    assert "artifacts/photos/report.html" in said
     assert str(walked[0]) not in said
 
 

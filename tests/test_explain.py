@@ -71,7 +71,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Config:
         "backbones": [{"name": "regnet_small", "weights": "bundled", "preprocessing": {"resize": 64, "crop": 64}}],
         "baselines": ["majority"],
         "heads": ["logistic_regression", "knn"],
-        "tuning": {"trials": 1, "folds": 2, "jobs": 1},
+        "tuning": {"trials": 1, "folds": 2},
     }
     config = configuration.parse(raw, "test")
     extract.run(config)

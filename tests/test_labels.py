@@ -333,7 +333,7 @@ def make_config(root: Path) -> Config:
         "output": str(root / "output"),
         "dataset": {"source": "manifest", "path": str(root / "list.csv"), "label_columns": "tags", "target": "multilabel"},
         "backbones": [{"name": "squeezenet1_1", "preprocessing": {"resize": 32, "crop": 32}}],
-        "baselines": ["shares", "pixels"], "heads": ["logistic_regression", "knn"], "tuning": {"trials": 2, "folds": 3, "jobs": 1},
+        "baselines": ["shares", "pixels"], "heads": ["logistic_regression", "knn"], "tuning": {"trials": 2, "folds": 3},
     }  # fmt: skip
     return configuration.parse(raw, "test")
 

@@ -214,7 +214,7 @@ def make_config(root: Path) -> Config:
         "output": str(root / "output"),
         "dataset": {"source": "manifest", "path": str(root / "list.csv"), "label_columns": "grey", "target": "regression"},
         "backbones": [{"name": "squeezenet1_1", "preprocessing": {"resize": 32, "crop": 32}}],
-        "baselines": ["mean", "pixels"], "heads": ["ridge", "knn"], "tuning": {"trials": 2, "folds": 3, "jobs": 1},
+        "baselines": ["mean", "pixels"], "heads": ["ridge", "knn"], "tuning": {"trials": 2, "folds": 3},
     }  # fmt: skip
     return configuration.parse(raw, "test")
 

@@ -98,7 +98,7 @@ child = os.fork()
 if child == 0:
     run_shard(config, Shard(1, 2))
     signal.pause()
-while not (Artifacts(config.output).dataset / "index.csv").exists():
+while not (Artifacts(config.output).dataset / "index.csv").exists() and os.waitpid(child, os.WNOHANG)[0] == 0:
     time.sleep(0.01)
 os.kill(child, signal.SIGKILL)
 os.waitpid(child, 0)

@@ -47,7 +47,7 @@ def make_config(root: Path, **dataset: object) -> Config:
     raw = {
         "output": str(root / "output"), "dataset": manifest,
         "backbones": [{"name": "squeezenet1_1", "preprocessing": {"resize": 32, "crop": 32}}],
-        "baselines": ["majority", "pixels"], "heads": ["nearest_centroid", "ridge"], "tuning": {"trials": 1, "folds": 3, "jobs": 1},
+        "baselines": ["majority", "pixels"], "heads": ["nearest_centroid", "ridge"], "tuning": {"trials": 1, "folds": 3},
     }  # fmt: skip
     return configuration.parse(raw, "test")
 

@@ -9,7 +9,6 @@ import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,11 +30,6 @@ def features(classes: int = 3, rows: int = 200, dim: int = 12, seed: int = 0, sp
         rows, dim, n_informative=8, n_redundant=2, n_classes=classes, class_sep=spread, flip_y=0.05, random_state=seed
     )
     return X.astype(np.float32), np.array([f"class {label}" for label in y], dtype=object)
-
-
-def alone(trials: int, **more: Any) -> TuningConfig:
-    """A search whose fits come one behind the other."""
-    return TuningConfig(trials=trials, jobs=1, **more)
 
 
 def build_lda(seed: int) -> Pipeline:
@@ -91,7 +85,9 @@ def summary(run):
 def test_a_class_of_one_row_does_not_stop_a_search(name, tmp_path):
     X, y = features(classes=2, rows=60)
     y[0] = "alone"
-    run = tune(HEADS[name], X, y, make_folds(y, 3, 0), alone(4, strategy="random"), 0, tmp_path / "trials.jsonl")
+    run = tune(
+        HEADS[name], X, y, make_folds(y, 3, 0), TuningConfig(trials=4, strategy="random"), 0, tmp_path / "trials.jsonl"
+    )
     assert {trial.status for trial in run.trials} <= {"ok", "stopped"}
     assert run.out_of_fold.y_pred[0] != list(run.classes).index("alone")
     assert run.out_of_fold.scores.shape == (60, 3)
@@ -102,7 +98,7 @@ def test_two_classes_of_which_one_has_one_row(tmp_path):
     X, _ = features(rows=20)
     y = np.array(["many"] * 19 + ["alone"])
     head = HEADS["logistic_regression"]
-    run = tune(head, X, y, make_folds(y, 4, 0), alone(2), 0, tmp_path / "trials.jsonl")
+    run = tune(head, X, y, make_folds(y, 4, 0), TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
     assert run.out_of_fold.y_pred.tolist()[-1] == 1
     assert run.best.mean == pytest.approx(0.95)
 
@@ -110,7 +106,7 @@ def test_two_classes_of_which_one_has_one_row(tmp_path):
 def test_a_space_whose_parameters_are_all_fixed_has_one_trial(tmp_path):
     X, y = features()
     head = resolve(HeadConfig(name="ridge", space={"alpha": (3.0,)}))
-    run = tune(head, X, y, make_folds(y, 3, 0), alone(8), 0, tmp_path / "trials.jsonl")
+    run = tune(head, X, y, make_folds(y, 3, 0), TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
     assert len(run.trials) == 1
     assert run.pipeline[-1].alpha == 3.0
 
@@ -128,7 +124,7 @@ def test_log_loss_needs_probabilities(tmp_path):
 def test_scores_are_those_of_plain_scikit_learn_on_the_same_folds(tmp_path):
     X, y = features()
     folds = make_folds(y, 4, 0)
-    run = tune(LDA, X, y, folds, alone(8), 0, tmp_path / "trials.jsonl")
+    run = tune(LDA, X, y, folds, TuningConfig(trials=8), 0, tmp_path / "trials.jsonl")
     own = []
     for train, held_out in folds:
         pipeline = configure(LDA, run.best.params, 0).fit(X[train], y[train])
@@ -159,7 +155,9 @@ def test_the_number_of_jobs_does_not_change_the_result(tmp_path):
 def test_a_failing_trial_is_recorded_and_the_search_goes_on(tmp_path):
     X, y = features()
     journal = tmp_path / "trials.jsonl"
-    run = tune(counting(fail_above=0.8), X, y, make_folds(y, 3, 0), alone(12, strategy="random"), 0, journal)
+    run = tune(
+        counting(fail_above=0.8), X, y, make_folds(y, 3, 0), TuningConfig(trials=12, strategy="random"), 0, journal
+    )
     failed = [trial for trial in run.trials if trial.status == "failed"]
     assert failed[0].number == 0
     assert failed[0].params == {"value": 0.9}
@@ -176,7 +174,7 @@ def test_features_that_are_no_numbers_are_refused(tmp_path):
     X, y = features()
     X[7, 3] = np.nan
     with pytest.raises(HeadError, match="the features hold NaN or infinity, first within rows 0 to 199;"):
-        tune(LDA, X, y, make_folds(y, 3, 0), alone(2), 0, tmp_path / "trials.jsonl")
+        tune(LDA, X, y, make_folds(y, 3, 0), TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
 
 
 def test_a_memory_map_is_as_good_as_an_array(tmp_path):
@@ -185,7 +183,7 @@ def test_a_memory_map_is_as_good_as_an_array(tmp_path):
     np.save(tmp_path / "X.npy", X)
     mapped = np.load(tmp_path / "X.npy", mmap_mode="r")
     runs = [
-        tune(HEADS["ridge"], rows, y, folds, alone(2), 0, tmp_path / f"{place}.jsonl")
+        tune(HEADS["ridge"], rows, y, folds, TuningConfig(trials=2), 0, tmp_path / f"{place}.jsonl")
         for place, rows in enumerate((X, mapped))
     ]
     assert summary(runs[0]) == summary(runs[1])
@@ -200,13 +198,13 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setitem(files.SYSTEM, "write", full)
     with pytest.raises(HeadError, match=r"trials.jsonl: the trials cannot be written down there \(No space left"):
-        tune(LDA, X, y, make_folds(y, 3, 0), alone(2), 0, tmp_path / "trials.jsonl")
+        tune(LDA, X, y, make_folds(y, 3, 0), TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
 
 
 def test_a_search_in_which_everything_fails_says_why(tmp_path):
     X, y = features()
     with pytest.raises(HeadError) as caught:
-        tune(counting(fail_above=-1), X, y, make_folds(y, 3, 0), alone(12), 0, tmp_path / "t.jsonl")
+        tune(counting(fail_above=-1), X, y, make_folds(y, 3, 0), TuningConfig(trials=12), 0, tmp_path / "t.jsonl")
     message, *problems = str(caught.value).splitlines()
     assert message.startswith("head counting: none of ")
     assert [problem.split(" x ")[1] for problem in problems] == ["ValueError: the value is too large"]
@@ -215,7 +213,7 @@ def test_a_search_in_which_everything_fails_says_why(tmp_path):
 def test_warnings_are_counted_and_not_printed(tmp_path, recwarn):
     X, y = features()
     head = replace(HEADS["mlp"], fixed={"max_iter": 2})
-    run = tune(head, X, y, make_folds(y, 3, 0), alone(2), 0, tmp_path / "trials.jsonl")
+    run = tune(head, X, y, make_folds(y, 3, 0), TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
     assert run.trials[0].warnings == {"ConvergenceWarning": 3}
     assert not [warning for warning in recwarn if "Convergence" in warning.category.__name__]
 
@@ -226,7 +224,7 @@ def test_a_trial_in_a_score_over_classes_has_that_of_all_held_out_answers(tmp_pa
     y = np.repeat([0, 1], [320, 3])
     X = np.stack([y + 0.6 * rng.normal(size=323), rng.normal(size=323)], axis=1).astype(np.float32)
     folds = make_folds(y, 5, 0)
-    tuning = alone(4, strategy="random", scoring="balanced_accuracy")
+    tuning = TuningConfig(trials=4, strategy="random", scoring="balanced_accuracy")
     run = tune(LDA, X, y, folds, tuning, 0, tmp_path / "trials.jsonl")
     found = run.out_of_fold.y_pred
     assert run.best.mean == pytest.approx(np.mean([np.mean(found[y == code] == code) for code in (0, 1)]))
@@ -239,13 +237,7 @@ def test_a_trial_in_a_score_over_classes_has_that_of_all_held_out_answers(tmp_pa
 def test_a_killed_search_in_a_score_over_classes_ends_as_an_uninterrupted_one(tmp_path):
     X, y = features()
     rare = np.where(np.arange(200) < 4, "rare", y)
-    arguments = (
-        X,
-        rare,
-        make_folds(rare, 3, 0),
-        alone(4, strategy="random", scoring="macro_f1"),
-        0,
-    )
+    arguments = (X, rare, make_folds(rare, 3, 0), TuningConfig(trials=4, strategy="random", scoring="macro_f1"), 0)
     whole = tune(counting(), *arguments, tmp_path / "whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     for kept in (3, len(lines) - 2):
@@ -258,7 +250,7 @@ def test_a_killed_search_in_a_score_over_classes_ends_as_an_uninterrupted_one(tm
 
 def test_a_finished_search_is_replayed_without_a_fit(tmp_path):
     X, y = features()
-    arguments = (X, y, make_folds(y, 3, 0), alone(4), 0, tmp_path / "trials.jsonl")
+    arguments = (X, y, make_folds(y, 3, 0), TuningConfig(trials=4), 0, tmp_path / "trials.jsonl")
     first = tune(counting(), *arguments)
     fits = len(Counting.fits)
     again = tune(counting(), *arguments)
@@ -273,7 +265,7 @@ def test_a_finished_search_is_replayed_without_a_fit(tmp_path):
 def test_an_interrupted_search_goes_on_and_ends_the_same(stop_after, tmp_path):
     X, y = features()
     folds = make_folds(y, 3, 0)
-    tuning = alone(8)
+    tuning = TuningConfig(trials=8)
     whole = tune(counting(), X, y, folds, tuning, 0, tmp_path / "whole.jsonl")
     needed = len(Counting.fits)
     head = counting()
@@ -296,15 +288,15 @@ def test_another_search_begins_anew_and_says_so(tmp_path, caplog):
     X, y = features()
     folds = make_folds(y, 3, 0)
     journal = tmp_path / "trials.jsonl"
-    tune(counting(), X, y, folds, alone(2), 0, journal)
+    tune(counting(), X, y, folds, TuningConfig(trials=2), 0, journal)
     before = journal.read_text()
-    run = tune(counting(), X + 1, y, folds, alone(2), 1, journal)
+    run = tune(counting(), X + 1, y, folds, TuningConfig(trials=2), 1, journal)
     assert run.replayed == 0
     assert "a new search begins, because features, head, seed changed" in caplog.text.replace(
         "features, seed", "features, head, seed"
     )
     assert (tmp_path / "trials.jsonl.old").read_text() == before
-    assert tune(counting(), X + 1, y, folds, alone(2), 1, journal).replayed == 6
+    assert tune(counting(), X + 1, y, folds, TuningConfig(trials=2), 1, journal).replayed == 6
 
 
 HOLDING = """
@@ -343,11 +335,11 @@ def test_a_foreign_file_is_set_aside_and_an_unwritable_place_is_told(tmp_path, c
     X, y = features()
     journal = tmp_path / "trials.jsonl"
     journal.write_text('{"some": "thing"}\n')
-    tune(counting(), X, y, make_folds(y, 3, 0), alone(1), 0, journal)
+    tune(counting(), X, y, make_folds(y, 3, 0), TuningConfig(trials=1), 0, journal)
     assert "a new search begins, because " in caplog.text
     (tmp_path / "file").write_text("")
     with pytest.raises(HeadError, match="the trials cannot be written down there"):
-        tune(counting(), X, y, make_folds(y, 3, 0), alone(1), 0, tmp_path / "file" / "trials.jsonl")
+        tune(counting(), X, y, make_folds(y, 3, 0), TuningConfig(trials=1), 0, tmp_path / "file" / "trials.jsonl")
 
 
 # Racing --------------------------------------------------------------------------------------------------------------
@@ -356,7 +348,9 @@ def test_a_foreign_file_is_set_aside_and_an_unwritable_place_is_told(tmp_path, c
 def test_a_hopeless_trial_is_stopped_and_says_why(tmp_path):
     X, y = features(classes=2, rows=400)
     X[:, 0] = y == "class 1"
-    run = tune(counting(), X, y, make_folds(y, 5, 0), alone(12, strategy="random"), 0, tmp_path / "trials.jsonl")
+    run = tune(
+        counting(), X, y, make_folds(y, 5, 0), TuningConfig(trials=12, strategy="random"), 0, tmp_path / "trials.jsonl"
+    )
     stopped = [trial for trial in run.trials if trial.status == "stopped"]
     assert stopped
     for trial in stopped:

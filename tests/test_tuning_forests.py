@@ -127,7 +127,7 @@ def test_a_group_does_not_vouch_for_itself(tmp_path):
     X = (generator.normal(size=(60, 10))[groups] + 0.01 * generator.normal(size=(300, 10))).astype(np.float32)
     y = generator.integers(0, 2, 60)[groups]
     folds = make_folds(y, 3, 0, groups)
-    run = tune(FOREST, X, y, folds, TuningConfig(trials=2, jobs=1), 0, tmp_path / "trials.jsonl")
+    run = tune(FOREST, X, y, folds, TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
     estimates = [trial.estimate for trial in run.trials]
     assert max(estimates) < 0.7
 
@@ -211,7 +211,7 @@ def test_of_those_that_go_on_the_better_half_is_fitted_further(whole_search):
 def test_those_worth_it_go_on_and_are_judged_in_full(tmp_path):
     X, y = network(160, 12, 3)
     folds = make_folds(y, 2, 0)
-    run = tune(FOREST, X, y, folds, TuningConfig(trials=12, strategy="random", jobs=1), 0, tmp_path / "trials.jsonl")
+    run = tune(FOREST, X, y, folds, TuningConfig(trials=12, strategy="random"), 0, tmp_path / "trials.jsonl")
     events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
     fits = [event for event in events if event.get("event") == "fit"]
     first = {number: [] for number in range(12)}

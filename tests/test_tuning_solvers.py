@@ -163,9 +163,7 @@ def test_standardising_is_what_the_scaler_does():
 def test_the_chosen_score_is_scikit_learns_own(name, tmp_path):
     X, y = network(300, 30, 4)
     folds = make_folds(y, 3, 0)
-    run = tune(
-        HEADS[name], X, y, folds, TuningConfig(trials=6, strategy="random", jobs=1), 0, tmp_path / "trials.jsonl"
-    )
+    run = tune(HEADS[name], X, y, folds, TuningConfig(trials=6, strategy="random"), 0, tmp_path / "trials.jsonl")
     own = [
         configure(HEADS[name], run.best.params, 0).fit(X[train], y[train]).score(X[held_out], y[held_out])
         for train, held_out in folds

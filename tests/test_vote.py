@@ -20,7 +20,7 @@ from pipeline.evaluation.leaderboard import LeaderboardRow
 from pipeline.export import bundle as bundles
 from pipeline.stages import extract, predict, train_heads
 from pipeline.stages.estimators import Classifier
-from pipeline.stages.train_heads.vote import Voter, _chosen, _mean
+from pipeline.stages.train_heads.apart import Voter, _chosen, _mean
 
 ACCURACY = METRICS["accuracy"]
 

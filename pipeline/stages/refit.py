@@ -32,10 +32,10 @@ from pipeline.heads.tuning.evaluation import FoldOutcome
 from pipeline.io.files import make_folder
 from pipeline.stages import targets
 from pipeline.stages.train_heads import Asked, ask
+from pipeline.stages.train_heads.apart import VOTE
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 from pipeline.stages.train_heads.strangers import with_strangers
 from pipeline.stages.train_heads.task import Embedding, SharedFeatures, Task
-from pipeline.stages.train_heads.vote import VOTE
 
 log = logging.getLogger(__name__)
 

@@ -54,12 +54,12 @@ from pipeline.io.files import write_text_atomic
 from pipeline.io.process import bar, look_in, version
 from pipeline.io.remote import Engine
 from pipeline.stages.train_heads import layers
+from pipeline.stages.train_heads.apart import vote_row
 from pipeline.stages.train_heads.domains import with_domains
 from pipeline.stages.train_heads.row import finished_row, make_row, row_key
 from pipeline.stages.train_heads.strangers import find_leaks, with_strangers
 from pipeline.stages.train_heads.task import Asked, Embedding, SharedFeatures, Task, make_task, unseen_task
 from pipeline.stages.train_heads.views import with_views
-from pipeline.stages.train_heads.vote import vote_row
 from pipeline.store import FeatureStore, JoinedStores
 
 __all__ = ["HeadsRun", "Task", "make_task", "run"]
