@@ -1,7 +1,7 @@
-"""Views of images: the best head on a network averaged over them, learned from them, and both, compared with the plain head.
+"""Views of images: a network's best head averaged over them, trained on them, or both, compared with the plain head.
 
-Folds are of images: a head that learns from the views of some is judged on others, so that no picture is on both sides. Parameters stay
-those that the search chose on the images alone. Each way is a bundle; one that averages is a soft vote of the head on every view.
+All views of an image are in the same fold, so that no image is both trained and scored on. The parameters are those that the search
+chose on the images alone. Each variant is a bundle; a variant that averages is a soft vote of the head over all views.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from pipeline.stages.train_heads.apart import ApartRows, Origin, cross_validated
 from pipeline.stages.train_heads.task import Asked
 
 VERSION = 1
-"""Goes up when what is measured changes its meaning, so that it is made again."""
+"""Increased when the meaning of the results changes, so that stored ones are recomputed."""
 MOST_TRAINING = 20_000
-"""Training images whose views a head is fitted on."""
+"""Maximum number of training images for fitting a head on their views."""
 WAYS = {"averaged": (False, True), "trained": (True, False), "trained+averaged": (True, True)}
-"""Whether the head learns from the views, and whether it is averaged over them."""
+"""For each variant: whether the head is trained on the views, and whether it is averaged over them."""
 
 ViewVectors = Sequence[NDArray[np.float32]]
-"""Of the images and of each view of them, float32 of shape (n, dim) each."""
+"""The vectors of the images, then those of each view, float32 of shape (n, dim) each."""
 Viewed = tuple[Origin, list[EmbeddingRecord]]
-"""The best row on a network that has views, and its embedding before those of the views."""
+"""The best row on a network that has views, and its embedding followed by those of the views."""
 
 
 def with_views(board: Leaderboard, asked: Asked) -> Leaderboard:
-    """Return the leaderboard with the best head of each network that has views in all ways, as rows that stand apart."""
+    """Add to the leaderboard all variants of the best head of each network that has views, as separate rows."""
     viewed = list[Viewed]()
     for record in asked.records:
         parts = [record, *(other for other in asked.records if _is_of(other, record))]
@@ -56,7 +56,7 @@ def with_views(board: Leaderboard, asked: Asked) -> Leaderboard:
 
 
 def _is_of(record: EmbeddingRecord, plain: EmbeddingRecord) -> bool:
-    """Whether an embedding is a view of another: the same layer and pooling of the same network."""
+    """Whether an embedding is a view of another: it has the same network, layer and pooling."""
     if record.kind != VIEW or plain.kind != "backbone" or record.section is None:
         return False
     same = (record.spec.layer, record.spec.pooling) == (plain.spec.layer, plain.spec.pooling)
@@ -108,7 +108,7 @@ def _find(best: Origin, parts: Sequence[EmbeddingRecord], asked: Asked, metric: 
 
 
 def _mean(head: ModelBundle, views: ViewVectors, averaged: bool) -> NDArray[np.float64]:
-    """Return probabilities of n images, float64 of shape (n, n_classes): of the image alone, or averaged over its views."""
+    """Return the probabilities of n images, float64 of shape (n, n_classes): of the images alone, or averaged over their views."""
     told = [head.said(part)[1] for part in (views if averaged else views[:1])]
     return np.asarray(np.mean([p for p in told if p is not None], axis=0, dtype=np.float64))
 
@@ -119,7 +119,7 @@ def _predicted(before: Predictions, made: ModelBundle, p: NDArray[np.float64]) -
 
 
 def _sentence(best: Origin, row: LeaderboardRow, told: HeadPredictions, times: int, place: str, seed: int) -> str:
-    """Say what a way brought, and what it costs."""
+    """Describe the gain and the cost of a variant."""
     assert told.out_of_fold is not None
     assert best.said.out_of_fold is not None
     alone, kilobytes = best.row, 4 * (best.row.dim or 0) / 1e3
