@@ -100,7 +100,7 @@ def configure(head: Head, params: Params, seed: int) -> Pipeline:
 def identity(head: Head, seed: int) -> dict[str, Any]:
     """Return everything that determines a head's results, as text without memory addresses, which change from run to run."""
     params = head.build(seed).get_params(deep=True)
-    told = {
+    parts = {
         "pipeline": {key: params[key] for key in sorted(params) if key != "steps"},
         "space": dict(head.space),
         "defaults": dict(head.defaults),
@@ -108,7 +108,7 @@ def identity(head: Head, seed: int) -> dict[str, Any]:
         "evaluator": head.evaluator and head.evaluator.name,
         "fit": head.fit,
     }
-    return {"name": head.name, **{key: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for key, value in told.items()}}
+    return {"name": head.name, **{key: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for key, value in parts.items()}}
 
 
 def as_layer(pipeline: Pipeline) -> Layer:

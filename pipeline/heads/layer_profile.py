@@ -126,18 +126,20 @@ def answers(
     return outer, inner
 
 
-def gains(said: Mapping[str, Predictions], usual: str, folds: int, seed: int, metric: Metric) -> dict[str, Paired]:
+def gains(
+    predictions: Mapping[str, Predictions], usual: str, folds: int, seed: int, metric: Metric
+) -> dict[str, Paired]:
     """Return each candidate's gain over the default layer, with simultaneous intervals and p-values.
 
     Bonferroni-corrected, and widened for the training rows that folds share, see `comparison.shared_training`.
     """
-    others = [name for name in said if name != usual]
-    units = said[usual].units
-    spare = len(said[usual]) - 1 if units is None else freedom(units)
+    others = [name for name in predictions if name != usual]
+    units = predictions[usual].units
+    spare = len(predictions[usual]) - 1 if units is None else freedom(units)
     z = stats.t.ppf(1 - LEVEL / 2 / len(others), spare) * np.sqrt(shared_training(folds, metric))
     found = {}
     for name in others:
-        a, b = said[name], said[usual]
+        a, b = predictions[name], predictions[usual]
         difference = metric.score(a) - metric.score(b)
         if metric is ACCURACY:
             interval = paired_interval(a, b, z)
@@ -151,7 +153,7 @@ def gains(said: Mapping[str, Predictions], usual: str, folds: int, seed: int, me
 
 
 def choose(
-    said: Mapping[str, Predictions],
+    predictions: Mapping[str, Predictions],
     over: Mapping[str, Paired],
     groups: Candidates,
     usual: str,
@@ -166,7 +168,7 @@ def choose(
     if not better:
         return usual
     best = max(better, key=lambda name: over[name].difference)
-    near = [name for name in better if paired_answers(metric, said[best], said[name], seed).shown != 1]
+    near = [name for name in better if paired_answers(metric, predictions[best], predictions[name], seed).shown != 1]
     return min(near, key=lambda name: (len(groups[name]), -over[name].difference))
 
 
@@ -196,7 +198,7 @@ def profile(
         found: NDArray[np.int64] = ridge.fit(X[train], truth.y_true[train]).predict(X[rows])
         return found
 
-    def said(labels: NDArray[np.int64], rows: NDArray[np.int64]) -> Predictions:
+    def predictions_of(labels: NDArray[np.int64], rows: NDArray[np.int64]) -> Predictions:
         units = None if truth.units is None else truth.units[rows]
         return Predictions(truth.y_true[rows], labels[rows], units=units, target=truth.target)
 
@@ -206,7 +208,7 @@ def profile(
     sets += [tuple(blocks)] if len(blocks) > 2 else []
     groups, every = {"+".join(layers): layers for layers in sets}, np.arange(n)
     outer, inner = answers(groups, fit, held_out, n)
-    found = {name: said(labels, every) for name, labels in outer.items()}
+    found = {name: predictions_of(labels, every) for name, labels in outer.items()}
     best = max(found, key=lambda name: metric.score(found[name]))
     tied = {gap.key for gap in compare(found, best, seed=seed, metric=metric) if gap.no_evidence}
     over = gains(found, usual, len(held_out), seed, metric)
@@ -225,10 +227,10 @@ def profile(
         mixed = outer[usual].copy()
         for k, out in enumerate(held_out):
             rest = np.setdiff1d(every, out)
-            within = {name: said(parts[k], rest) for name, parts in inner.items()}
+            within = {name: predictions_of(parts[k], rest) for name, parts in inner.items()}
             over_it = gains(within, usual, len(held_out) - 1, seed, metric)
             mixed[out] = outer[choose(within, over_it, groups, usual, seed, metric)][out]
-        selection = said(mixed, every)
+        selection = predictions_of(mixed, every)
         nested, gain = metric.score(selection), paired_answers(metric, selection, found[usual], seed)
     return LayerProfile(
         **about,

@@ -71,13 +71,13 @@ def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -
     if problem.judge_training:
         judged, places = [across, within], np.append(places, len(across) + np.argsort(distances.order))
 
-    def said(fitted: Any) -> NDArray[np.float64]:
+    def decisions(fitted: Any) -> NDArray[np.float64]:
         tell = getattr(fitted, "decision_function", fitted.predict)
         return np.concatenate([tell(rows) for rows in judged])[places]
 
     if target.exclusive:
         fitted = machine.set_params(decision_function_shape="ovr").fit(within, distances.y)
-        seconds, scores, present = time.perf_counter() - start, said(fitted), fitted.classes_
+        seconds, scores, present = time.perf_counter() - start, decisions(fitted), fitted.classes_
         likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
         full = expand_scores(scores, present, target.width, "decision")
         return FoldOutcome(present[likeliest], full, "decision", seconds, time.perf_counter() - start - seconds)
@@ -86,7 +86,7 @@ def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -
         if target.kind == "multilabel" and not np.ptp(y):
             scores[:, column] = y[0] - 0.5  # a constant label is predicted for all rows
         else:
-            scores[:, column] = said(clone(machine).fit(within, y))
+            scores[:, column] = decisions(clone(machine).fit(within, y))
     seconds = time.perf_counter() - start
     if target.kind == "regression":
         return FoldOutcome(target.told(scores), fit_seconds=seconds)

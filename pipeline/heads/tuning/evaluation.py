@@ -362,14 +362,14 @@ def answers(
 ) -> Predictions:
     """Return the predictions of rows, given by fold; thresholds are chosen on the other folds, or on the rows of a single fold."""
     target, y = problem.target, problem.y[np.concatenate(rows)]
-    said = np.concatenate([outcome.predictions for outcome in outcomes if outcome.predictions is not None])
-    assert len(said) == len(y), "a failed fit cannot be scored"
+    labels = np.concatenate([outcome.predictions for outcome in outcomes if outcome.predictions is not None])
+    assert len(labels) == len(y), "a failed fit cannot be scored"
     parts = [outcome.scores for outcome in outcomes if outcome.scores is not None]
     scores = np.concatenate(parts) if len(parts) == len(rows) else None
     if metric.threshold:
         folds = None if len(rows) == 1 else np.repeat(np.arange(len(rows)), [len(part) for part in rows])
-        said = target.decided(y, said, scores, metric.threshold, folds)
-    return Predictions(y, said, scores if metric.needs_probabilities else None, target=target)
+        labels = target.decided(y, labels, scores, metric.threshold, folds)
+    return Predictions(y, labels, scores if metric.needs_probabilities else None, target=target)
 
 
 def _rows(outcome: FoldOutcome, rows: slice) -> FoldOutcome:

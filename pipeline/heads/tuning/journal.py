@@ -67,8 +67,8 @@ def fit_event(
     """Return the journal's record of one fit."""
     kept = {key: getattr(outcome, key) for key in KEPT}
     score = None if math.isnan(outcome.score) else outcome.score
-    told = {"event": "fit", "trial": number, "params": dict(params), "rung": rung, "fold": fold, "elapsed": elapsed}
-    return {**told, "score": score, **kept}
+    record = {"event": "fit", "trial": number, "params": dict(params), "rung": rung, "fold": fold, "elapsed": elapsed}
+    return {**record, "score": score, **kept}
 
 
 def replay(event: Mapping[str, Any]) -> FoldOutcome:
@@ -112,10 +112,10 @@ class Journal:
                     aside, why = path.with_name(f"{path.name}.old"), _changed(found.get("identity"), identity)
                     log.info("%s: a new search begins, because %s changed; the old one is in %s", path, why, aside.name)
                 else:
-                    told = (
+                    problem = (
                         f"line {good + 1} is not the one that was written; the search goes on from the {good} before it"
                     )
-                    log.warning("%s: %s, and the file as it was is kept in %s", path, told, aside.name)
+                    log.warning("%s: %s, and the file as it was is kept in %s", path, problem, aside.name)
                 files.SYSTEM["rename"](path, aside)
                 other, descriptor = descriptor, _open_alone(path)
                 files.close_alone(other)

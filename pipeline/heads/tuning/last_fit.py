@@ -88,17 +88,17 @@ def fit_as_promised(
             with counting_warnings(), counted() as counts:
                 pipeline = fit_on_all(seeded, params, y, jobs)
                 seconds = time.perf_counter() - start
-                said = _recalled(seeded, pipeline, metric)
-            found = Measured.of(metric, said)
+                predictions = _recalled(seeded, pipeline, metric)
+            found = Measured.of(metric, predictions)
         except Exception as error:  # a user's head may fail in any way, and so may a solver
             errors[failed(error, {}).error or ""] += 1
             continue
         if best is None or found.score > best[2].score:
             best = pipeline, seconds, found, dict(counts)
         # A deterministic head would give the same fit again.
-        if promise.kept(found) or np.array_equal(said.y_pred, labels):
+        if promise.kept(found) or np.array_equal(predictions.y_pred, labels):
             break
-        labels = said.y_pred
+        labels = predictions.y_pred
     if best is None:
         raise UnfittedError(
             f"head {problem.head.name}: the best trial could not be fitted on all rows",

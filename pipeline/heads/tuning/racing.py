@@ -293,9 +293,9 @@ def _trial(
         scores[fold] = None if np.isnan(outcome.score) else outcome.score
         fit_seconds, score_seconds = fit_seconds + outcome.fit_seconds, score_seconds + outcome.score_seconds
         warnings.update(outcome.warnings)
-    error, told = one.error, dict(warnings)
+    error, counts = one.error, dict(warnings)
     times = (fit_seconds, score_seconds)
-    return Trial(one.number, dict(one.params), status, tuple(scores), mean, estimate, *times, told, error, reason)
+    return Trial(one.number, dict(one.params), status, tuple(scores), mean, estimate, *times, counts, error, reason)
 
 
 def behind(candidate: NDArray[np.float64], leader: NDArray[np.float64], held_out_rows: float, bounded: bool) -> bool:

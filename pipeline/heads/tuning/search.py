@@ -115,7 +115,7 @@ def tune(
         out_of_fold, training = _out_of_fold(fits, best, search.kept)
         elapsed = fits.elapsed()
     promised, learned = Promise.of(best.mean or 0.0, training), fits.problem.target.learned(given)
-    pipeline, seconds, told = fit_as_promised(fits.problem, best.params, learned, fits.jobs, fits.metric, promised)
+    pipeline, seconds, last_fit = fit_as_promised(fits.problem, best.params, learned, fits.jobs, fits.metric, promised)
     return TuningRun(
         classes=classes,
         trials=tuple(search.trials),
@@ -126,7 +126,7 @@ def tune(
         out_of_fold=out_of_fold,
         pipeline=pipeline,
         fit_seconds=seconds,
-        last_fit=changed(told, fold_warnings=best.warnings),
+        last_fit=changed(last_fit, fold_warnings=best.warnings),
     )
 
 

@@ -146,9 +146,9 @@ def _bayes(space: Mapping[str, Dimension], defaults: Params, trials: int, size: 
     while batch:
         values = yield [plain(point) for point in batch]
         tried += batch
-        told = [(point, -value) for point, value in zip(batch, values, strict=True) if value is not None]
-        if told:
-            optimizer.tell([point for point, _ in told], [value for _, value in told])
+        scored = [(point, -value) for point, value in zip(batch, values, strict=True) if value is not None]
+        if scored:
+            optimizer.tell([point for point, _ in scored], [value for _, value in scored])
         if optimizer.models:
             wanted = [optimizer.ask(), *_thompson(optimizer.models[-1], theirs, size - 1, generator, tried)]
         else:

@@ -38,7 +38,7 @@ class Origin:
 
     row: LeaderboardRow
     bundle: ModelBundle
-    said: HeadPredictions
+    predictions: HeadPredictions
 
 
 @dataclass
@@ -51,11 +51,11 @@ class ApartRows:
     bundles: list[str] = field(default_factory=list)
     more: Any = None
 
-    def save(self, bundle: ModelBundle, embedding: str, asked: Asked, said: HeadPredictions | None = None) -> str:
+    def save(self, bundle: ModelBundle, embedding: str, asked: Asked, answers: HeadPredictions | None = None) -> str:
         """Save the bundle of a row, with its predictions if given; return its folder relative to the output folder."""
         folder = asked.files.bundle(embedding, bundle.head)
-        beside = {} if said is None else {FILE_NAME: said.to_bytes()}
-        bundles.save(replace(bundle, provenance={"key": self.key, "seed": asked.config.seed}), folder, beside)
+        files = {} if answers is None else {FILE_NAME: answers.to_bytes()}
+        bundles.save(replace(bundle, provenance={"key": self.key, "seed": asked.config.seed}), folder, files)
         self.bundles.append(folder.relative_to(asked.files.root).as_posix())
         return self.bundles[-1]
 
@@ -78,22 +78,22 @@ def with_rows(board: Leaderboard, asked: Asked, name: str, key: str, make: Calla
     found = ApartRows(key)
     if not _found_before(found, asked, name):
         make(found)
-    told = {"key": key, "notes": found.notes, "bundles": found.bundles, "more": found.more}
+    record = {"key": key, "notes": found.notes, "bundles": found.bundles, "more": found.more}
     notes = [*board.provenance.get("notes", ()), *found.notes]
     rows = (*board.rows, *found.rows)
-    return replace(board, rows=rows, provenance={**board.provenance, "notes": notes, name: told})
+    return replace(board, rows=rows, provenance={**board.provenance, "notes": notes, name: record})
 
 
 def _found_before(found: ApartRows, asked: Asked, name: str) -> bool:
     """Fill in the rows of an earlier run with the same key; False if there is none, or its bundles are damaged."""
     with suppress(PipelineError, OSError, KeyError, TypeError, ValueError):
         before = read_leaderboard(asked.files.root)
-        told = before.provenance[name]
-        if told["key"] == found.key:
-            for folder in told["bundles"]:
+        record = before.provenance[name]
+        if record["key"] == found.key:
+            for folder in record["bundles"]:
                 bundles.load(asked.files.root / folder)
             found.rows = [row for row in before.rows if row.apart == name]
-            found.notes, found.bundles, found.more = list(told["notes"]), list(told["bundles"]), told["more"]
+            found.notes, found.bundles, found.more = list(record["notes"]), list(record["bundles"]), record["more"]
             return True
     return False
 
@@ -106,10 +106,10 @@ def row_like(
     return replace(row, head=head, apart=apart, test=scores(test, seed, metric), trials=1, **none)  # type: ignore[arg-type]
 
 
-def cross_validated(said: Predictions, task: Task, metric: Metric) -> dict[str, Any]:
+def cross_validated(predictions: Predictions, task: Task, metric: Metric) -> dict[str, Any]:
     """Return the cross-validation fields of a row, computed from out-of-fold predictions."""
-    folds = tuple(metric.score(said.rows(held_out)) for _, held_out in task.folds)
-    return {"cv_mean": metric.score(said), "cv_std": float(np.std(folds, ddof=1)), "cv_scores": folds}
+    folds = tuple(metric.score(predictions.rows(held_out)) for _, held_out in task.folds)
+    return {"cv_mean": metric.score(predictions), "cv_std": float(np.std(folds, ddof=1)), "cv_scores": folds}
 
 
 def soft_vote(
@@ -167,7 +167,7 @@ def vote_row(rows: Sequence[LeaderboardRow], asked: Asked) -> LeaderboardRow | s
     test_pred, on_test = bundle.voted([voter.of_test for voter in chosen])
     searched = mean.astype(np.float32) if metric.needs_probabilities else None
     more = {"y_pred": y_pred, "probabilities": probabilities, "scores": searched, "kind": "probability"}
-    said = HeadPredictions(
+    predictions = HeadPredictions(
         replace(chosen[0].test, y_pred=test_pred, probabilities=on_test),
         replace(chosen[0].out_of_fold, **more),  # type: ignore[arg-type]
     )
@@ -180,7 +180,7 @@ def vote_row(rows: Sequence[LeaderboardRow], asked: Asked) -> LeaderboardRow | s
         untrained=any(voter.untrained for voter in voters),
         baseline=all(voter.baseline for voter in voters),
         **cross_validated(Predictions(task.y_train, y_pred, mean), task, metric),
-        test=scores(said.test, seed, metric),
+        test=scores(predictions.test, seed, metric),
         fit_seconds=sum(voter.fit_seconds for voter in voters),
         predict_seconds=sum(voter.predict_seconds for voter in voters),
         trials=len(able),
@@ -191,10 +191,10 @@ def vote_row(rows: Sequence[LeaderboardRow], asked: Asked) -> LeaderboardRow | s
         license=joined(voter.license for voter in voters),
         embed_seconds=None if None in costs else sum(cost or 0 for cost in costs),
         task=task.key,
-        expected_test=expected_test(said, task),
+        expected_test=expected_test(predictions, task),
     )
     provenance = {"key": key, "row": row.to_record(), "seed": seed}
-    bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: said.to_bytes()})
+    bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: predictions.to_bytes()})
     return row
 
 
@@ -208,11 +208,11 @@ def _able(rows: Sequence[LeaderboardRow], asked: Asked) -> Voters:
         try:
             if bundles.describe(folder)["runs_code_when_loaded"]:
                 continue  # the folder may come from someone else, and members are loaded to be saved again
-            said = HeadPredictions.read(folder / FILE_NAME)
+            predictions = HeadPredictions.read(folder / FILE_NAME)
         except BundleError as error:
             log.warning("%s: left out of the soft vote: %s", row.key, error)
             continue
-        own, test = said.out_of_fold, said.test
+        own, test = predictions.out_of_fold, predictions.test
         if own is not None and own.probabilities is not None and test.probabilities is not None:
             found[row.key] = Voter(row, own, test, own.probabilities, test.probabilities)
     return found

@@ -105,7 +105,7 @@ def _domains(index: DatasetIndex, config: Config) -> Texts | None:
 
 
 def _find(images: _Images, board: Leaderboard, found: ApartRows) -> None:
-    row, said, config = images.origin.row, images.origin.said, images.asked.config
+    row, predictions, config = images.origin.row, images.origin.predictions, images.asked.config
     pairs, notes = _pairs(images)
     if config.adapt and not images.new:
         notes.append(
@@ -120,15 +120,15 @@ def _find(images: _Images, board: Leaderboard, found: ApartRows) -> None:
             made = row_like(row, named, "domains", head.answers, board.metric, config.seed)
             found.rows.append(replace(made, fit_seconds=row.fit_seconds + time.perf_counter() - start))
             for name in head.used:
-                new, old = (part.rows(images.domains[images.n :] == name) for part in (head.answers, said.test))
+                new, old = (part.rows(images.domains[images.n :] == name) for part in (head.answers, predictions.test))
                 gain = paired_answers(board.test_metric, new, old, config.seed)
                 before, after = (float(part.correct.mean()) for part in (old, new))
                 adapted.append(Adapted(made.key, way, name, len(new), before, after, gain))
         if head.fitted is not None:
             folder = found.save(replace(head.fitted, head=named), row.embedding, images.asked)
             notes.append(f"The re-weighted head is in {folder}.")
-    assert said.out_of_fold is not None
-    parts = [replace(part, units=None, scores=None, folds=None) for part in (said.out_of_fold, said.test)]
+    assert predictions.out_of_fold is not None
+    parts = [replace(part, units=None, scores=None, folds=None) for part in (predictions.out_of_fold, predictions.test)]
     units = None if images.units.max() + 1 == len(images.units) else images.units
     trained = sorted({*images.domains[: images.n].tolist()})
     each = suffering(replace(joined(parts), units=units), images.domains, trained)
@@ -169,7 +169,7 @@ class _AdaptedHead:
 
 def _coral(images: _Images) -> _AdaptedHead:
     """Align the features of each new domain with those of the training images."""
-    answers, used, few = images.origin.said.test, list[str](), list[str]()
+    answers, used, few = images.origin.predictions.test, list[str](), list[str]()
     source = images.read(images.sample(np.arange(images.n)))
     for name in images.new:
         halves = images.halves([name])
@@ -186,7 +186,7 @@ def _coral(images: _Images) -> _AdaptedHead:
 
 def _reweight(images: _Images) -> _AdaptedHead:
     """Refit the head on training images weighted to resemble the new domains."""
-    bundle, answers, halves = images.origin.bundle, images.origin.said.test, images.halves(images.new)
+    bundle, answers, halves = images.origin.bundle, images.origin.predictions.test, images.halves(images.new)
     last, model = bundle.estimator.steps[-1]
     if not has_fit_parameter(model, "sample_weight"):
         return _AdaptedHead(answers, problem=f"{images.origin.row.head} takes no sample weights")
@@ -210,11 +210,11 @@ WAYS = {"coral": _coral, "reweight": _reweight}
 """The adaptation methods, by their name in the config's `adapt`."""
 
 
-def _answered(said: Predictions, rows: ImageRows, new: tuple[NDArray[Any], NDArray[np.float64] | None]) -> Predictions:
+def _answered(old: Predictions, rows: ImageRows, new: tuple[NDArray[Any], NDArray[np.float64] | None]) -> Predictions:
     """Replace the predictions of some images."""
-    y_pred, probabilities = said.y_pred.copy(), said.probabilities
+    y_pred, probabilities = old.y_pred.copy(), old.probabilities
     y_pred[rows] = new[0]
     if probabilities is not None and new[1] is not None:
         probabilities = probabilities.astype(np.float64)
         probabilities[rows] = new[1]
-    return replace(said, y_pred=y_pred, probabilities=probabilities)
+    return replace(old, y_pred=y_pred, probabilities=probabilities)

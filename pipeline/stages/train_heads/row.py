@@ -98,8 +98,8 @@ def make_row(head: Head, embedding: Embedding, vectors: SharedFeatures, asked: A
     y_pred, probabilities = predict(bundle, vectors.test, tuning)
     seconds = time.perf_counter() - start
     units, paths = task.test.fold_groups(), task.test.paths
-    said = HeadPredictions(Predictions(task.y_test, y_pred, probabilities, units, paths, target=target), own)
-    row = _row(head, embedding, tuned, said, seed)
+    predictions = HeadPredictions(Predictions(task.y_test, y_pred, probabilities, units, paths, target=target), own)
+    row = _row(head, embedding, tuned, predictions, seed)
     row = replace(
         row,
         predict_seconds=seconds,
@@ -109,16 +109,16 @@ def make_row(head: Head, embedding: Embedding, vectors: SharedFeatures, asked: A
         reweighted=reweighted(head, vectors.train, task, tuning, seed, tuned, journal, vectors.projections),
     )
     provenance = {"key": key, "row": row.to_record(), "seed": seed, "strategy": tuning.strategy}
-    bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: said.to_bytes()})
+    bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: predictions.to_bytes()})
     return row
 
 
-def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictions, seed: int) -> LeaderboardRow:
+def _row(head: Head, embedding: Embedding, tuned: TuningRun, predictions: HeadPredictions, seed: int) -> LeaderboardRow:
     """Return the row of a tuned head, still without its prediction time, bundle and repeats."""
     record, task, best = embedding.record, embedding.task, tuned.best
     spec = record.spec if record else None
     own = float(np.mean(tuned.last_fit.fold_scores)) if tuned.scoring == "accuracy" else 1.0
-    metric, held_out = METRICS[tuned.scoring], said.out_of_fold
+    metric, held_out = METRICS[tuned.scoring], predictions.out_of_fold
     mean, by_fold = tuned.mean, [score for score in best.fold_scores if score is not None]
     if not task.target.exclusive and metric.needs == "labels" and held_out is not None:
         # Calibrated, with thresholds from the other folds, in the same way as the test images are scored.
@@ -136,7 +136,7 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
         cv_mean=mean,
         cv_std=float(np.std(by_fold, ddof=1)) if len(by_fold) > 1 else 0.0,
         cv_scores=tuple(map(float, by_fold)),
-        test=scores(said.test, seed, metric),
+        test=scores(predictions.test, seed, metric),
         fit_seconds=tuned.fit_seconds,
         predict_seconds=0.0,
         trials=len(tuned.trials),
@@ -147,7 +147,7 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
         embed_seconds=record.seconds_per_image if record else None,
         components=None if embedding.tuning.pca is None else int(tuned.pipeline["pca"].n_components_),
         last_fit=tuned.last_fit,
-        expected_test=expected_test(said, task, own),
+        expected_test=expected_test(predictions, task, own),
     )
 
 
@@ -190,18 +190,18 @@ def _out_of_fold(tuned: TuningRun, task: Task, bundle: ModelBundle) -> Predictio
     )
 
 
-def expected_test(said: HeadPredictions, task: Task, own: float = 1.0) -> Interval | None:
+def expected_test(predictions: HeadPredictions, task: Task, own: float = 1.0) -> Interval | None:
     """Return the interval of the test accuracy expected from cross-validation; `own` is the folds' training accuracy.
 
     None for targets without exclusive classes.
     """
-    assert said.out_of_fold is not None
+    assert predictions.out_of_fold is not None
     if not task.target.exclusive:
         return None
-    correct = said.out_of_fold.correct
+    correct = predictions.out_of_fold.correct
     # A fit on all training images may gain a share of the gap between training and held-out accuracy, as in `Promise.of`.
     allowance = max(0.0, own - float(correct.mean())) / len(task.folds)
-    return expected_accuracy(correct, len(task.test), task.groups, said.test.units, allowance)
+    return expected_accuracy(correct, len(task.test), task.groups, predictions.test.units, allowance)
 
 
 def nested(head: Head, X: FeatureMatrix, task: Task, tuning: TuningConfig, seed: int, journal: Path) -> Nested | None:
@@ -281,9 +281,9 @@ def _beside(journal: Path, name: str) -> Path:
 
 def _score(found: TuningRun, X: FeatureMatrix, y: NDArray[Any], task: Task, metric: Metric) -> float:
     """Score a search's fitted head on new images with the search's metric, using thresholds from its out-of-fold predictions."""
-    said, known = [task.target.answers(found.pipeline, block) for _, block in blocks(X)], found.out_of_fold
-    labels = np.concatenate([labels for labels, _, _ in said])
-    columns = [scores for _, scores, _ in said if scores is not None]
+    outputs, known = [task.target.answers(found.pipeline, block) for _, block in blocks(X)], found.out_of_fold
+    labels = np.concatenate([labels for labels, _, _ in outputs])
+    columns = [scores for _, scores, _ in outputs if scores is not None]
     scored = np.concatenate(columns) if columns else None
     if metric.threshold and not task.target.exclusive and scored is not None and known.scores is not None:
         whole, all_scores = np.concatenate([known.y_true, y]), np.concatenate([known.scores, scored])

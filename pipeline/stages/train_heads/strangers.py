@@ -84,7 +84,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _find(folder: Path, asked: Asked, key: str) -> Mapping[str, Any]:
     task, stores, seed = asked.task, asked.stores, asked.config.seed
-    bundle, said = bundles.load(folder), HeadPredictions.read(folder / FILE_NAME)
+    bundle, predictions = bundles.load(folder), HeadPredictions.read(folder / FILE_NAME)
     used = np.sort(stratified_order(task.y_train, seed)[:MOST_IMAGES])
     y, fold = task.y_train[used], task.fold[used]
     names = [str(part.embedding["name"]) for part in bundle.parts]
@@ -100,12 +100,12 @@ def _find(folder: Path, asked: Asked, key: str) -> Mapping[str, Any]:
     own: dict[str, NDArray[np.floating]] = {nearest: known.distances}
     new = {nearest: known.distance(stores[names[0]].read(task.test.digests[tested]))}
     record: dict[str, Any] = {"key": key, "groups": groups, "auroc": means, "references": len(known.references)}
-    out_of_fold, of_test = said.out_of_fold, said.test.probabilities
+    out_of_fold, of_test = predictions.out_of_fold, predictions.test.probabilities
     if out_of_fold is not None and out_of_fold.probabilities is not None and of_test is not None:
         own[PROBABILITY], new[PROBABILITY] = unsureness(out_of_fold.probabilities), unsureness(of_test)
         of_truth = out_of_fold.probabilities[np.arange(len(out_of_fold)), out_of_fold.y_true]
         sets = label_sets(of_test, of_truth, COVERAGE)
-        held = sets[np.arange(len(sets)), said.test.y_true]
+        held = sets[np.arange(len(sets)), predictions.test.y_true]
         record["sets"] = {"asked": COVERAGE, "held": float(held.mean()), "labels": float(sets.sum(axis=1).mean())}
     best = max(own, key=lambda name: means.get(name, 0.0))
     alarms = float(np.mean(alike(new[best], own[best]) <= FALSE_ALARMS))
@@ -226,10 +226,10 @@ def find_leaks(board: Leaderboard, asked: Asked) -> tuple[Leaks | None, audit.Fi
         clean = part.rows(~np.isin(np.asarray(part.paths).astype(str), paths[leaking]))
         return metric.score(clean) if len(clean) else np.nan
 
-    for key, said in read_predictions(board, asked.files.root).items():
-        if np.isfinite(score := clean_score(said.test, tested)):
+    for key, predictions in read_predictions(board, asked.files.root).items():
+        if np.isfinite(score := clean_score(predictions.test, tested)):
             without[key] = score
-        if said.out_of_fold and np.isfinite(score := clean_score(said.out_of_fold, folded)):
-            held_out[key] = metric.score(said.out_of_fold), score
+        if predictions.out_of_fold and np.isfinite(score := clean_score(predictions.out_of_fold, folded)):
+            held_out[key] = metric.score(predictions.out_of_fold), score
     images = len(task.train) + len(task.test)
     return Leaks(embedding, images, len(tested), n_test, len(folded), n_train, without, held_out), findings

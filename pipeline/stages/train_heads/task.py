@@ -112,10 +112,10 @@ def unseen_task(task: Task, record: EmbeddingRecord, config: Config) -> Task:
     known = lineage.NONE
     for part in record.parts or (record,):
         known = known.with_other(lineage.of(part.section, part.spec.trained_on))
-    told = known.learned(task.test.digests) | known.chose(task.test.digests)
-    if told.any():
+    seen = known.learned(task.test.digests) | known.chose(task.test.digests)
+    if seen.any():
         raise DatasetError(
-            f"{record.name}: its network has learned from, or was chosen by, {int(told.sum()):,} of the {len(told):,} test images, "
+            f"{record.name}: its network has learned from, or was chosen by, {int(seen.sum()):,} of the {len(seen):,} test images, "
             "so no score on them means anything; leave it out of backbones, or give other test images"
         )
     learned, chose = known.learned(task.train.digests), known.chose(task.train.digests)

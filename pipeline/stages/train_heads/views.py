@@ -64,7 +64,7 @@ def _is_of(record: EmbeddingRecord, plain: EmbeddingRecord) -> bool:
 
 
 def _find(best: Origin, parts: Sequence[EmbeddingRecord], asked: Asked, metric: Metric, found: ApartRows) -> None:
-    task, row, bundle, before = asked.task, best.row, best.bundle, best.said
+    task, row, bundle, before = asked.task, best.row, best.bundle, best.predictions
     n = len(task.train)
     if before.out_of_fold is None or before.out_of_fold.probabilities is None or n > MOST_TRAINING:
         many = f"of more than {MOST_TRAINING:,} training images"
@@ -90,27 +90,27 @@ def _find(best: Origin, parts: Sequence[EmbeddingRecord], asked: Asked, metric: 
         head, name = trained if views else bundle, f"{row.head}+{way}"
         members = [replace(head, embedding=plain(part)) for part in parts]
         made = soft_vote(name, head.params, members, held_out[way], task) if averaged else replace(head, head=name)
-        told = HeadPredictions(
+        predictions = HeadPredictions(
             _predicted(before.test, made, _mean(head, T, averaged)),
             _predicted(before.out_of_fold, made, held_out[way]),
         )
-        assert told.out_of_fold is not None
+        assert predictions.out_of_fold is not None
         costs = [part.seconds_per_image for part in parts[: len(made.parts)]]
         new = replace(
-            row_like(row, name, "views", told.test, metric, asked.config.seed),
-            **cross_validated(told.out_of_fold, task, metric),
+            row_like(row, name, "views", predictions.test, metric, asked.config.seed),
+            **cross_validated(predictions.out_of_fold, task, metric),
             fit_seconds=seconds if views else row.fit_seconds,
             embed_seconds=None if None in costs else sum(cost or 0 for cost in costs),
         )
         found.rows.append(new)
-        place = found.save(made, row.embedding, asked, told)
-        found.notes.append(_sentence(best, new, told, len(parts), place, asked.config.seed))
+        place = found.save(made, row.embedding, asked, predictions)
+        found.notes.append(_sentence(best, new, predictions, len(parts), place, asked.config.seed))
 
 
 def _mean(head: ModelBundle, views: ViewVectors, averaged: bool) -> NDArray[np.float64]:
     """Return the probabilities of n images, float64 of shape (n, n_classes): of the images alone, or averaged over their views."""
-    told = [head.said(part)[1] for part in (views if averaged else views[:1])]
-    return np.asarray(np.mean([p for p in told if p is not None], axis=0, dtype=np.float64))
+    probabilities = [head.said(part)[1] for part in (views if averaged else views[:1])]
+    return np.asarray(np.mean([p for p in probabilities if p is not None], axis=0, dtype=np.float64))
 
 
 def _predicted(before: Predictions, made: ModelBundle, p: NDArray[np.float64]) -> Predictions:
@@ -118,13 +118,13 @@ def _predicted(before: Predictions, made: ModelBundle, p: NDArray[np.float64]) -
     return replace(before, y_pred=y_pred, probabilities=probabilities, scores=None, kind=None)
 
 
-def _sentence(best: Origin, row: LeaderboardRow, told: HeadPredictions, times: int, place: str, seed: int) -> str:
+def _sentence(best: Origin, row: LeaderboardRow, new: HeadPredictions, times: int, place: str, seed: int) -> str:
     """Describe the gain and the cost of a variant."""
-    assert told.out_of_fold is not None
-    assert best.said.out_of_fold is not None
+    assert new.out_of_fold is not None
+    assert best.predictions.out_of_fold is not None
     alone, kilobytes = best.row, 4 * (best.row.dim or 0) / 1e3
-    held_out = paired_answers(ACCURACY, told.out_of_fold, best.said.out_of_fold, seed)
-    test = paired_answers(ACCURACY, told.test, best.said.test, seed)
+    held_out = paired_answers(ACCURACY, new.out_of_fold, best.predictions.out_of_fold, seed)
+    test = paired_answers(ACCURACY, new.test, best.predictions.test, seed)
     price = [f"{times * kilobytes:.1f} kB of vectors an image in place of {kilobytes:.1f}"]
     if row.fit_seconds != alone.fit_seconds:
         price.append(f"fitted in {row.fit_seconds:.2g} s in place of {alone.fit_seconds:.2g}")
