@@ -38,7 +38,7 @@ picture: install ## Take the README's picture of a page, with chromium: make pic
 	@chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1120,720 --screenshot=docs/page.png "file://$(abspath $(PAGE))?theme=light"
 	@$(BIN)/python -c "from PIL import Image; Image.open('docs/page.png').convert('RGB').quantize(64).save('docs/page.png', optimize=True)"
 
-tour: $(VENV)/.installed-test ## Run the notebook docs/tour.ipynb and keep what it shows
+tour: $(VENV)/.installed-tour ## Run the notebook docs/tour.ipynb and keep what it shows
 	@$(BIN)/jupyter execute --inplace docs/tour.ipynb
 
 status: install ## Say what is cached, missing, changed, stale and failed

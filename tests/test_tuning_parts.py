@@ -8,11 +8,9 @@ import warnings
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 
 from pipeline.data.classes import expand_scores
 from pipeline.errors import HeadError
-from pipeline.evaluation import METRICS, Predictions
 from pipeline.heads import HEADS, Categorical, Integer, Real
 from pipeline.heads.tuning import evaluation, make_folds, racing, strategies
 from pipeline.heads.tuning.strategies import cardinality
@@ -185,19 +183,6 @@ def test_mixed_spaces_give_plain_values_and_no_point_twice(strategy):
 def test_points_without_a_score_do_not_stop_the_strategy():
     points, _ = drive("bayes", SPACE, DEFAULTS, 12, 0, lambda point: None)
     assert len(points) == 12
-
-
-def test_scorers_are_those_of_scikit_learn():
-    generator = np.random.default_rng(0)
-    y = generator.integers(0, 4, 300)
-    probabilities = generator.dirichlet(np.ones(4), 300).astype(np.float32)
-    predictions = probabilities.argmax(axis=1)
-    answers = Predictions(y, predictions, probabilities)
-    assert METRICS["accuracy"].score(answers) == pytest.approx(accuracy_score(y, predictions))
-    assert METRICS["balanced_accuracy"].score(answers) == pytest.approx(balanced_accuracy_score(y, predictions))
-    assert METRICS["macro_f1"].score(answers) == pytest.approx(f1_score(y, predictions, average="macro"))
-    assert METRICS["log_loss"].score(answers) == pytest.approx(-log_loss(y, probabilities), rel=1e-5)
-    assert METRICS["roc_auc"].score(answers) == pytest.approx(roc_auc_score(y, probabilities, multi_class="ovr"))
 
 
 def test_absent_classes_never_win():

@@ -119,21 +119,21 @@ def test_predict_embeds_with_every_network_and_says_the_mean(voted, tmp_path):
     vote = bundles.load(folder)
     said = {}
     for name, where in {"vote": folder, **{str(n): folder / "members" / str(n) for n in range(2)}}.items():
-        predict.run(where, [photos], output=tmp_path / f"{name}.csv", top=3)
+        predict.run(where, [photos / "0"], output=tmp_path / f"{name}.csv", top=3)
         with (tmp_path / f"{name}.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))[1:]
         said[name] = np.array(
             [[float(dict(zip(row[2::2], row[3::2], strict=True))[label]) for label in vote.classes] for row in rows]
         )
     marked = predict.run(
-        folder, [photos], output=tmp_path / "marked.csv", unknown=0.2
+        folder, [photos / "0"], output=tmp_path / "marked.csv", unknown=0.2
     )  # by the distance of the first member
     assert marked.models[""].strangers.counts["images"] == len(said["vote"])
     mean = (said["0"] + said["1"]) / 2
     np.testing.assert_allclose(said["vote"], vote.calibrated(mean, "probability"), atol=2e-5)
     paths = sorted(photos.rglob("*.png"))
     loaded = Classifier.load(folder)
-    np.testing.assert_allclose(loaded.predict_proba(paths), said["vote"], atol=2e-6)
+    np.testing.assert_allclose(loaded.predict_proba(paths[: len(paths) // 2]), said["vote"], atol=2e-6)
     assert (
         loaded.fit(paths, [path.parent.name for path in paths]).score(paths, [path.parent.name for path in paths]) > 0.5
     )

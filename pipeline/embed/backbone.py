@@ -154,7 +154,7 @@ class Backbone:
             with torch.inference_mode(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
                 torch.onnx.export(
-                    _Written(self._module, self._vectors),
+                    _Written(self._module, self._vectors).eval(),  # or the exporter leaves the network in training mode
                     (two,),
                     file,  # type: ignore[arg-type]  # a file object is accepted
                     dynamo=False,
