@@ -1,6 +1,6 @@
 """The errors a user can cause, and the words that messages share.
 
-A `PipelineError` is printed on one line per problem, with exit code 2 and without a traceback. Every other exception is a bug of ours
+A `PipelineError` is printed on one line per problem, with exit code 2 and without a traceback. Every other exception is a bug
 and keeps its traceback.
 """
 

@@ -104,7 +104,7 @@ class TestFolder:
         with pytest.raises(DatasetError) as caught:
             list_folder(tmp_path)
         assert str(caught.value) == (
-            f"{tmp_path}: test, train look like splits above class folders, but meta beside them does not; move it "
+            f"{tmp_path}: test, train look like splits above class folders, but meta does not; move it "
             "elsewhere, or list the images in a CSV manifest with dataset.source: manifest"
         )
 
@@ -405,7 +405,7 @@ class TestManifest:
         with pytest.raises(DatasetError, match="line 3: the label is empty"):
             list_manifest(path)
         path.write_text("path,label\na/1.png,cat; a|b\n")
-        with pytest.raises(DatasetError, match=r"line 2: a label holds '\|', which stands between labels in the index"):
+        with pytest.raises(DatasetError, match=r"line 2: a label holds '\|', which separates labels in the index"):
             list_manifest(path, label_separator=";")
         path.write_text("path,tags,note\na/1.png,cat;dog,a;b\nb/3.jpg,,\n")
         listing = list_manifest(

@@ -307,7 +307,7 @@ def test_other_targets_and_folders_that_cannot_be_are_refused_before_the_work(
     experiment: Config, tmp_path: Path
 ) -> None:
     bundle = bundles.load(Artifacts(experiment.output).bundle("pixels", "logistic_regression"))
-    with pytest.raises(ConfigError, match="why an image has a label, and the target is regression"):
+    with pytest.raises(ConfigError, match="explains labels, but the target is regression"):
         explain.require({"": replace(bundle, target=Regression())}, tmp_path / "why")
     with pytest.raises(ConfigError, match="one target at a time; name the output folder of one, targets/NAME: a, b"):
         explain.require({"a": bundle, "b": bundle}, tmp_path / "why")

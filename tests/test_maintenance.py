@@ -135,7 +135,7 @@ def test_status_names_backbones_not_embedded_yet(tiny: Config) -> None:
         update={"backbones": (section.model_copy(update={"pooling": ("max",), "layers": ("stage1",)}),)}
     )
     assert (
-        "squeezenet1_1 (random): not embedded as the config says now: run `manyheads features`"
+        "squeezenet1_1 (random): not embedded with the current config: run `manyheads features`"
         in maintenance.status(other)
     )
     extract_features.run(other)
@@ -145,7 +145,7 @@ def test_status_names_backbones_not_embedded_yet(tiny: Config) -> None:
 def test_a_sample_embedded_anew_gives_the_stored_vectors(experiment: Config) -> None:
     checks = maintenance.verify(experiment, full=True, sample=5)
     assert [check.ok for check in checks] == [True, True]
-    assert "  embedded 5 images anew: 5 give the stored vector" in list(checks[0].lines())
+    assert "  embedded 5 images again: 5 match the stored vector" in list(checks[0].lines())
 
 
 def test_a_vector_that_is_not_the_images_is_found_by_the_sample(copy: Config) -> None:
@@ -234,7 +234,7 @@ def test_a_store_behind_a_link_is_read_and_never_emptied(copy: Config, tmp_path:
     assert all(check.ok for check in maintenance.verify(copy))
     for work in (maintenance.gc, maintenance.repair):
         with pytest.raises(
-            StoreError, match=f"leads to {elsewhere}, outside of this experiment and of .*, and stays as it is"
+            StoreError, match=f"leads to {elsewhere}, outside of this experiment and of .*, and is not changed"
         ):
             work(copy)
     assert before == {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}

@@ -224,7 +224,7 @@ def test_a_folder_is_walked_as_a_data_set_is_and_nothing_goes_without_a_row_or_a
     assert good == ["link.png", "a/photo", *sorted(inside)]
     assert result.unreadable == 5
     assert result.summary_lines()[-5:-1] == [
-        "5 images could not be read; their `status` says why",
+        "5 images could not be read; their `status` gives the reason",
         "not an image: 1 file",
         f"  {photos}/notes.txt: {NO_IMAGE}",
         "ignored hidden files and folders: 1",

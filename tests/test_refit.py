@@ -91,7 +91,7 @@ def test_a_new_search_is_worth_it_where_the_evidence_says_so() -> None:
     assert found().reasons == []
     assert ["beyond chance" in reason for reason in found(shown=True).reasons] == [True]
     assert len(found(change=worse).reasons) == 2
-    assert found(expected=0.03).reasons == ["the new images brought less than the learning curve lets expect"]
+    assert found(expected=0.03).reasons == ["the new images brought less than the learning curve predicts"]
     # With one class more the same images are a harder question, and a fall tells nothing of the parameters.
     assert found(change=worse, new_classes=new).reasons == []
     assert len(found(shown=True, new_classes=new).reasons) == 1

@@ -184,7 +184,9 @@ def test_commands_about_classes_take_the_columns_of_classes_or_say_in_a_line_wha
     told = str(CliRunner().invoke(cli, ["layers", config]).exception)
     assert told.startswith("no network of this config has several layers or poolings to compare")
     told = str(CliRunner().invoke(cli, ["shortlist", config]).exception)
-    assert told == f"a shortlist is of one column of classes; set dataset.label_columns to one of {SPECIES}, {SIZE}"
+    assert (
+        told == f"a shortlist needs a single column of classes; set dataset.label_columns to one of {SPECIES}, {SIZE}"
+    )
     numbers = make_config(tmp_path, label_columns=[SIZE], target="regression", label_separator=None)
     for what in ("episodes are", "profiles of layers are", "shortlists are"):
         with pytest.raises(ConfigError, match=f"^{what} of classes, and dataset.target is regression$"):

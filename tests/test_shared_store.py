@@ -140,7 +140,7 @@ def test_gc_removes_nothing_while_an_experiment_is_gone_or_cannot_be_read(first:
     with pytest.raises(StoreError) as caught:
         maintenance.gc(first)
     problems = sorted(str(caught.value).splitlines()[1:])
-    assert f"{folder_of(first)}: nothing is removed until it is known what all experiments use" in str(caught.value)
+    assert f"{folder_of(first)}: nothing is removed until all experiments that use it can be read" in str(caught.value)
     (gone,) = [line for line in problems if "is gone" in line]
     assert gone.strip(" -") == (
         f"{second.output}: is gone, or was moved or renamed; run `manyheads features` with it where it is now, or delete "
@@ -239,7 +239,7 @@ def test_an_experiment_that_leaves_its_stores_behind_reads_them_and_copies_them(
     assert all(check.ok for check in maintenance.verify(moved, full=True))
     for work in (maintenance.gc, maintenance.repair):
         with pytest.raises(
-            StoreError, match=r"leads to .*, outside of this experiment and of .*; `manyheads features` takes its"
+            StoreError, match=r"leads to .*, outside of this experiment and of .*; `manyheads features` copies its"
         ):
             work(moved)
     assert extract_features.run(moved, plan=True).pending == 0

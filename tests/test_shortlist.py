@@ -202,11 +202,11 @@ def test_candidates_that_are_not_to_be_had_are_one_line(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(BackboneError, match="2 candidates cannot be had") as caught:
+    with pytest.raises(BackboneError, match="2 candidates cannot be used") as caught:
         shortlist.run(config(photos), 30, ["resnet50", "regnet_small", "resnet5"])
     assert list(caught.value.problems) == [
         "candidate 'resnet50' is to fetch",
-        "candidate 'resnet5' is none of those that `manyheads backbones` lists",
+        "candidate 'resnet5' is not listed by `manyheads backbones`",
         "a shortlist uses only networks that are here, and fetches nothing",
     ]
     with pytest.raises(PipelineError, match="no network is left to write a config of"):

@@ -281,7 +281,7 @@ def test_a_classifier_says_what_predict_writes_and_keeps_nothing(experiment: Con
 
 
 def test_what_a_folder_does_not_hold_is_told(experiment: Config, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"says classes; use Classifier\.load"):
+    with pytest.raises(BundleError, match=r"predicts classes; use Classifier\.load"):
         Regressor.load(experiment.output)
     with pytest.raises(BundleError, match=r"bundle\.json: missing; expected an experiment"):
         Classifier.load(tmp_path)

@@ -217,7 +217,7 @@ def test_the_column_of_a_manifest_is_the_target(photos: Path) -> None:
     assert (made.output, made.tuning.budget_seconds) == ("artifacts/kinds", 600)
     assert manyheads.check(made)[2].startswith("18 images in 2 classes: ")
     with pytest.raises(
-        manyheads.PipelineError, match=r"no column 'label'.*\n.*path, kind; --target COLUMN says which column"
+        manyheads.PipelineError, match=r"no column 'label'.*\n.*path, kind; --target COLUMN chooses the column"
     ):
         manyheads.fit(manifest, output=photos.parent / "kinds", **SMALL)
 

@@ -275,7 +275,7 @@ class MultiLabel:
             return MultiLabel(tuple(sorted({name for text in encode(index.labels)[1] for name in _names(text)})))
         wrong = [name for name in index.names if SEPARATOR in name]
         if wrong:
-            raise DatasetError(f"columns {', '.join(wrong)}: {SEPARATOR!r} stands between labels; rename them")
+            raise DatasetError(f"columns {', '.join(wrong)}: {SEPARATOR!r} separates labels; rename them")
         target = MultiLabel(index.names)
         target.encode(index)
         return target

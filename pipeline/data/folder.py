@@ -391,7 +391,7 @@ def _refuse_half_splits(root: Path, splits: Mapping[str, str]) -> None:
     if len(named) > 1 and all(folder.folders and not folder.images for folder in found):
         others = ", ".join(shown(name) for name in splits if name not in named)
         raise DatasetError(
-            f"{address_of(root) or root}: {', '.join(map(shown, named))} look like splits above class folders, but {others} beside them "
+            f"{address_of(root) or root}: {', '.join(map(shown, named))} look like splits above class folders, but {others} "
             "does not; move it elsewhere, or list the images in a CSV manifest with dataset.source: manifest"
         )
 

@@ -80,7 +80,7 @@ def read(weights: Path, expected: str | None = None) -> Lineage:
     header = _header(weights)
     texts = {key: header[key] for key in (CONTENTS_KEY, CHOSEN_KEY) if key in header}
     if header.get(LINEAGE_DIGEST_KEY, digest := fingerprint(texts)) != digest:
-        raise TrainingError(f"{weights}: is damaged: what it says of its images is not what was written; make it anew")
+        raise TrainingError(f"{weights}: is damaged: its record of the images was changed; create it again")
     found = Lineage(_split(header.get(CONTENTS_KEY, "")), _split(header[CHOSEN_KEY]) if CHOSEN_KEY in header else None)
     if expected is not None and found.digest != expected:
         raise TrainingError(

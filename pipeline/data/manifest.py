@@ -137,7 +137,7 @@ def _listing(origin: Path, table: ManifestTable, config: DatasetConfig, problems
         name = next((name.removeprefix(start) for start in roots if name.startswith(start)), name)
         if separator is not None:
             taken = separator != SEPARATOR and any(SEPARATOR in label for label in compress(labels, several))
-            problems += [f"{where}: a label holds {SEPARATOR!r}, which stands between labels in the index"] * taken
+            problems += [f"{where}: a label holds {SEPARATOR!r}, which separates labels in the index"] * taken
             for place in np.flatnonzero(several).tolist():
                 words = map(str.strip, labels[place].split(separator))
                 labels[place] = SEPARATOR.join(dict.fromkeys(filter(None, words)))

@@ -112,7 +112,7 @@ def _machine(config: Config) -> list[str]:
 
 def _data(config: Config, place: Path | None) -> list[str]:
     if needs_download(config.dataset):
-        return [f"data set {config.dataset.name}: not looked at, because that means a download"]
+        return [f"data set {config.dataset.name}: not checked, because that requires a download"]
     with tempfile.TemporaryDirectory() as folder:
         # Into a temporary folder: a check must not fix the splits.
         found = scan(config.dataset, config.seed, place or Path(folder, "dataset"))

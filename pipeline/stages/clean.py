@@ -47,7 +47,7 @@ class CleanRun:
     def summary_lines(self) -> list[str]:
         """Return the proposal, and the command to use it."""
         return [
-            f"{number_of(self.images, 'image')}; no label is changed, and `reason` says why of each that is touched:",
+            f"{number_of(self.images, 'image')}; no label is changed, and `reason` explains each change:",
             f"  left out      {self.suspicious:,} training images whose label is likely wrong, {self.alike:,} nearly the same as a test image",
             f"  kept together {number_of(self.grouped, 'image')} nearly the same as another, by `group`",
             f"  noted         {number_of(self.outliers, 'image')} like no other; {self.doubted:,} labels to check, as many as would be doubted were "

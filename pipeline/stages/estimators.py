@@ -48,7 +48,7 @@ class Regressor:
 def _load(folder: str | Path, other: str, classes: bool, device: str, trust: bool) -> Pipeline:
     loaded = best_estimator(folder, store=None, device=device, trust=trust)
     if hasattr(loaded[-1], "classes_") != classes:
-        raise BundleError(f"{folder}: says {'numbers' if classes else 'classes'}; use {other}.load")
+        raise BundleError(f"{folder}: predicts {'numbers' if classes else 'classes'}; use {other}.load")
     return loaded
 
 
@@ -97,8 +97,8 @@ def embedder_of(record: EmbeddingRecord, store: str | Path | None, device: str, 
         return Embedder(spec.architecture, fingerprint=record.fingerprint, **shared)
     if names_code(section.name) and not trust:
         raise BackboneError(
-            f"{record.name}: its network is code, {section.name}, which can do anything when it is run; only if you know who wrote "
-            "it, say trust=True"
+            f"{record.name}: its network is code, {section.name}, which can do anything when run; if you trust its author, "
+            "pass trust=True"
         )
     engine = spec.engine if spec.engine == "torch" else engine_at_hand(spec.engine, device)
     pooled = spec.pooling.partition("[")[0]

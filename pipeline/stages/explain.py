@@ -67,7 +67,7 @@ def require(heads: Mapping[str, ModelBundle], folder: Path) -> None:
         )
     for bundle in heads.values():
         if not bundle.target.classes:
-            raise ConfigError(f"--explain tells why an image has a label, and the target is {bundle.target.kind}")
+            raise ConfigError(f"--explain explains labels, but the target is {bundle.target.kind}")
     require_place(folder / explained.INDEX)
 
 

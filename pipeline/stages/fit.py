@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 HINTS = {
-    "dataset.label_columns": "--target COLUMN says which column to learn",
-    "dataset.target": "--set dataset.target=regression, or another kind, says what it is",
+    "dataset.label_columns": "--target COLUMN chooses the column to learn",
+    "dataset.target": "--set dataset.target=regression, or another kind, sets the task",
 }
 """Command line options to suggest, by the config key in a problem."""
 

@@ -61,8 +61,8 @@ class Experiment:
         real = path.resolve()
         if not any(real.is_relative_to(folder.resolve()) for folder in (self.files.root, self.files.stores)):
             raise StoreError(
-                f"{path}: leads to {real}, outside of this experiment and of {self.files.stores}, and stays as it is; `manyheads "
-                "features` takes its vectors over"
+                f"{path}: leads to {real}, outside of this experiment and of {self.files.stores}, and is not changed; `manyheads "
+                "features` copies its vectors"
             )
         return path
 
@@ -98,7 +98,7 @@ def status(config: Config) -> list[str]:
         lines.append(f"{number_of(int(is_failed.sum()), 'image')} could not be read; {ledger} names each")
     sections = [record.asked for record in here.records]
     lines += [
-        f"{section.name} ({section.weights}): not embedded as the config says now: run `manyheads features`"
+        f"{section.name} ({section.weights}): not embedded with the current config: run `manyheads features`"
         for section in config.sections
         if section not in sections
     ]
@@ -117,7 +117,7 @@ def _as_of_now(here: Experiment) -> tuple[DatasetIndex, list[str]]:
     """Return the index of the current images, and the changes since the last run of stage one."""
     config = here.config
     if needs_download(config.dataset):
-        return here.index, ["the images are not looked at, because that means a download"]
+        return here.index, ["the images are not checked, because that requires a download"]
     try:
         found = scan(config.dataset, config.seed, here.files.dataset, write=False)
     except PipelineError as error:
@@ -190,8 +190,8 @@ class Check:
         yield from _named("images without a usable vector", self.damaged_images)
         if self.sampled:
             same = self.sampled - len(self.deviating_images)
-            yield f"  embedded {self.sampled} images anew: {same} give the stored vector"
-            yield from _named("images that give another vector", self.deviating_images)
+            yield f"  embedded {self.sampled} images again: {same} match the stored vector"
+            yield from _named("images whose vector differs", self.deviating_images)
         if not report.ok and report.generation:  # a packed file has none
             yield "  run `manyheads store repair`: it keeps every good vector and embeds just these images again"
 
@@ -328,7 +328,7 @@ def gc(config: Config) -> list[str]:
         contents, problems = contents_of_others(here.files)
         if problems:
             raise StoreError(
-                f"{here.files.stores}: nothing is removed until it is known what all experiments use", problems
+                f"{here.files.stores}: nothing is removed until all experiments that use it can be read", problems
             )
         live = np.concatenate([here.index.digests, contents])
         for path in dict.fromkeys([*names, *sorted(here.files.stores.glob("*.store"))]):

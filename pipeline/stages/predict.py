@@ -93,7 +93,7 @@ class PredictRun:
             lines += [name + line for line in (*self.agreement.lines(target), *model.strangers.lines())]
             lines += [name + model.aligned.line()] if model.aligned else []
         if self.unreadable:
-            lines.append(f"{number_of(self.unreadable, 'image')} could not be read; their `status` says why")
+            lines.append(f"{number_of(self.unreadable, 'image')} could not be read; their `status` gives the reason")
         lines += self.passed_over
         if self.untrained:
             lines.append("warning: a head's backbone is untrained (weights: random); it is a control, not for use")
@@ -152,7 +152,7 @@ class Aligned:
         few = min(sum(map(len, read)), len(known))
         if few < LEAST:
             raise ConfigError(
-                f"--align: {few} images, expected {LEAST} at least, as many of training, to tell a covariance"
+                f"--align: {few} images; a covariance needs at least {LEAST}, and as many training images"
             )
         X = np.concatenate(read)
         some = np.linspace(0, len(X) - 1, few).astype(int)

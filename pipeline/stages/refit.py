@@ -111,7 +111,7 @@ class Refitted:
         if self.change.shown < 0:
             found.append("the refitted head is worse than the old one on the same test images, beyond chance")
         if self.expected is not None and self.expected > self.change.interval[1]:
-            found.append("the new images brought less than the learning curve lets expect")
+            found.append("the new images brought less than the learning curve predicts")
         return found
 
     def lines(self) -> list[str]:
@@ -119,7 +119,7 @@ class Refitted:
         metric = METRICS[self.scoring]
         words = {-1: "worse, beyond chance", 0: "no difference is shown", 1: "better, beyond chance"}
         lines = [
-            f"{self.key} fitted again with {_params(self.params)} in {self.seconds:.1f} s",
+            f"{self.key} refitted with {_params(self.params)} in {self.seconds:.1f} s",
             f"  training images   {self.train[0]:,} before, {self.train[1]:,} now",
         ]
         for each in self.new_classes:
@@ -133,7 +133,7 @@ class Refitted:
         ]
         if self.expected is not None:
             expected = _gap(metric, self.expected)
-            lines.append(f"  learning curve    of {CURVE_HEAD}, lets expect {expected} by the images added since")
+            lines.append(f"  learning curve    of {CURVE_HEAD}, predicts {expected} for the images added since")
         if self.tried:
             other = f"none of {number_of(self.tried, 'neighbour')} is better"
             if self.best:
@@ -172,7 +172,7 @@ class RefitRun:
         return [
             *lines,
             "",
-            "the leaderboard and its heads stay what they were",
+            "the leaderboard and its heads are unchanged",
             f"to predict   manyheads predict {quote(str(self.folder))} IMAGES --output labels.csv",
         ]
 
@@ -203,11 +203,11 @@ def _chosen(board: Leaderboard, name: str | None) -> list[LeaderboardRow]:
     ordered = sorted(board.rows, key=lambda row: row.key != recommended)
     able = {row.key: row for row in ordered if row.bundle and not row.constant and row.embedding != VOTE}
     if not able:
-        raise PipelineError("the leaderboard has no head to fit again; run `manyheads heads` first")
+        raise PipelineError("the leaderboard has no head to refit; run `manyheads heads` first")
     if name is None:
         first = next(iter(able.values()))
         if first.key != recommended:
-            log.info("%s is not fitted again, which is for single heads on images; %s is", recommended, first.key)
+            log.info("%s cannot be refitted, only single heads on images can; %s is", recommended, first.key)
         return [first]
     if name != ALL and name not in able:
         raise HeadError(f"--row: {unknown('row', name, (*able, ALL))}")
@@ -225,7 +225,7 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
     seconds = time.perf_counter() - start
     said, old = HeadPredictions.read(folder / FILE_NAME), HeadPredictions.read(before / FILE_NAME)
     if old.out_of_fold is None or old.test.paths is None or said.out_of_fold is None:
-        raise BundleError(f"{before}: does not say what it was fitted on; run `manyheads heads` again")
+        raise BundleError(f"{before}: does not record what it was fitted on; run `manyheads heads` again")
     metric, added = METRICS[config.tuning.scoring], list[NewClass]()
     for name in sorted({*said.classes} - {*old.classes}) if old.test.target.exclusive else ():
         own, in_training = said.test.labels == name, said.out_of_fold.labels == name
@@ -262,7 +262,7 @@ def _asked_for(row: LeaderboardRow, asked: Asked) -> tuple[Config, Embedding, He
         for head in embedding.heads:
             if (embedding.name, head.name) == (row.embedding, row.head):
                 return config, replace(embedding, tuning=embedding.tuning.model_copy(update=once)), head
-    raise HeadError(f"{row.key}: the config does not ask for it any more; name its backbone and head, or another --row")
+    raise HeadError(f"{row.key}: is no longer in the config; add its backbone and head, or name another --row")
 
 
 def _same(before: Predictions, now: Predictions, key: str) -> tuple[Predictions, Predictions]:
@@ -280,11 +280,11 @@ def _same(before: Predictions, now: Predictions, key: str) -> tuple[Predictions,
                 raise ValueError(before.classes)
             probabilities = expand_scores(probabilities, places, target.width, "probability")
     except ValueError:
-        raise HeadError(f"{key}: knows a class that no image has any more; run `manyheads heads` again") from None
+        raise HeadError(f"{key}: has a class that no image has now; run `manyheads heads` again") from None
     before = replace(now, y_true=y_true, y_pred=y_pred, probabilities=probabilities)
     equal = np.equal(y_true, now.y_true).reshape(len(now), -1).all(axis=1)
     if not equal.any():
-        raise HeadError(f"{key}: none of its test images is one any more; run `manyheads heads` again")
+        raise HeadError(f"{key}: none of its test images is still a test image; run `manyheads heads` again")
     return before.rows(equal), now.rows(equal)
 
 

@@ -178,7 +178,7 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
     of_classes(config, "shortlists are")
     if len(columns) > 1:
         raise ConfigError(
-            f"a shortlist is of one column of classes; set dataset.label_columns to one of {', '.join(columns)}"
+            f"a shortlist needs a single column of classes; set dataset.label_columns to one of {', '.join(columns)}"
         )
     alive, left_out = _candidates(config, candidates)
     files = Artifacts(config.output, config.store)
@@ -222,7 +222,7 @@ def _candidates(config: Config, words: Sequence[str]) -> tuple[list[ShortlistCan
         wrong = [each for each in found if isinstance(each, str)]
         if wrong:
             problems = [*wrong, "a shortlist uses only networks that are here, and fetches nothing"]
-            raise BackboneError(f"{number_of(len(wrong), 'candidate')} cannot be had", problems)
+            raise BackboneError(f"{number_of(len(wrong), 'candidate')} cannot be used", problems)
         sections = [section for each in found if not isinstance(each, str) for section in each]
     else:
         sections += [BackboneConfig(name=row.name, weights=row.weights) for row in table if row.where == HERE]
@@ -249,7 +249,7 @@ def _named(word: str, table: Sequence[NetworkRow]) -> list[BackboneConfig] | str
     found = [row for row in table if row.name == name and weights in ("", row.weights)]
     here = [BackboneConfig(name=row.name, weights=row.weights) for row in found if row.where == HERE]
     if not here:
-        where = f"is {found[0].where}" if found else "is none of those that `manyheads backbones` lists"
+        where = f"is {found[0].where}" if found else "is not listed by `manyheads backbones`"
         return f"candidate {word!r} {where}"
     return here
 
