@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Where and how a network computes."""
+    """The device, number format and engine of a network."""
 
     device: torch.device
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class Arithmetic:
 
 
 class Backbone:
-    """A frozen network in eval mode: pixels in, the vectors of each of its layers and poolings out, in one forward pass."""
+    """A frozen network in eval mode: one forward pass turns pixels into the vectors of all its layers and poolings."""
 
     def __init__(self, network: Network, config: BackboneConfig, arithmetic: Arithmetic) -> None:
         self.device, self.preprocessing = arithmetic.device, network.preprocessing
@@ -60,7 +60,7 @@ class Backbone:
         probes = probe_images(size)
         graph = graphs.trace(network.module, torch.from_numpy(probes[-1:]).permute(0, 3, 1, 2) / 255)
         self._rows = graphs.rows(graph, network.module, config, size, network.has_classifier)
-        # OpenVINO is handed the exact weights and does its own rounding.
+        # OpenVINO gets the exact weights and does its own rounding.
         self._dtype = arithmetic.dtype if arithmetic.engine == "torch" else torch.float32
         module = graphs.cut(graph, [row.node for row in self._rows]).to(device=self.device, dtype=self._dtype)
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -84,14 +84,14 @@ class Backbone:
         )
 
     def embed(self, pixels: NDArray[np.uint8]) -> LayerFeatures:
-        """Return float32 (n, dim) for each of `specs`, of n images as `images.prepare` gives them, uint8 of shape (n, height, width, 3)."""
+        """Return float32 (n, dim) for each of `specs`, for n images prepared by `images.prepare`, uint8 (n, height, width, 3)."""
         return self._engine(pixels)
 
     def _by_torch(self, pixels: NDArray[np.uint8]) -> LayerFeatures:
         with torch.inference_mode():
             sent = torch.from_numpy(pixels)
             if self.device.type == "cuda":
-                sent = sent.pin_memory()  # only from such memory does a copy go on while the GPU is given its work
+                sent = sent.pin_memory()  # asynchronous copies need pinned memory
             vectors = self._vectors(sent.to(self.device, non_blocking=True))
             return tuple(vector.contiguous().cpu().numpy() for vector in vectors)
 
@@ -100,19 +100,19 @@ class Backbone:
         return tuple(graphs.pool(outputs[row.output].to(torch.float32), row.pooling) for row in self._rows)
 
     def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
-        # The bytes travel, the network's own arithmetic does the rest: a view of NHWC pixels is channels-last already.
+        # Only bytes are copied to the device, and scaled there; a permuted view of NHWC pixels is already channels-last.
         scaled = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
         return scaled.to(self._dtype)
 
     def contributions(
         self, pixels: NDArray[np.uint8], output: int, weights: NDArray[np.float64]
     ) -> NDArray[np.float32] | None:
-        """Return what each place of images adds to a linear score of one of `specs`; the mean over the places is the score.
+        """Return the contribution of each map position to a linear score of one of `specs`; their mean is the score.
 
-        None where the vector is not pooled from a map, as of a class token.
+        None if the vector is not pooled from a map, such as a class token.
 
-        pixels : uint8 of shape (n, height, width, 3), as `embed` takes them; weights : float64 of shape (n, dim), of each image's own
-            score; returns float32 of shape (n, rows, columns), as many as the map has
+        pixels : uint8 of shape (n, height, width, 3), as for `embed`; weights : float64 of shape (n, dim), the score's weights for
+            each image; returns float32 of shape (n, rows, columns), the size of the map
         """
         row = self._rows[output]
         with torch.no_grad():
@@ -124,18 +124,18 @@ class Backbone:
                 return None
             maps, pooling = maps.float(), row.pooling if own.ndim == 4 else "avg"
             pooled = graphs.pool(maps, pooling)
-            tolerance = 1e-4 if self._dtype == torch.float32 else 1e-2  # as they are averaged by other operations
+            tolerance = 1e-4 if self._dtype == torch.float32 else 1e-2  # the two averages use different operations
             if pooled.shape != vectors.shape or (pooled - vectors).norm() > tolerance * vectors.norm():
                 return None
             return graphs.contributions(maps, pooling, torch.from_numpy(weights).to(maps)).cpu().numpy()
 
     def weight(self) -> tuple[int, float]:
-        """Return how many parameters the network has up to its last layer that is kept, and how many megabytes they take."""
+        """Return the number of parameters up to the last embedded layer, and their size in megabytes."""
         parameters = list(self._module.parameters())
         return sum(part.numel() for part in parameters), sum(part.nbytes for part in parameters) / 1e6
 
     def in_float64(self) -> Backbone:
-        """Return the same network computing in float64, by torch, for who asks what float32 leaves open."""
+        """Return the same network computing in float64 with torch, to resolve differences due to float32 rounding."""
         twin = copy(self)
         twin._module, twin._dtype, twin._engine = deepcopy(self._module).double(), torch.float64, twin._by_torch
         return twin
@@ -143,26 +143,26 @@ class Backbone:
     def to_onnx(self, opset: int) -> bytes:
         """Return an ONNX model from pixels, float32 of shape (n, 3, *size) from 0 to 255, to the vectors of each of `specs`.
 
-        By torch's exporter of traces: the newer one needs onnxscript, takes longer and writes the paths of source files into its
-        nodes. Whether the model computes the same is for who uses it to prove. BackboneError where it cannot be written.
+        Uses torch's tracing exporter: the newer one needs onnxscript, is slower and writes source paths into its nodes. Callers
+        must verify that the model computes the same vectors. BackboneError if the export fails.
         """
         file, two = io.BytesIO(), torch.zeros(2, 3, *self.preprocessing.size)
         fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # its one operation for all of an attention cannot be written
+        torch.backends.mha.set_fastpath_enabled(False)  # its fused attention operation cannot be exported
         try:
-            # It warns of all that becomes constant, and prints its graph where it fails.
+            # The exporter warns of all that becomes constant, and prints its graph when it fails.
             with torch.inference_mode(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
                 torch.onnx.export(
                     _Written(self._module, self._vectors).eval(),  # or the exporter leaves the network in training mode
                     (two,),
-                    file,  # type: ignore[arg-type]  # it takes one
+                    file,  # type: ignore[arg-type]  # a file object is accepted
                     dynamo=False,
                     input_names=["pixels"],
                     dynamic_axes={"pixels": {0: "n"}},
                     opset_version=opset,
                 )
-        except (RuntimeError, ValueError, TypeError) as error:  # errors of the exporter are RuntimeErrors
+        except (RuntimeError, ValueError, TypeError) as error:  # the exporter's own errors are RuntimeErrors
             raise BackboneError(f"torch cannot write the network as ONNX ({first_line(error)})") from None
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -170,11 +170,11 @@ class Backbone:
 
 
 class _Written(nn.Module):
-    """The way from pixels to vectors as a module, which is what the exporter takes."""
+    """The computation from pixels to vectors as a module, as the exporter requires."""
 
     def __init__(self, network: nn.Module, vectors: TorchForward) -> None:
         super().__init__()
-        self.network = network  # named, so that its weights are
+        self.network = network  # registered, so that its weights get names
         self._vectors = vectors
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -200,7 +200,7 @@ def _spec(network: Network, row: graphs.EmbeddingRow, dim: int, arithmetic: Arit
 
 
 def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images: int = 0) -> Backbone:
-    """Build the backbone a config asks for; `seed` makes untrained weights, `engine: auto` goes by how many `images` there are."""
+    """Build the backbone of a config; `seed` is for untrained weights, and `engine: auto` depends on the number of `images`."""
     device = resolve_device(extraction.device)
     network = load_network(config, seed)
     view = "" if config.view is None else config.view if config.view == "flip" else f"{config.view} {seed}"
@@ -237,8 +237,8 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
 
 
 def layers(name: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """List the nodes of a network, of the bundled one, or of a described weights file: name, shape for one image, and name in any model."""
-    config = BackboneConfig(name=name, weights="random")  # nothing is fetched for it
+    """List the nodes of a network, the bundled one, or a described weights file: name, shape for one image, model-independent name."""
+    config = BackboneConfig(name=name, weights="random")  # avoids a download
     if name.endswith(WEIGHTS_FILES):
         config = BackboneConfig(name=Path(name).stem, weights=name)
     elif name not in network_names() and name == bundled()["name"]:

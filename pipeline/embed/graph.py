@@ -1,6 +1,6 @@
-"""The graph of a network: its nodes and shapes, the default layer, its stages, pooling, and the network cut off behind the layers kept.
+"""The graph of a network: its nodes and shapes, the default layer, its stages, pooling, and truncation after the embedded layers.
 
-Nodes have the names of `torchvision.models.feature_extraction`: the path of the module, or of the operation in it.
+Nodes are named as in `torchvision.models.feature_extraction`: by the path of the module, or of the operation in it.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ logger = logging.getLogger(__name__)
 PENULTIMATE = "penultimate"
 
 UNPOOLED = "unpooled"
-"""The layer of a timm network with all that its own pooling is given: the tokens behind the last norm, or the last map."""
+"""The layer of a timm network that is the input of its own pooling: the tokens after the last norm, or the last map."""
 
 POOLED = "pooled"
-"""The layer of a network with its own feature, where it says so itself; of others it is the input of the classifier."""
+"""The layer of a network's own feature, if it defines one (timm); for other networks the feature is the classifier's input."""
 
 GRID = 3
-"""Cells of `pooling: grid` along each side of the image."""
+"""Number of cells of `pooling: grid` along each side of the image."""
 
 
 # ---- nodes
 
 
 class Taps(nn.Module):
-    """A network run as it is: gives what comes out of some of its modules, None for one that does not run."""
+    """An untraced network that returns the outputs of some of its modules, None for a module that does not run."""
 
     def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
@@ -67,27 +67,27 @@ class Taps(nn.Module):
 
 
 TracedNetwork = tuple[fx.GraphModule | Taps, dict[str, fx.Node | None]]
-"""A network and its layers by name, in the order in which they run; where it could not be traced, in that of definition."""
+"""A network and its layers by name, in order of execution; if it could not be traced, in order of definition."""
 
 
 def trace(model: nn.Module, probe: torch.Tensor | None = None) -> TracedNetwork:
-    """Return a network in eval mode as a graph, with its nodes by name in the order they run; as it is, with its modules, where it fails.
+    """Return a network in eval mode as a graph with its nodes by name; if tracing fails, the network itself with its modules.
 
-    probe : images, float32 of shape (n, 3, height, width), of which a graph has to give the same
+    probe : images, float32 of shape (n, 3, height, width), for which graph and network must have the same output
     """
     try:
         module, names = traced(model.eval())
         if probe is None or _same(module, model, probe):
             return module, names
         reason = "its graph computes something else"
-    except Exception as error:  # a forward pass is any Python code
+    except Exception as error:  # a forward pass may run any Python code
         reason = first_line(error)
     logger.info("%s runs as it is, as it cannot be traced: %s", type(model).__name__, reason)
     return Taps(model, ()), dict.fromkeys(name for name, _ in model.named_modules() if name)
 
 
 def _same(module: fx.GraphModule, model: nn.Module, probe: torch.Tensor) -> bool:
-    """Whether both give the same; where the network itself fails, as with images of a wrong size, that is told elsewhere."""
+    """Whether both have the same output; if the network itself fails, such as for a wrong image size, that is reported elsewhere."""
     with torch.inference_mode():
         try:
             expected = model(probe)
@@ -98,12 +98,12 @@ def _same(module: fx.GraphModule, model: nn.Module, probe: torch.Tensor) -> bool
 
 
 def traced(model: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node | None]]:
-    """Return the graph of a network in eval mode and its nodes by name; raises anything where it cannot be traced."""
+    """Return the graph of a network in eval mode and its nodes by name; any exception if it cannot be traced."""
     from torchvision.models.feature_extraction import NodePathTracer
 
-    # As create_feature_extractor traces, except that torchvision's own blocks are looked into: the convolutions and batch
-    # norms in them could not be folded otherwise.
-    timm = sys.modules.get("timm.layers")  # its parts are met only where it was imported
+    # Like create_feature_extractor, except that torchvision's own blocks are traced too: otherwise the convolutions and
+    # batch norms in them could not be folded.
+    timm = sys.modules.get("timm.layers")  # only networks of an imported timm have its layers
     leaves = [nn.Linear, *timm.get_notrace_modules()] if timm else []
     tracer = NodePathTracer(
         autowrap_modules=(math, torchvision.ops),
@@ -116,13 +116,13 @@ def traced(model: nn.Module) -> tuple[fx.GraphModule, dict[str, fx.Node | None]]
     if timm:
         calls = [(name, node) for name, node in names.items() if node.op == "call_module"]
         parts = [(name, node, module.get_submodule(str(node.target))) for name, node in calls]
-        names |= {name: _taken_apart(module, node, part, timm) for name, node, part in parts}
+        names |= {name: _decompose(module, node, part, timm) for name, node, part in parts}
         module.recompile()
     return module, names
 
 
-def _taken_apart(module: fx.GraphModule, node: fx.Node, part: Any, timm: ModuleType) -> fx.Node:
-    """Write a norm of timm with an activation inside, or a convolution that pads as SAME does, as torch's own; return where it ends."""
+def _decompose(module: fx.GraphModule, node: fx.Node, part: Any, timm: ModuleType) -> fx.Node:
+    """Replace timm's norm with activation, or convolution with SAME padding, by torch's layers; return the last node of these."""
     plain: nn.Module
     if type(part) is timm.BatchNormAct2d and part.track_running_stats:
         plain = nn.BatchNorm2d(part.num_features, part.eps, device="meta")
@@ -147,7 +147,7 @@ def _taken_apart(module: fx.GraphModule, node: fx.Node, part: Any, timm: ModuleT
 
 
 def classifier(module: nn.Module) -> fx.Node:
-    """Return the node that turns features into class scores: the last Linear, or without any the last Conv2d (squeezenet)."""
+    """Return the node that maps features to class scores: the last Linear, or if there is none the last Conv2d (squeezenet)."""
     nodes: Iterable[fx.Node] = reversed(module.graph.nodes) if isinstance(module, fx.GraphModule) else ()
     modules = dict(module.named_modules())
     calls = [node for node in nodes if node.op == "call_module"]
@@ -159,10 +159,10 @@ def classifier(module: nn.Module) -> fx.Node:
 
 
 def classifier_name(model: nn.Module, graph: TracedNetwork) -> str:
-    """Return the name of the module that turns features into class scores."""
+    """Return the name of the module that maps features to class scores."""
     if not hasattr(model, "get_classifier"):
         return str(classifier(graph[0]).target)
-    own = model.get_classifier()  # type: ignore[operator]  # of timm
+    own = model.get_classifier()  # type: ignore[operator]  # timm's method
     return next((name for name, part in model.named_modules() if part is own), "")
 
 
@@ -172,9 +172,9 @@ def resolve(
     has_classifier: bool = True,
     stages: Callable[[], Mapping[str, str]] = dict,
 ) -> list[str]:
-    """Return the node of each layer: `penultimate` is the network's own feature, or its classifier's input; a stage one of `stages`.
+    """Return the node of each requested layer, which may be a stage or `penultimate`, the network's own feature or classifier input.
 
-    BackboneError with a line for every unknown layer, or for those that are not before a classifier that the weights lack.
+    BackboneError with a line for every unknown layer, or for layers from the classifier on if the weights lack it.
     """
     module, names = graph
     by_node = {node: name for name, node in names.items()}
@@ -199,16 +199,16 @@ def resolve(
 
 
 def _last_of(layer: str, names: Iterable[str]) -> str | None:
-    """The node of that name, or the last one in the module of that name: `layer4` is where layer4 ends."""
+    """Return the node of that name, or the last node in the module of that name: `layer4` is its output."""
     if layer in names:
         return layer
     return next((name for name in reversed(list(names)) if name.startswith(f"{layer}.")), None)
 
 
 def shapes(graph: TracedNetwork, size: tuple[int, int]) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the nodes that give something for each image, with the shape of it for one image of `size`."""
+    """Return the nodes that have an output per image, with its shape for one image of `size`."""
     module, names = graph
-    n_images = 2  # with one image, its windows or heads could not be told from it
+    n_images = 2  # tells the batch axis from axes of length 1, such as windows or heads
     images = torch.zeros(n_images, 3, *size)
     with torch.inference_mode():
         if isinstance(module, Taps):
@@ -225,10 +225,10 @@ def shapes(graph: TracedNetwork, size: tuple[int, int]) -> list[tuple[str, tuple
 
 
 def cut(graph: TracedNetwork, layers: Sequence[str]) -> nn.Module:
-    """Return the network that runs up to the layers and gives their outputs as a tuple, with batch norms folded.
+    """Return the network truncated after the layers, with their outputs as a tuple and batch norms folded.
 
-    Folding a batch norm into the convolution before it changes features by about 1e-9 of their length (cosine, ResNet-50)
-    and saves a pass over the activations. A convolution whose own output is kept, or used twice, is left as it is.
+    Folding a batch norm into the preceding convolution changes features by about 1e-9 of their length (cosine, ResNet-50)
+    and saves a pass over the activations. A convolution whose output is embedded, or used twice, is not changed.
     """
     module, names = graph
     if isinstance(module, Taps):
@@ -240,7 +240,7 @@ def cut(graph: TracedNetwork, layers: Sequence[str]) -> nn.Module:
     module.graph.output(tuple(kept))
     module.graph.eliminate_dead_code()
     if any(user.op != "output" for node in kept for user in node.users):
-        # What runs after a kept layer, such as ReLU(inplace=True), would overwrite the kept output.
+        # An in-place operation after an embedded layer, such as ReLU(inplace=True), would overwrite its output.
         for part in module.modules():
             if getattr(part, "inplace", False):
                 part.inplace = False  # type: ignore[assignment]
@@ -253,9 +253,9 @@ def cut(graph: TracedNetwork, layers: Sequence[str]) -> nn.Module:
 
 
 def map_before(module: nn.Module, output: int, images: torch.Tensor) -> torch.Tensor | None:
-    """Return the last map before one of the outputs, (n, channels, rows, columns) or channels last; None without one.
+    """Return the last map before one of the outputs, (n, channels, rows, columns) or channels last; None if there is none.
 
-    images : of the network's dtype, as the map is, shape (n, 3, height, width)
+    images : of the network's dtype, as is the map, shape (n, 3, height, width)
     """
     if not isinstance(module, fx.GraphModule):
         return None
@@ -286,15 +286,15 @@ class Stage:
     modules: tuple[str, ...]
     """Names of its modules, in the order of definition."""
     end: str
-    """The module whose output is the stage's: the last one that keeps the resolution of the first."""
+    """The module whose output is the stage's: the last one with the same resolution as the first."""
 
 
 def find_stages(network: nn.Module, size: tuple[int, int], head: str) -> tuple[Stage, ...]:
     """Return the stages of a network for images of `size` (height, width) pixels, the stem first, by one forward pass.
 
-    Modules are opened until what is inside ends in one resolution, and neighbours with the same are one stage. What has no
-    resolution (a transformer's blocks) is one stage each, but for norms, which belong to the stage before them.
-    `head` names the layer that gives a score per class, the last stage; a network without one has ''.
+    Modules are split until all children of each end in one resolution; adjacent modules of equal resolution form a stage.
+    Modules without a resolution (a transformer's blocks) are one stage each, except norms, which belong to the previous stage.
+    `head` names the classifier, which is the last stage; '' for a network without one.
     """
     names = [name for name, _ in network.named_modules()]
     with torch.inference_mode():
@@ -303,7 +303,7 @@ def find_stages(network: nn.Module, size: tuple[int, int], head: str) -> tuple[S
     of_maps = {name for name, output in outputs.items() if isinstance(output, torch.Tensor) and output.ndim == 4}
     resolutions = {name: tuple(outputs[name].shape[-2:]) if name in of_maps else None for name in names}
     runs: list[list[str]] = []
-    for name in _pieces(network, "", head, resolutions):
+    for name in _split(network, "", head, resolutions):
         same = runs and resolutions.get(name) is not None and resolutions[name] == resolutions.get(runs[-1][-1])
         part = network.get_submodule(name)
         opens_body = len(runs) == 1 and sum(isinstance(each, nn.Conv2d | nn.Linear) for each in part.modules()) > 1
@@ -320,11 +320,11 @@ def find_stages(network: nn.Module, size: tuple[int, int], head: str) -> tuple[S
     return (*stages, Stage("head", (head,), head)) if head else tuple(stages)
 
 
-def _pieces(network: nn.Module, name: str, head: str, resolutions: Mapping[str, tuple[int, ...] | None]) -> list[str]:
-    """Return the modules that lie within one stage each, in the order of definition, without the head.
+def _split(network: nn.Module, name: str, head: str, resolutions: Mapping[str, tuple[int, ...] | None]) -> list[str]:
+    """Return the modules that lie within one stage each, in order of definition, without the head.
 
-    A module is opened when the head is in it, when its children end in more than two resolutions (the first block of a stage
-    has two), and, if it holds most of the network, also when they end in two or, as in a transformer, in none.
+    A module is split if it contains the head, if its children end in more than two resolutions (the first block of a stage
+    has two), or, if it has most of the network's parameters, also if they end in two or, as in a transformer, in none.
     """
     module = network.get_submodule(name)
     if name == (head or None) or not _count(module):
@@ -335,7 +335,7 @@ def _pieces(network: nn.Module, name: str, head: str, resolutions: Mapping[str, 
     most = 2 * _count(module) > body
     several = len(ends) > 1 or (ends == {None} and len(inside) > 1)
     if not name or head.startswith(f"{name}.") or len(ends) > 2 or (most and several):
-        return [piece for child in inside for piece in _pieces(network, child, head, resolutions)]
+        return [part for child in inside for part in _split(network, child, head, resolutions)]
     return [name]
 
 
@@ -344,7 +344,7 @@ def _count(module: nn.Module) -> int:
 
 
 def stage_ends(model: nn.Module, graph: TracedNetwork, size: tuple[int, int]) -> dict[str, str]:
-    """Return the node at which each stage of a network ends, by the stage's name, but for its head."""
+    """Return the last node of each stage of a network by the stage's name, without the head."""
     try:
         head = classifier_name(model, graph)
     except BackboneError:
@@ -358,19 +358,19 @@ def stage_ends(model: nn.Module, graph: TracedNetwork, size: tuple[int, int]) ->
 
 
 class Tokens(NamedTuple):
-    """What a transformer has besides the tokens of its patches."""
+    """A transformer's extra tokens and its own pooling."""
 
     prefix: int = 0
-    """Class token and registers, in front of the patches."""
+    """Number of class and register tokens, which precede the patch tokens."""
     class_token: bool = False
     attention_pool: bool = False
-    """Whether its own feature is pooled by attention, as SigLIP's is."""
+    """Whether its own feature is pooled by attention, as in SigLIP."""
     own: str = ""
-    """How it pools by itself, in timm's words; '' where it is none of timm's transformers."""
+    """timm's name of its own pooling; '' if it is not a transformer of timm."""
 
 
 def tokens_of(model: nn.Module) -> Tokens:
-    """Return what is known of a network's tokens, in timm's and torchvision's words for it."""
+    """Return a network's tokens from the attributes that timm and torchvision use for them."""
     class_token = getattr(model, "cls_token", getattr(model, "class_token", None)) is not None
     prefix = getattr(model, "num_prefix_tokens", None)
     own = "" if prefix is None else str(getattr(model, "global_pool", ""))
@@ -379,18 +379,18 @@ def tokens_of(model: nn.Module) -> Tokens:
 
 
 def source(layer: str, pooling: str, tokens: Tokens) -> str:
-    """Return the layer that a pooling is taken of: at `penultimate` the tokens before it, unless that is how the network pools."""
+    """Return the layer to which a pooling is applied: for `penultimate` the tokens before it, unless the network pools in this way."""
     own = pooling in {"own", "map"} or (pooling == "cls" and tokens.own == "token")
     return UNPOOLED if layer == PENULTIMATE and tokens.own and not own else layer
 
 
 def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Turn the output of a layer into one vector per image: of its own dtype, shape (n, dim).
+    """Pool the output of a layer into one vector per image: of the same dtype, shape (n, dim).
 
-    (n, dim) is one already. (n, channels, height, width) and (n, height, width, channels) are averaged or maximised over
-    the image, (n, tokens, dim) over the tokens. `cls` takes the first token; `avg[5:]`, `max[5:]` and `cls+avg[5:]` leave the
-    first five, which are no patches, out of the average. `grid` averages over the cells of a 3 x 3 grid, which keeps roughly
-    where things are; the idea is spatial pyramid matching, Lazebnik et al. 2006.
+    Output of shape (n, dim) is not pooled. (n, channels, height, width) and (n, height, width, channels) are averaged or
+    maximised over the image, (n, tokens, dim) over the tokens. `cls` takes the first token; `avg[5:]`, `max[5:]` and `cls+avg[5:]`
+    exclude the first five tokens, which are not patches. `grid` averages over each cell of a 3 x 3 grid, which keeps coarse
+    positions, as in spatial pyramid matching, Lazebnik et al. 2006.
     """
     pooling, _, prefix = pooling.rstrip(":]").partition("[")
     if output.ndim == 2:
@@ -412,18 +412,18 @@ def pool(output: torch.Tensor, pooling: str) -> torch.Tensor:
 
 
 def _cells(length: int) -> torch.Tensor:
-    """The matrix, float32 of shape (GRID, length), that averages over the cells of a side as `adaptive_avg_pool2d` does."""
+    """Return the matrix, float32 of shape (GRID, length), that averages over the cells of a side like `adaptive_avg_pool2d`."""
     ends = [(length * cell // GRID, -(-length * (cell + 1) // GRID)) for cell in range(GRID)]
     return torch.tensor([[(start <= at < stop) / (stop - start) for at in range(length)] for start, stop in ends])
 
 
 def contributions(maps: torch.Tensor, pooling: str, weights: torch.Tensor) -> torch.Tensor:
-    """Return what each place of maps adds to a linear score of their pooled vectors; the mean over the places is the score.
+    """Return the contribution of each map position to a linear score of the pooled vectors; their mean is the score.
 
-    This is the class activation map of Zhou et al. 2016 for an average, and as exact for every pooling that is linear, or chooses.
+    For average pooling this is the class activation map of Zhou et al. 2016; it is as exact for any linear or selecting pooling.
 
-    maps : float32 of shape (n, channels, height, width), or channels last; weights : float32 of shape (n, dim), of each image's own
-        score; returns float32 of shape (n, height, width)
+    maps : float32 of shape (n, channels, height, width), or channels last; weights : float32 of shape (n, dim), the score's weights
+        for each image; returns float32 of shape (n, height, width)
     """
     maps, channels = maps.detach().requires_grad_(), 1 if _axes_of_places(maps) == (2, 3) else 3
     with torch.enable_grad():
@@ -434,7 +434,7 @@ def contributions(maps: torch.Tensor, pooling: str, weights: torch.Tensor) -> to
 
 
 def _axes_of_places(output: torch.Tensor) -> tuple[int, ...]:
-    """The axes over the image or the tokens; none where they cannot be told."""
+    """Return the axes over the image or the tokens; empty if they are ambiguous."""
     if output.ndim == 3:
         return (1,)
     _, a, b, c = output.shape
@@ -444,12 +444,12 @@ def _axes_of_places(output: torch.Tensor) -> tuple[int, ...]:
 
 
 def effective_pooling(output: torch.Tensor, pooling: str, tokens: Tokens, layer: str) -> str:
-    """Return the pooling that applies to a layer's output, `none` where it is one vector anyway.
+    """Return the pooling that applies to a layer's output, `none` if that is already one vector.
 
-    `own` is `avg` where there is something to average. Where tokens stand in front of those of the patches, an average or a
-    maximum says from which on it is taken: `avg[5:]`. BackboneError when the pooling asked for has no meaning there.
+    `own` becomes `avg` for unpooled output. An average or a maximum over patch tokens names the first of them, as in `avg[5:]`,
+    if other tokens precede them. BackboneError if the pooling is not possible for the layer.
 
-    output : a layer's, of any dtype, shape (n, ...): only its shape is looked at
+    output : a layer's output, of any dtype, shape (n, ...); only its shape is used
     """
     axes = _axes_of_places(output) if output.ndim in {3, 4} else ()
     why = ""
@@ -472,7 +472,7 @@ def effective_pooling(output: torch.Tensor, pooling: str, tokens: Tokens, layer:
         return pooling
     pooling = "avg" if pooling == "own" else pooling
     patches = output.shape[1] - tokens.prefix
-    # Without them, as behind the first layer, the rest would be no square of patches.
+    # Where there are no prefix tokens yet, such as after the first layer, the remaining count is not a square.
     square = output.ndim == 3 and patches > 0 and math.isqrt(patches) ** 2 == patches
     return f"{pooling}[{tokens.prefix}:]" if square and tokens.prefix else pooling
 
@@ -485,17 +485,17 @@ class EmbeddingRow:
     """One embedding of a network."""
 
     layer: str
-    """As it was asked for."""
+    """The layer as named in the config."""
     pooling: str
     source: str
-    """The layer that the pooling is taken of, by `source`."""
+    """The layer to which the pooling is applied, by `source`."""
     node: str
     output: int
-    """Which of the network's outputs, one for each layer and pooling that were asked for."""
+    """The index of the network's output; there is one for each layer and pooling of the config."""
 
     @property
     def words(self) -> list[str]:
-        """What it is called after its network; its pooling is left out where it is an average, or nothing to choose."""
+        """The parts of its name after the network: the layer, and the pooling unless that is the usual one."""
         usual = {"none", "avg"} if self.source == self.layer else {"none"}
         shown = self.pooling.partition("[")[0]
         return [self.layer, *([] if shown in usual else [shown])]
@@ -504,7 +504,7 @@ class EmbeddingRow:
 def rows(
     graph: TracedNetwork, model: nn.Module, config: BackboneConfig, size: tuple[int, int], has_classifier: bool
 ) -> list[EmbeddingRow]:
-    """Return a row for each layer in each pooling that a config asks for; raises as `resolve` does."""
+    """Return a row for each layer and pooling of a config; errors are those of `resolve`."""
     tokens = tokens_of(model)
     asked = [(layer, pooling, source(layer, pooling, tokens)) for layer in config.layers for pooling in config.pooling]
     stages = partial(stage_ends, model, graph, size)
@@ -515,9 +515,9 @@ def rows(
 def effective(
     run: Callable[[], Sequence[object]], rows: Sequence[EmbeddingRow], tokens: Tokens, name: str, size: tuple[int, int]
 ) -> list[EmbeddingRow]:
-    """Return the rows with the pooling that applies, by what `run` gives for two images; warn of poolings that have no meaning.
+    """Return the rows with the effective pooling, from the outputs of `run` for two images; warn of poolings that are not possible.
 
-    BackboneError when the network does not take the images, or with a line for every pooling of a layer that has none.
+    BackboneError if the network cannot take the images, or if none of a layer's poolings is possible.
     """
     try:
         with torch.inference_mode():

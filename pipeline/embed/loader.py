@@ -1,8 +1,8 @@
-"""From files to vectors: threads read, decode and prepare images ahead of the networks, and batches go through those.
+"""From files to vectors: threads read, decode and prepare batches of images ahead of the networks.
 
-Each thread fills a part of a batch whose memory exists already, and a fixed number of batches is under way, so memory stays
-the same however many images there are. An image is decoded once, whatever number of networks wants it (with `decode: fast`,
-once for each size that is wanted). Every stage that embeds does it by `embed`.
+The threads fill preallocated batches, a fixed number of which is in progress, so memory does not depend on the number of
+images. An image is decoded once for all networks (with `decode: fast`, once for each required size). All stages embed
+images with `embed`.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ from pipeline.store.writer import StoreWriter
 logger = logging.getLogger(__name__)
 
 CHUNK = 8
-"""Images a thread takes at a time: handing them over one by one costs 0.1 to 0.2 ms each."""
+"""Images per task of a thread: one task per image would cost 0.1 to 0.2 ms each."""
 
 AHEAD = 3
-"""Batches under way: one with the network, one ready, one being filled."""
+"""Batches in progress: one in the network, one ready, one being filled."""
 
 MOST_THREADS = 16
-"""Threads that read and decode, unless the user asks for more."""
+"""Default limit on the number of threads that read and decode."""
 
 
 def threads(asked: int | str = "auto") -> int:
-    """Return how many threads read and decode."""
+    """Return the number of threads that read and decode."""
     return min(os.cpu_count() or 1, MOST_THREADS) if asked == "auto" else int(asked)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image to read: its number among the contents, where it is, and the digest its bytes must have, if any."""
+    """One image to read: the number of its content, its path, and the expected digest of its bytes, if any."""
 
     content: int
     path: str
     digest: bytes | None
     wanted: tuple[int, ...]
-    """Which of the takers it is for, by their place in `Loader.preprocessings`."""
+    """The consumers of the image, as indices of `Loader.preprocessings`."""
     pixels: Pixels | None = None
-    """The image itself, where it is no file."""
+    """The image itself, if it is not a file."""
 
 
 @dataclass
@@ -68,36 +68,36 @@ class Batch:
 
     items: Sequence[Item]
     pixels: list[NDArray[np.uint8]]
-    """For each taker uint8 of shape (size, height, width, 3): a row for each item that it wants and that has no problem."""
+    """For each consumer uint8 of shape (size, height, width, 3): a row is filled if the consumer needs the item and it has no problem."""
     problems: dict[int, ImageProblem] = field(default_factory=dict)
     hashes: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
-    """Row -> perceptual hash, where they are asked for."""
+    """Row -> perceptual hash, if requested."""
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
 
     def store_hashes(self, writer: StoreWriter | PartWriter, digests: Digests) -> None:
-        """Store the hashes, for the digests of all contents, uint64 of shape (n, 2); those that are there already are the same."""
+        """Store the hashes under their digests, where `digests` has those of all contents, uint64 of shape (n, 2)."""
         if self.hashes:
-            rows = sorted(self.hashes)  # threads end in any order
+            rows = sorted(self.hashes)  # threads finish in any order
             numbers = [self.items[row].content for row in rows]
             writer.append(digests[numbers], np.stack([self.hashes[row] for row in rows]).astype(np.float32))
 
 
 @dataclass(frozen=True)
 class Loader:
-    """How images are read: where they are, the limit on their size, their preprocessings, and the number of threads."""
+    """Settings for reading images: their root, the limit on their size, the preprocessings, and the number of threads."""
 
     root: Path
     max_pixels: int
     preprocessings: tuple[Preprocessing, ...]
-    """One per taker of pixels; those that are equal are done once."""
+    """One per consumer; equal ones are computed once."""
     batch_size: int
     workers: int = field(default_factory=threads)
     hashed: bool = False
-    """Whether images get a perceptual hash as well."""
+    """Whether to compute perceptual hashes too."""
 
     def batches(self, items: Iterable[Item]) -> Iterator[Batch]:
-        """Yield the items in order as filled batches; a batch's memory is used again once the next one is asked for."""
+        """Yield the items in order as filled batches; a batch's memory is reused after the next one is requested."""
         free: list[list[NDArray[np.uint8]]] = []
         under_way: deque[tuple[Batch, list[Future[tuple[float, float]]]]] = deque()
         rest = iter(items)
@@ -142,7 +142,7 @@ class Loader:
     def _decode(self, batch: Batch, row: int, data: bytes) -> None:
         given = batch.items[row].pixels
         decoded: dict[int | None, NDArray[np.uint8]] = {}
-        # Takers of one way share pixels.
+        # Consumers with equal preprocessing share pixels.
         ways = {self.preprocessings[number]: number for number in batch.items[row].wanted}
         for preprocessing, number in ways.items():
             at_least, most = preprocessing.at_least, self.max_pixels
@@ -156,7 +156,7 @@ class Loader:
 
 @dataclass
 class Lane:
-    """An embedder, and how many images it is given at a time; halves when memory runs out."""
+    """An embedder and its maximal batch size, which is halved when memory runs out."""
 
     embedder: EmbeddingModel
     limit: int
@@ -164,10 +164,10 @@ class Lane:
 
 @dataclass(frozen=True)
 class Part:
-    """What one lane made of a batch."""
+    """The vectors of one lane for a batch."""
 
     rows: NDArray[np.int64]
-    """Which of the batch's items, shape (n,)."""
+    """Indices of the batch's items, shape (n,)."""
     vectors: LayerFeatures
     seconds: float
 
@@ -180,9 +180,9 @@ def embed(
     workers: int | str = "auto",
     hashed: bool = False,
 ) -> Iterator[tuple[Batch, list[Part | None]]]:
-    """Read images and send them through the networks: yield batches of them in order, and what every lane made of each.
+    """Read images and run them through the networks; yield the batches in order, each with one `Part` per lane.
 
-    That is None where a lane wanted none of the images, or none could be read. BackboneError when not even one fits into memory.
+    A part is None if the lane needs none of the images, or none could be read. BackboneError if not even one image fits into memory.
     """
     preprocessings = tuple(lane.embedder.preprocessing for lane in lanes)
     loader = Loader(root, max_pixels, preprocessings, max(lane.limit for lane in lanes), threads(workers), hashed)
@@ -211,13 +211,13 @@ def in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> LayerFeatures:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        # Outside the handler, whose traceback still holds the memory.
+        # Outside the handler, as the traceback still references the memory.
         if lane.limit == 1:
             raise BackboneError("not even one image fits into memory; use a smaller network or preprocessing.crop")
         lane.limit = max(1, min(lane.limit, len(pixels)) // 2)
         gc.collect()
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # else what was freed stays cut to the size of what did not fit
+            torch.cuda.empty_cache()  # otherwise freed blocks keep the size of the larger batch
         logger.warning("memory ran out; going on with %d images at a time", lane.limit)
     return tuple(np.concatenate(arrays) for arrays in zip(*passes, strict=True))

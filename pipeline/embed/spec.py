@@ -1,7 +1,7 @@
-"""EmbeddingSpec: what makes the vectors of one embedding what they are, as pure data.
+"""EmbeddingSpec: the identity of one embedding, as pure data.
 
-A field of the identity belongs there if and only if changing it changes the vectors. Batch size, workers, device index and
-paths are therefore not in it; the device shows only through the precision that was resolved for it.
+A field belongs to the identity if and only if changing it changes the vectors. Batch size, workers, device index and
+paths are therefore excluded; the device matters only through the precision resolved for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.embed.baselines import Baseline
 
 EMBED_VERSION = 1
-"""Goes up by hand when a change to this package's own code changes vectors of the same identity."""
+"""Increase it when a change to this package's own code changes vectors of the same identity."""
 
 
 VIEW = "view"
@@ -29,36 +29,36 @@ VIEW = "view"
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """One embedding: a network or a fixed recipe, one of its layers, and all that its vectors depend on."""
+    """One embedding: a network or baseline, one of its layers, and all that its vectors depend on."""
 
     name: str
-    """Readable and safe as a file name, such as `resnet18-random-penultimate`."""
+    """Readable and valid as a file name, such as `resnet18-random-penultimate`."""
     kind: str
-    """`backbone`, `baseline`, `concat` of several, or `view` of changed images."""
+    """`backbone`, `baseline`, `concat` of several, or `view` of transformed images."""
     library: str
     architecture: str
     arguments: Mapping[str, Any]
     weights: str
-    """Readable; which numbers they are is told by `weights_digest`."""
+    """A readable name; `weights_digest` identifies the numbers."""
     weights_digest: str
     layer: str
     """The node of the network's graph, resolved: never `penultimate`."""
     pooling: str
-    """As a config has it, with the first token that is averaged as in `avg[5:]`; `none` where the layer gives one vector anyway."""
+    """As in a config, with the first averaged token if needed, as in `avg[5:]`; `none` if the layer's output is already one vector."""
     dim: int
     preprocessing: Mapping[str, Any]
     """`Preprocessing.identity()`: the transform and the decoding policy."""
     precision: str
     """`fp32`, `bf16` or `fp16`."""
     engine: str
-    """What carried out the arithmetic: `torch`, `openvino`, or for a baseline its library."""
+    """The library that computed the vectors: `torch`, `openvino`, or that of a baseline."""
     untrained: bool = False
     trained_on: str | None = None
-    """Digest of the image contents that the weights saw, where this project trained them; changes no vector."""
+    """Digest of the training images' contents, for weights trained by this project; does not affect vectors."""
     code: Mapping[str, str] = field(default_factory=dict)
-    """Of a network of the user's own: digests of its text and of its source; empty of any other."""
+    """For a user's own network, the digests of its printed form and of its source; otherwise empty."""
     license: str = ""
-    """Of the weights, as `Published.license` has it; '' where an earlier version made the spec. Changes no vector."""
+    """The weights' licence, as in `Published.license`; '' in specs of earlier versions. Does not affect vectors."""
 
     def identity(self) -> dict[str, Any]:
         """Return all that the vectors depend on, and nothing else."""
@@ -74,21 +74,21 @@ class EmbeddingSpec:
         }
 
     def fingerprint(self) -> str:
-        """Return the digest of the identity; it names the feature store."""
+        """Return the digest of the identity, which is part of the feature store's name."""
         return fingerprint(self.identity())
 
 
 def embedding_name(*parts: str) -> str:
-    """Return what an embedding is called, of parts that any file system takes: network, weights, layer, pooling."""
+    """Return the name of an embedding, valid on any file system, from its parts: network, weights, layer, pooling."""
     return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part).strip("._") or "x" for part in parts)
 
 
 EmbeddingModel: TypeAlias = "Backbone | Baseline"
-"""What makes the vectors of one or more embeddings in one pass."""
+"""An embedder: it computes the vectors of one or more embeddings in one pass."""
 
 
 def probe_images(size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return four images that every network is known by, uint8 of shape (4, height, width, 3): a gradient, waves, a checkerboard, noise."""
+    """Return four fixed images for comparing networks, uint8 of shape (4, height, width, 3): gradient, waves, checkerboard, noise."""
     height, width = size
     y, x = np.mgrid[0:height, 0:width].astype(np.int64)
     gradient = np.stack([255 * x // max(width - 1, 1), 255 * y // max(height - 1, 1), (x + y) % 256], axis=-1)

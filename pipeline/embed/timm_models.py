@@ -1,6 +1,6 @@
-"""The networks of timm: any of its tags, the few that matter by short names, a folder, or a file that timm itself can read.
+"""The family of timm's networks: by tag, by short names for a few, from a folder, or from a weights file that timm can read.
 
-A network gives what timm calls `pre_logits`: its own feature, without the last layer. timm is imported only where one is used.
+A network's output is what timm calls `pre_logits`: its own feature, without the last layer. timm is imported only when used.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from pipeline.io.process import version
 logger = logging.getLogger(__name__)
 
 LOCAL = "local-dir"
-"""What timm calls the source of weights in a folder."""
+"""timm's name for weights from a folder, as the `source` in their description."""
 
 
 class TimmWeights(NamedTuple):
-    """What a name stands for."""
+    """A network of timm and its weights."""
 
     tag: str
-    """Network and weights, as timm writes them, such as `resnet50.a1_in1k`; without a dot where no weights are named."""
+    """Network and weights in timm's notation, such as `resnet50.a1_in1k`; without a dot if no weights are named."""
     cfg: Mapping[str, Any]
     """timm's description of the weights."""
     arguments: Mapping[str, Any]
-    """The constructor's."""
+    """The constructor's arguments."""
 
     @property
     def network(self) -> str:
@@ -49,16 +49,16 @@ class TimmWeights(NamedTuple):
 
 
 def library() -> ModuleType:
-    """Import timm; BackboneError when it is not installed."""
+    """Import timm; BackboneError if it is not installed."""
     if version("timm") is None:
         raise BackboneError("networks of timm need the package timm; run `pip install 'manyheads[timm]'`")
-    from pipeline.io.vision import torchvision  # noqa: F401 - without its operators, which this declares, timm's import fails
+    from pipeline.io.vision import torchvision  # noqa: F401 - declares torchvision's operators, which timm's import needs
 
     return importlib.import_module("timm")
 
 
 def find(name: str, arguments: Arguments) -> TimmWeights:
-    """Return what a config's name, or a record's architecture, stands for; BackboneError with the nearest that timm has."""
+    """Return the network and weights for a config's name or a record's architecture; BackboneError with similar names of timm."""
     models = library().models
     if name.startswith(LOCAL_DIR):
         folder = Path(name.removeprefix(LOCAL_DIR))
@@ -73,7 +73,7 @@ def find(name: str, arguments: Arguments) -> TimmWeights:
     network, _, weights = tag.partition(".")
     cfg = None
     if models.is_model(network):
-        with contextlib.suppress(RuntimeError):  # of a tag that the network does not have
+        with contextlib.suppress(RuntimeError):  # raised for an unknown tag of the network
             cfg = models.get_pretrained_cfg(tag)
     if cfg is None:
         known = models.list_pretrained() if weights else models.list_models()
@@ -83,12 +83,12 @@ def find(name: str, arguments: Arguments) -> TimmWeights:
 
 
 def _token(network: str) -> dict[str, Any]:
-    """DINOv3's transformers were trained for their class token, timm averages by default."""
+    """Select the class token for DINOv3's transformers, which were trained for it; timm averages by default."""
     return {"global_pool": "token"} if network.startswith("vit_") and "_dinov3" in network else {}
 
 
 def create(found: TimmWeights, weights: Mapping[str, Any] | None = None) -> nn.Module:
-    """Construct a network that gives its own feature, at layer `pooled`: of random weights, or those that `weights` tells timm to take."""
+    """Construct a network whose output is its own feature (layer `pooled`), with random weights or those that `weights` describes."""
     arguments = dict(found.arguments)
     size = arguments.pop("image_size", None)
     if size is not None and found.cfg.get("fixed_input_size"):
@@ -109,12 +109,12 @@ def create(found: TimmWeights, weights: Mapping[str, Any] | None = None) -> nn.M
 
 
 def _pre_logits(self: Any, images: torch.Tensor) -> Any:
-    """The forward pass of a network that gives its own feature."""
+    """The forward pass up to the network's own feature."""
     return self.pooled(self.forward_head(self.unpooled(self.forward_features(images)), pre_logits=True))
 
 
 def preprocessing(found: TimmWeights) -> Preprocessing:
-    """Return the transform that timm resolves for the weights, at the image size that is asked for."""
+    """Return the transform that timm resolves for the weights, at the requested image size."""
     size = found.arguments.get("image_size")
     data = library().data.resolve_data_config({"img_size": size} if size else {}, pretrained_cfg=found.cfg)
     channels, height, width = data["input_size"]
@@ -131,7 +131,7 @@ def preprocessing(found: TimmWeights) -> Preprocessing:
 
 
 def _with_classifier(module: nn.Module, classes: int) -> nn.Module:
-    """Return the network as timm made it, with a last layer for so many classes."""
+    """Restore timm's original network, with a last layer for `classes` classes."""
     module.__class__ = type(module).__mro__[1]
     del module.unpooled, module.pooled
     module.reset_classifier(classes)  # type: ignore[operator]
@@ -142,7 +142,7 @@ def _with_classifier(module: nn.Module, classes: int) -> nn.Module:
 
 
 def _load(found: TimmWeights, name: str, weights: Mapping[str, Any]) -> nn.Module:
-    """Construct a network with weights that timm loads, twice with other seeds: a tensor that differs is in no file, and is refused."""
+    """Construct a network with weights loaded by timm, with two seeds: tensors that differ are missing in the file; BackboneError then."""
     prints: list[dict[str, str]] = []
     for seed in (0, 1):
         with torch.random.fork_rng(devices=[]):
@@ -161,15 +161,15 @@ def _load(found: TimmWeights, name: str, weights: Mapping[str, Any]) -> nn.Modul
 
 def _load_published(name: str, arguments: Arguments) -> nn.Module:
     found = find(name, arguments)
-    path = _here(found) or _fetch(found, name)
-    # A file of the Hub is in timm's own format; others may be the authors'.
+    path = _cached(found) or _fetch(found, name)
+    # Files of the Hub are in timm's own format; others may be in the authors'.
     foreign = bool(found.cfg.get("custom_load")) and not found.cfg.get("hf_hub_id")
     return _load(found, name, {"file": str(path), "custom_load": foreign})
 
 
 def _load_file(name: str, arguments: Arguments, path: Path) -> nn.Module:
-    """Construct a network with the weights of a file, renamed as timm does it for files of the network's authors."""
-    # Without a number of classes timm leaves the last layer out.
+    """Construct a network with the weights of a file, renamed as timm does for files of the network's authors."""
+    # Without a number of classes timm omits the last layer.
     classes = {"num_classes": arguments["num_classes"]} if "num_classes" in arguments else {}
     return _load(find(name, arguments), name, {"file": str(path), **classes})
 
@@ -194,11 +194,11 @@ def _published(name: str) -> Published:
     )
 
 
-# ---- where weights are
+# ---- the location of weights
 
 
 def _to_fetch(found: TimmWeights) -> Fetch | None:
-    if _here(found):
+    if _cached(found):
         return None
     numbers = 0
     with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
@@ -212,14 +212,14 @@ def _origin(found: TimmWeights) -> str:
 
 
 def _cache(found: TimmWeights) -> Path:
-    """Return the folder in which weights are kept: of the Hugging Face Hub's library, or torch's."""
+    """Return the cache folder for weights: that of the Hugging Face Hub's library, or torch's."""
     if found.cfg.get("hf_hub_id"):
         return Path(importlib.import_module("huggingface_hub").constants.HF_HUB_CACHE)
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def _here(found: TimmWeights) -> Path | None:
-    """Return the file of weights that was fetched before, or their folder, found without asking anybody."""
+def _cached(found: TimmWeights) -> Path | None:
+    """Return the cached weights file, or the local folder, without using the network; None if there is none."""
     if found.cfg.get("source") == LOCAL:
         return Path(found.cfg["file"])
     repository = found.cfg.get("hf_hub_id")
@@ -232,9 +232,9 @@ def _here(found: TimmWeights) -> Path | None:
 
 
 def _fetch(found: TimmWeights, name: str) -> Path:
-    """Fetch weights as timm does; return their file, BackboneError where they cannot be had."""
+    """Download weights as timm does and return their file; BackboneError if that fails."""
     logger.info("fetching %s to %s", _origin(found), _cache(found))
-    # Each retry is a warning; what fails is told once, in our words.
+    # Each retry would be a warning; a failure is reported once, below.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     hub = library().models._hub
     try:
@@ -242,14 +242,14 @@ def _fetch(found: TimmWeights, name: str) -> Path:
             hub.load_state_dict_from_hf(found.cfg["hf_hub_id"])
         else:
             hub.download_cached_file(found.cfg["url"], cache_dir=_cache(found))
-    except Exception as error:  # of the network, of three libraries
+    except Exception as error:  # network errors of three libraries
         gated = type(error).__name__ == "GatedRepoError"
         reason = "accept its terms on its page and run `hf auth login`" if gated else first_line(error)
         how = f"write name: {LOCAL_DIR}FOLDER" if found.cfg.get("hf_hub_id") else f"put it in {_cache(found)}"
         raise BackboneError(
             f"{name}: {_origin(found)} cannot be fetched ({reason}); fetch it elsewhere and {how}; {NO_DOWNLOAD}"
         ) from None
-    path = _here(found)
+    path = _cached(found)
     assert path is not None, "it was fetched"
     return path
 

@@ -1,4 +1,4 @@
-"""The family of torchvision's classification models: by name, with the weights that torchvision fetches."""
+"""The family of torchvision's classification models: by name, with the weights that torchvision downloads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def _regnet(block_params: Mapping[str, Any], **arguments: Any) -> nn.Module:
-    """A RegNet of any shape; `block_params` are BlockParams' own, or those of its `from_init_params`."""
+    """Build a RegNet of any shape; `block_params` are the arguments of BlockParams or of its `from_init_params`."""
     from torchvision.models.regnet import BlockParams, RegNet
 
     make = BlockParams.from_init_params if "depth" in block_params else BlockParams
@@ -32,9 +32,9 @@ def _regnet(block_params: Mapping[str, Any], **arguments: Any) -> nn.Module:
 
 
 CONSTRUCTORS: Mapping[str, Callable[..., nn.Module]] = {"torchvision.models.regnet.RegNet": _regnet}
-"""Architectures with nested arguments, which only a weights file's own description can name."""
+"""Architectures with nested arguments, which only the description in a weights file can name."""
 
-# The auxiliary classifiers of these two serve training only; without `init_weights` they warn.
+# The auxiliary classifiers of these two are only for training; without `init_weights` there are warnings.
 ALWAYS: Mapping[str, Mapping[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
@@ -42,8 +42,8 @@ ALWAYS: Mapping[str, Mapping[str, Any]] = {
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 
 LICENSES = {"https://github.com/facebookresearch/SWAG/blob/main/LICENSE": "cc-by-nc-4.0"}
-"""What torchvision says of some weights -> the licence that stands there. Of all others it says that they may have terms of
-their own, which are for the user to find out: their licence is unknown."""
+"""torchvision's licence entry of some weights -> the licence. For all others it says that they may have terms of their own,
+which the user must find out: their licence is unknown."""
 
 
 def classification_models() -> list[str]:
@@ -55,7 +55,7 @@ def classification_models() -> list[str]:
 def _build(architecture: str, arguments: Arguments) -> nn.Module:
     if architecture in CONSTRUCTORS:
         return CONSTRUCTORS[architecture](**arguments)
-    # Numbers that will be replaced need no distribution of their own, nor where there is no memory for them.
+    # Weights that will be replaced, or are on the meta device, need no initialisation.
     needless = "weights" in arguments or torch.empty(0).device.type == "meta"
     unfilled = {"init_weights": False} if needless and architecture in ALWAYS else {}
     given = {**ALWAYS.get(architecture, {}), **unfilled, **arguments}
@@ -64,7 +64,7 @@ def _build(architecture: str, arguments: Arguments) -> nn.Module:
 
 
 def preprocessing_of(preset: Any) -> Preprocessing:
-    """Return the transform that one of torchvision's presets is."""
+    """Return the transform of one of torchvision's presets."""
     resize, crop = (
         sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1]) for sizes in (preset.resize_size, preset.crop_size)
     )
@@ -81,7 +81,7 @@ def preprocessing_of(preset: Any) -> Preprocessing:
 def _weights(architecture: str) -> dict[str, Published]:
     if architecture in CONSTRUCTORS:
         return {}
-    # `DEFAULT` may name another member in another version.
+    # `DEFAULT` is an alias that may change between versions.
     members = torchvision.models.get_model_weights(architecture).__members__
     return {name: _published(architecture, member) for name, member in members.items() if name != "DEFAULT"}
 
@@ -101,7 +101,7 @@ def _published(architecture: str, member: Any) -> Published:
                 f"weights {member} cannot be fetched ({error}); fetch {member.url} elsewhere and put it in {path.parent}; "
                 f"{NO_DOWNLOAD}"
             ) from None
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # as torch says it of half a file
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # torch's errors for an incomplete file
             raise BackboneError(f"{path} is damaged ({first_line(error)}); delete it, to fetch it again") from None
 
     return Published(
@@ -115,7 +115,7 @@ def _published(architecture: str, member: Any) -> Published:
 
 @contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Make torch refuse pickled code in torchvision's files too; it asks for the opposite by default."""
+    """Make torch refuse pickled code in torchvision's files, which torchvision allows by default."""
     key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(key)
     os.environ[key] = "1"

@@ -1,6 +1,6 @@
-"""Embedder: images to vectors as a transformer of scikit-learn's, with the feature stores behind it.
+"""Embedder: images to vectors as a scikit-learn transformer, cached in feature stores.
 
-It holds its parameters alone. The network is loaded when an image is met that the store does not know, once in each process.
+It holds only its parameters. The network is loaded at the first image that is missing in the store, once per process.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from pipeline.store.writer import StoreWriter, storable
 log = logging.getLogger(__name__)
 
 STORE = f"artifacts/{STORES}"
-"""Where experiments keep their vectors, unless their configs say otherwise."""
+"""The default folder of experiments' feature stores."""
 
 NETWORKS = 2
-"""Networks that a process keeps loaded."""
+"""Number of networks that a process keeps loaded."""
 
 MOST_NAMED = 20
-"""Images that cannot be used of which a message says each by its name."""
+"""Number of unusable images that a message names individually."""
 
 _BUSY = threading.RLock()
-"""Of the threads of this process one at a time loads a network, or embeds with it."""
+"""Lets only one thread of this process load a network or embed at a time."""
 
 Images = Sequence[str | Pixels]
 Problems = dict[int, ImageProblem]
@@ -57,20 +57,20 @@ Problems = dict[int, ImageProblem]
 
 
 class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """A frozen network, or one of the baselines `pixels` and `hog`, from images to vectors.
+    """A transformer from images to vectors by a frozen network, or by one of the baselines `pixels` and `hog`.
 
     Parameters
     ----------
-    name, weights, arguments : as in a config's `backbones`; `weights` may be left out where there is one kind
-    layer, pooling : which output is kept, and how it becomes one vector, by the words of `layers` and `pooling` there
-    preprocessing : a mapping with the keys of a config's `preprocessing`; by default what belongs to the weights
-    view : one of a config's `views`, which takes the place of the image
-    precision, engine, decode, device : as in a config's `extraction`; the engine is torch unless asked for
-    max_pixels : the most that an image may have
-    seed : of weights that are `random`
-    store : the folder of feature stores in which vectors are kept and found by the content of their images, whoever made
-        them: another pipeline, fold or process, or an experiment; None keeps nothing
-    fingerprint : the digest of the identity that vectors must have, such as that a head was fitted on; another is refused
+    name, weights, arguments : as in a config's `backbones`; `weights` may be omitted if there is only one kind
+    layer, pooling : the layer to embed and its pooling, as in `layers` and `pooling` of a config
+    preprocessing : a mapping with the keys of a config's `preprocessing`; by default the transform of the weights
+    view : one of a config's `views`, which is embedded in place of the image
+    precision, engine, decode, device : as in a config's `extraction`, but with torch as the default engine
+    max_pixels : the largest number of pixels that an image may have
+    seed : the seed of `random` weights
+    store : the folder of feature stores, which cache vectors by the content of images and are shared with other pipelines,
+        folds, processes and experiments; None disables the cache
+    fingerprint : the required digest of the embedding's identity, such as that of a head's training; another is refused
     """
 
     def __init__(
@@ -109,14 +109,14 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         self.fingerprint = fingerprint
 
     def fit(self, X: Any = None, y: Any = None) -> Embedder:
-        """Check the parameters; there is nothing to learn, and no image is looked at."""
+        """Check the parameters; X and y are ignored, as there is nothing to learn."""
         self._asked()
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
         """Return the vectors of n images, float32 of shape (n, dim).
 
-        DatasetError with every image that cannot be used; the vectors of the others are in the store by then.
+        DatasetError with every image that cannot be used; the vectors of the others are stored before.
 
         X : a path, a PIL image, or an array of shape (height, width) or (height, width, 3), uint8; or a sequence of these
         """
@@ -131,7 +131,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return vectors
 
     def embed(self, images: Images) -> tuple[NDArray[np.float32], Problems]:
-        """Return the vectors of those of some images that can be used, float32 of shape (k, dim), and why the others cannot."""
+        """Return the vectors of the k usable images, float32 of shape (k, dim), and the problems of the others."""
         problems = Problems()
         with _BUSY:
             spec = self._spec()
@@ -157,7 +157,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return vectors, problems
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
-        """Return a name for each number of a vector, such as `efficientnet_lite0_7`: object (str) of shape (dim,)."""
+        """Return a name for each feature, such as `efficientnet_lite0_7`: object (str) of shape (dim,)."""
         return np.array([f"{embedding_name(self.name)}_{number}" for number in range(self._spec().dim)], dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
@@ -171,7 +171,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return True
 
     def _asked(self) -> tuple[Config, BackboneConfig | None]:
-        """Return a config of this one embedding, and the section of its network, None of a baseline; ConfigError with all that is wrong."""
+        """Return the config of this embedding, and its section, None for a baseline; ConfigError with all problems."""
         weights = _usual_weights(self.name) if self.weights is None and isinstance(self.name, str) else self.weights
         section = {"name": self.name, "layers": [self.layer], "weights": weights}
         section |= {word: getattr(self, word) for word in ("pooling", "preprocessing", "arguments")}
@@ -185,14 +185,14 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         config = configuration.parse(raw, type(self).__name__)
         if self.name in baselines.NAMES:
             return config, None
-        asked = config.sections[-1]  # the view, where one is asked for
+        asked = config.sections[-1]  # the view, if there is one
         other = published.stand_in(asked)
         if other is not None:
             warnings.warn(published.about_stand_in(asked), stacklevel=1)
         return config, other or asked
 
     def _spec(self) -> EmbeddingSpec:
-        """Return what its vectors are, without its network where the store's folder knows it already."""
+        """Return the spec of the embedding, from the cache in the store's folder if possible, else by loading the network."""
         config, section = self._asked()
         if section is None or self.store is None or names_code(section.name):
             (spec,) = self._network().specs
@@ -201,7 +201,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             known = read_specs(path)
             if key not in known:
                 known[key] = self._network().specs
-                with contextlib.suppress(OSError):  # a folder that is only read
+                with contextlib.suppress(OSError):  # the folder may be read-only
                     write_specs(path, known)
             (spec,) = known[key]
         if self.fingerprint not in (None, spec.fingerprint()):
@@ -221,9 +221,9 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         digests: Digests | None = None,
         hashes: StoreWriter | None = None,
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Yield numbers of images, int64 of shape (k,), and their vectors, float32 of shape (k, dim), in batches; note problems.
+        """Yield batches of image numbers, int64 of shape (k,), and vectors, float32 of shape (k, dim); add to `problems`.
 
-        digests : of n images, uint64 of shape (n, 2), which files must have
+        digests : the required digests of n images, uint64 of shape (n, 2)
         """
         network = self._network()
         lane = Lane(network, choose_batch_size("auto", str(network.device)))
@@ -250,22 +250,22 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         missing: NDArray[np.int64],
         problems: Problems,
     ) -> None:
-        """Embed images by their numbers, int64 of shape (k,), each content once; digests of all n, uint64 of shape (n, 2)."""
+        """Embed and store the images with numbers `missing`, int64 of shape (k,), each content once; digests : uint64 of shape (n, 2)."""
         if other := lock.holder(path):
             log.warning("%s: waiting for %s, which writes to it", path, other)
         writing = StoreWriter.open(path, spec.identity(), spec.dim, probe=self._network().probe[0], patience=math.inf)
         hashing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        with contextlib.suppress(StoreError):  # of another process that writes perceptual hashes, which find copies
+        with contextlib.suppress(StoreError):  # another process may be writing perceptual hashes
             hashing = StoreWriter.open(path.parent / HASH_STORE, HASH_IDENTITY, HASH_BYTES, "float16", patience=1.0)
         with writing as writer, hashing as hashes:
-            numbers = missing[writer.fresh(digests[missing])]  # another process may have embedded some meanwhile
+            numbers = missing[writer.fresh(digests[missing])]  # another process may have embedded some in the meantime
             try:
                 for here, vectors in self._embed(images, numbers.tolist(), problems, digests, hashes):
                     finite = storable(vectors, writer.store_type)
                     problem = ImageProblem("not_finite", f"{spec.name} gives it a vector that is not finite")
                     problems |= dict.fromkeys(here[~finite].tolist(), problem)
                     writer.append(digests[here[finite]], vectors[finite])
-            finally:  # also after Ctrl-C: what was embedded is not to be embedded again
+            finally:  # also after Ctrl-C, to keep what was embedded
                 for each in filter(None, (hashes, writer)):
                     each.commit()
         broken = {digests[number].tobytes(): problem for number, problem in problems.items()}
@@ -274,7 +274,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
 
 
 def digests_of(images: Images, max_pixels: int) -> tuple[Digests, Problems]:
-    """Return the digests that name the contents of n images, uint64 of shape (n, 2), and which cannot be read, and why."""
+    """Return the content digests of n images, uint64 of shape (n, 2), and the problems of unreadable ones."""
     digests, problems = np.zeros((len(images), 2), np.uint64), Problems()
     for number, image in enumerate(images):
         try:
@@ -291,13 +291,13 @@ def _name(images: Images, number: int) -> str:
 
 @lru_cache(maxsize=NETWORKS)
 def _loaded(key: str, section: str, baseline: str, extraction: str, seed: int) -> specs.EmbeddingModel:
-    """Load a network, or a baseline, of the JSON of its sections; `key` is of all that it depends on."""
+    """Load a network or baseline from its sections as JSON; `key` is the cache key of all that it depends on."""
     asked = BackboneConfig.model_validate_json(section) if section else None
     return load(asked, baseline, ExtractionConfig.model_validate_json(extraction), seed)
 
 
 def _usual_weights(name: str) -> str | None:
-    """Return the weights of a network that has one kind, None where its name says which; BackboneError for one that has several."""
+    """Return the weights of a network with only one kind, None if its name implies them; BackboneError if there are several."""
     if name in published.SHA256:
         return published.IMAGENET
     if name in baselines.NAMES or names_timm(name) or names_code(name):

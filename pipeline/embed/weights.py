@@ -1,7 +1,7 @@
-"""The table of families, and what a config section asks for: a network with its weights, their digest and their transform.
+"""The table of families, and loading of a config section: a network with its weights, their digest and their transform.
 
-Whatever the source of the weights (published by the family, a file, the package's own, or a seed), what comes out is a
-`Network`: a module in eval mode in fp32 on the CPU.
+For any source of weights (published by the family, a file, bundled with the package, or a seed) the result is a `Network`: a
+module in eval mode in fp32 on the CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pipeline.io.process import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 MOST_LETTERS = 300
-"""Of each list of tensors that a weights file has too many or too few of."""
+"""Length limit, in characters, of a list of missing or unexpected tensors in a message."""
 
 # ---- families
 
@@ -56,7 +56,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(architecture: str) -> Family:
-    """Return the family of a network's name or architecture; BackboneError when none has it."""
+    """Return the family of a network's name or architecture; BackboneError if there is none."""
     if names_vectors(architecture):
         raise baselines.no_network(architecture)
     for family in FAMILIES:
@@ -69,12 +69,12 @@ def family_of(architecture: str) -> Family:
 
 
 def network_names() -> list[str]:
-    """Return all names that a config can have for a network of a library."""
+    """Return the names of all library networks that a config can name."""
     return [name for family in FAMILIES for name in family.names()]
 
 
 def published(config: BackboneConfig) -> Published:
-    """Return the weights that a section names, of those that its network's family publishes; BackboneError for others."""
+    """Return a section's weights from those that its network's family publishes; BackboneError if they are not among them."""
     found = family_of(config.name).weights(config.name)
     if config.weights not in found:
         raise BackboneError(
@@ -85,7 +85,7 @@ def published(config: BackboneConfig) -> Published:
 
 
 def build(architecture: str, arguments: Arguments) -> nn.Module:
-    """Construct a network in eval mode with whatever weights its constructor makes; BackboneError where that cannot be."""
+    """Construct a network in eval mode with its constructor's initial weights; BackboneError if that fails."""
     return _in_eval_mode(partial(family_of(architecture).build, architecture), architecture, arguments)
 
 
@@ -102,7 +102,7 @@ _RANDOM_FILLS = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_})
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves out the initialisation of weights that have no memory, for which torch would load its compiler first."""
+    """Skips the initialisation of weights on the meta device, for which torch would import its compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _RANDOM_FILLS or getattr(func, "__module__", None) == "torch.nn.init":
@@ -111,7 +111,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def build_empty(architecture: str, arguments: Arguments) -> nn.Module:
-    """Construct a network without memory for its weights, in milliseconds; one that needs numbers to be built gets them."""
+    """Construct a network on the meta device, in milliseconds; on the CPU if its constructor needs values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -123,28 +123,28 @@ def build_empty(architecture: str, arguments: Arguments) -> nn.Module:
 
 @cache
 def penultimate_dim(name: str) -> int:
-    """Return the length of the vector before a network's last layer, found without its weights."""
+    """Return the length of the vector before a network's last layer, without loading its weights."""
     module = build_empty(name, {})
-    if hasattr(module, "head_hidden_size"):  # of timm
+    if hasattr(module, "head_hidden_size"):  # timm's attribute
         return int(module.head_hidden_size)  # type: ignore[arg-type]
     *_, last = (part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d))
     return last.in_features if isinstance(last, nn.Linear) else last.in_channels
 
 
-# ---- files of weights, of which nothing but tensors is taken
+# ---- weights files, from which only tensors are loaded
 
 METADATA_KEY = "manyheads"
-"""Under it a weights file made by this project carries its description in the safetensors header."""
+"""Key in the safetensors header of the description, in weights files of this project."""
 DIGEST_KEY = "manyheads_digest"
-"""Under it such a file carries the digest of its tensors and its description."""
+"""Key of the digest of tensors and description in such a file."""
 
 WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
-"""What DataParallel, torch.compile, Lightning and self-supervised training put before the names of a network's tensors, in any
-order; what lies beside them is of the training, such as a projection head."""
+"""Prefixes that DataParallel, torch.compile, Lightning and self-supervised training put before the names of a network's tensors,
+in any order; tensors without them belong to the training, such as a projection head."""
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a file's tensors, of the shapes and dtypes they have there, and its description; BackboneError where it holds more."""
+    """Read a file's tensors, with their shapes and dtypes, and its description; BackboneError if it has other content or is damaged."""
     if not path.is_file():
         raise BackboneError(f"weights file {path} does not exist; a path in a config is relative to its folder")
     try:
@@ -153,7 +153,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return _tensors(torch.load(path, map_location="cpu", weights_only=True), path), {}
     except BackboneError:
         raise
-    except Exception as error:  # the readers raise almost anything on damaged files
+    except Exception as error:  # the readers may raise anything on damaged files
         reason = first_line(error)
         raise BackboneError(f"weights file {path} cannot be read as a state dict ({reason})") from None
 
@@ -172,12 +172,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
 
 
 def weights_digest(state: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> str:
-    """Return the one digest of a weights file of this project: of its tensors, of any shape and dtype, and the texts in its header."""
+    """Return the digest of a weights file of this project: of its tensors, of any shape and dtype, and the texts in its header."""
     return fingerprint([tensors_digest(state), {key: text for key, text in header.items() if key != DIGEST_KEY}])
 
 
 def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in what a file holds: itself, or under the keys training scripts use."""
+    """Return the state dict in a file's content, at the top or under the usual keys of training scripts, without wrappers' prefixes."""
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -197,12 +197,12 @@ def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
 
 
 def bundled() -> dict[str, Any]:
-    """Return the description of the bundled weights, which lies beside them."""
+    """Return the description of the bundled weights from the JSON file next to them."""
     return dict(json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8")))
 
 
 def _file_of(config: BackboneConfig) -> Path | None:
-    """The file with a section's weights, None where it names published ones, or random numbers."""
+    """Return a section's weights file, None for published or random weights."""
     named = Path(config.weights) if config.weights.endswith(WEIGHTS_FILES) else None
     return BUNDLED if config.weights == "bundled" else named
 
@@ -212,7 +212,7 @@ def _file_of(config: BackboneConfig) -> Path | None:
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its weights, and all that an `EmbeddingSpec` says of them."""
+    """A network with its weights, and what an `EmbeddingSpec` records about them."""
 
     module: nn.Module
     name: str
@@ -226,11 +226,11 @@ class Network:
     license: str = UNKNOWN
     code: Mapping[str, str] = field(default_factory=dict)
     has_classifier: bool = True
-    """Whether the weights have the last layer, which those of self-supervised training lack."""
+    """Whether the weights include the last layer; those of self-supervised training do not."""
 
 
 def load_network(config: BackboneConfig, seed: int) -> Network:
-    """Build the network a config section asks for, BackboneError where that cannot be; `seed` makes the weights of an untrained control."""
+    """Build the network of a config section; `seed` is for random weights. BackboneError if it cannot be built."""
     config = _sized(config)
     if config.weights == "random":
         with torch.random.fork_rng(devices=[]):
@@ -254,7 +254,7 @@ def load_network(config: BackboneConfig, seed: int) -> Network:
 
 
 def _sized(config: BackboneConfig) -> BackboneConfig:
-    """A network that is built for one image size is built for the one that the config asks for."""
+    """Set `image_size` from the config's preprocessing, for networks that are built for one image size."""
     sized = any(family.sized and family.has(config.name) for family in FAMILIES)
     if config.preprocessing is None or "image_size" in config.arguments or not sized:
         return config
@@ -294,7 +294,7 @@ def _from_state(
             f"{origin} holds a network of code; write name: {architecture} only if you know whose it is"
         )
     if names_code(architecture) and not any(name.startswith("network.") for name in state):
-        state = {f"network.{name}": tensor for name, tensor in state.items()}  # of the user's module alone
+        state = {f"network.{name}": tensor for name, tensor in state.items()}  # saved from the user's module alone
     arguments = {**description.get("arguments", {}), **config.arguments}
     module, has_classifier = _fill(architecture, arguments, state, origin)
     if not has_classifier:
@@ -315,13 +315,13 @@ def _from_state(
 
 
 def _usual_preprocessing(architecture: str) -> Preprocessing:
-    """Return the transform for weights that come without one: that of the first published ones, else ImageNet's usual."""
+    """Return the transform for weights without one: that of the first published weights, else ImageNet's usual one."""
     weights = family_of(architecture).weights(architecture)
     return next((each.preprocessing for each in weights.values()), Preprocessing(resize=256, crop=224))
 
 
 def fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Preprocessing | None) -> Preprocessing:
-    """The config's transform before the network's or the weights' own; a network of one fixed image size gets that size."""
+    """Return the config's transform, else the network's or the weights' own, at the image size of a network that fixes it."""
     size = getattr(module, "image_size", None)  # vision transformers
     asked = config.preprocessing
     if asked is not None:
@@ -337,7 +337,7 @@ def fitting_preprocessing(config: BackboneConfig, module: nn.Module, default: Pr
 def _fill(
     architecture: str, arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor], origin: object
 ) -> tuple[nn.Module, bool]:
-    """Build a network from a state dict, and say whether that has its last layer, which is zero otherwise; BackboneError for a misfit."""
+    """Build a network from a state dict, and return whether that has the last layer, else set to zero; BackboneError if it does not fit."""
     state = {name: value for name, value in state.items() if not name.startswith(torchvision_models.AUXILIARY)}
     empty = build_empty(architecture, arguments)
     head = f"{classifier_name(empty, trace(empty))}."
@@ -346,7 +346,7 @@ def _fill(
         arguments = {**arguments, "num_classes": state[f"{head}weight"].shape[0]}
     module = build_empty(architecture, arguments)
     expected = module.state_dict()
-    if not has_classifier:  # what may be in its place is a projection head
+    if not has_classifier:  # a projection head may have its name
         state = {name: value for name, value in state.items() if not name.startswith(head)}
         state |= {name: torch.zeros(value.shape) for name, value in expected.items() if name.startswith(head)}
     state = {name: value.to(expected[name].dtype) if name in expected else value for name, value in state.items()}
@@ -358,11 +358,11 @@ def _fill(
     return module.eval(), has_classifier
 
 
-# ---- what is known of a section without its weights
+# ---- information on a section without loading its weights
 
 
 def check(config: BackboneConfig) -> list[str]:
-    """Return what the section's embeddings will be called, fetching nothing; BackboneError when a part of it is not to be had."""
+    """Return the names of the section's embeddings, without downloads; BackboneError if one of its settings is not possible."""
     config = _sized(config)
     weights, has_classifier = config.weights, True
     if _file_of(config) is not None:
@@ -379,7 +379,7 @@ def check(config: BackboneConfig) -> list[str]:
     graph = trace(module)
     asked = rows(graph, module, config, size, has_classifier)
     if (config.layers, config.preprocessing) == ((PENULTIMATE,), None) and config.pooling in {("own",), ("avg",)}:
-        kept = asked  # fits every network; running one without weights for the first time costs two seconds
+        kept = asked  # possible for every network; a first run on the meta device takes two seconds
     else:
         images = torch.zeros(2, 3, *size, device=next(module.parameters()).device)
         run = partial(cut(graph, [row.node for row in asked]), images)
@@ -388,12 +388,12 @@ def check(config: BackboneConfig) -> list[str]:
 
 
 def to_fetch(config: BackboneConfig) -> Fetch | None:
-    """Return what a section's weights have to be fetched from; None where they are here."""
+    """Return the download that a section's weights need; None if they are on disk."""
     return None if config.weights == "random" or _file_of(config) else published(config).to_fetch()
 
 
 def license_of(config: BackboneConfig) -> str:
-    """Return the licence of a section's weights, loading and fetching nothing; BackboneError where they are not to be had."""
+    """Return the licence of a section's weights, without downloads; BackboneError if they are not available."""
     if config.weights == "random":
         return NO_WEIGHTS
     path = _file_of(config)

@@ -1,1 +1,1 @@
-"""Export: what an experiment's heads can be made into: bundles, estimators of scikit-learn, and files for other programs."""
+"""Export of an experiment's heads: bundles, scikit-learn estimators, and files for other programs."""

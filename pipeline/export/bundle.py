@@ -2,12 +2,12 @@
 
     bundle.json      format, head, parameters, classes, the embedding it was trained on, versions, digests of the files
     head.skops       the fitted scikit-learn pipeline in skops' format, which cannot run code when it is loaded
-    predictions.npz  what it said of every image, where stage two made it
-    head.joblib      instead, for a head with types outside `TRUSTED_TYPES`: a pickle, which can
-    known.npz        what it keeps of the training images, where it was tested on classes that were left out
-    members/0, ...   instead, for a soft vote: the bundles that vote
+    head.joblib      instead, for a head with types outside `TRUSTED_TYPES`: a pickle, which can run code
+    members/0, ...   instead, for a soft vote: the bundles of its members
+    predictions.npz  its predictions for all images, if stage two made it
+    known.npz        data on the training images for detecting unknown classes, if that was tested
 
-A head takes *vectors*, so a bundle needs no torch; `predict` joins it to a backbone.
+A head takes *vectors*, so a bundle needs no torch; `predict` combines it with a backbone.
 """
 
 from __future__ import annotations
@@ -53,24 +53,24 @@ from pipeline.io.files import write_atomic
 from pipeline.io.process import instead, look_in, version
 
 with instead({"sklearn.externals.array_api_compat.torch": None}):
-    # skops lists scikit-learn's types by importing all its packages; this one would load torch, for which heads have no use.
+    # skops imports all packages of scikit-learn to list its types; this one would import torch, which heads do not need.
     from skops import io as skops_io
 
 MOST_NUMBERS = 1 << 24
-"""The longest vector that a stranger's head is tried with."""
+"""The longest vector for testing a loaded head."""
 
 KNOWN = "known.npz"
-"""What is kept of the training images, to tell strangers by."""
+"""The file with data on the training images for detecting images of unknown classes."""
 SKOPS, JOBLIB, MEMBERS = "head.skops", "head.joblib", "members"
-"""Where a head is: a file of one of two formats, or the folder of a soft vote's members."""
+"""The location of a head: a file in one of two formats, or the folder of a soft vote's members."""
 
 SMALLEST_PROBABILITY = 1e-6
-"""Forests and neighbours say 0, whose logarithm no temperature can mend."""
+"""Lower limit before taking logarithms: forests and neighbours return 0, whose logarithm no temperature can scale."""
 
 TRUSTED_TYPES = (
-    "pipeline.heads.cosine.CosineVote",  # arrays and numbers, used by numpy alone
-    "pipeline.heads.in_context.InContext",  # arrays and a digest; the weights are read as tensors from a file that the user names
-    # scikit-learn's own, reviewed: their state is arrays, numbers and names; loading them calls nothing a file can choose.
+    "pipeline.heads.cosine.CosineVote",  # arrays and numbers, used only by numpy
+    "pipeline.heads.in_context.InContext",  # arrays and a digest; weights are read as tensors from a file that the user names
+    # scikit-learn's own, reviewed: their state is arrays, numbers and names; loading them calls nothing that a file can choose.
     "sklearn.calibration._CalibratedClassifier",
     "sklearn.calibration._SigmoidCalibration",
     "sklearn.calibration._TemperatureScaling",
@@ -85,23 +85,23 @@ TRUSTED_TYPES = (
 
 @dataclass(frozen=True, repr=False)
 class ModelBundle:
-    """A fitted head and the embedding it expects; a soft vote has `members` in their place: the mean of their probabilities."""
+    """A fitted head and its embedding; a soft vote has `members` instead, whose probabilities are averaged."""
 
     head: str
     params: Mapping[str, Any]
     target: Target
     embedding: Mapping[str, Any]
-    """Stage one's record of it, with the config section that makes its backbone again."""
+    """Stage one's record of the embedding, with the config section to load its backbone."""
     estimator: Any
-    """Fitted on what the target's `learned` makes of labels, places in its classes for instance."""
+    """The estimator, fitted on labels encoded by the target's `learned`, for instance as indices of its classes."""
     provenance: Mapping[str, Any]
     calibrator: Calibrator | None = None
-    """Turns the estimator's scores, in the order of its `classes_`, into probabilities; never changes which is the likeliest."""
+    """Maps the estimator's scores, in the order of its `classes_`, to probabilities; never changes the most likely class."""
     members: tuple[ModelBundle, ...] = ()
 
     @property
     def parts(self) -> tuple[ModelBundle, ...]:
-        """The bundles that look at vectors: its members, or itself."""
+        """The bundles that take vectors: its members, or itself."""
         return self.members or (self,)
 
     @property
@@ -110,20 +110,20 @@ class ModelBundle:
         return self.target.classes
 
     def predict(self, *X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
-        """Label n images by their vectors, one array for each of `parts`, in the words of users.
+        """Predict the labels of n images from their vectors, one array for each of `parts`, as users write labels.
 
-        Returns names of classes, object (str) of shape (n,), or what else the target's `decode` returns; and probabilities of
-        shape (n, len(classes)), None for a head that has none.
+        Returns names of classes, object (str) of shape (n,), or for other targets the result of `decode`; and probabilities of
+        shape (n, len(classes)), None for a head without them.
         """
         y_pred, probabilities = self.said(*X)
         labels = self.target.decode(y_pred)
         return labels.astype(object) if labels.dtype.kind == "U" else labels, probabilities
 
     def said(self, *X: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
-        """Return the same as `Predictions` has it, such as places in the classes; BundleError for vectors of another length.
+        """Predict encoded labels as in `Predictions`, such as indices of classes; BundleError for vectors of another length.
 
-        X : float32 of shape (n, dim), of a soft vote one for each member; labels are int64 of shape (n,), or numbers,
-            float64 of shape (n,) or (n, k); probabilities are float64 of shape (n, width), None where the head has none
+        X : float32 of shape (n, dim), for a soft vote one for each member; labels are int64 of shape (n,), or numbers,
+            float64 of shape (n,) or (n, k); probabilities are float64 of shape (n, width), None for a head without them
         """
         if self.members:
             told = [member.said(vectors)[1] for member, vectors in zip(self.members, X, strict=True)]
@@ -135,7 +135,7 @@ class ModelBundle:
         return self.target.predict(self.estimator, vectors, self.calibrated)
 
     def voted(self, told: Sequence[NDArray[np.floating]]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """Return a soft vote's labels, intp (n,), and probabilities, float64 (n, k), for those of its members, any float dtype, (n, k)."""
+        """Return a soft vote's labels, intp (n,), and probabilities, float64 (n, k), from its members', any float dtype, (n, k)."""
         mean = np.asarray(np.mean(told, axis=0, dtype=np.float64))
         probabilities = self.calibrated(mean, "probability")
         return mean.argmax(axis=1), mean if probabilities is None else probabilities
@@ -146,9 +146,9 @@ class ModelBundle:
 
 
 def logits(raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64]:
-    """Return what a calibrator takes: decision values with one column per class, or the logarithm of probabilities.
+    """Return a calibrator's input: decision values with one column per class, or the logarithms of probabilities.
 
-    raw : of any float dtype, shape (n,), two classes' decision values, or (n, n_classes); returns float64 of shape (n, n_classes)
+    raw : of any float dtype, shape (n,) for decision values of two classes, or (n, n_classes); returns float64 of shape (n, n_classes)
     """
     if kind == "probability":
         clipped: NDArray[np.float64] = np.clip(raw, SMALLEST_PROBABILITY, 1.0).astype(np.float64)
@@ -157,15 +157,15 @@ def logits(raw: NDArray[np.floating], kind: str | None) -> NDArray[np.float64]:
 
 
 def versions() -> dict[str, str]:
-    """The versions a fitted head depends on."""
+    """Return the versions of packages that a fitted head depends on."""
     names = ("manyheads", "scikit-learn", "numpy", "scipy")
     return {"python": platform.python_version(), **{name: str(version(name)) for name in names}}
 
 
 def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None = None) -> None:
-    """Write a bundle, with files `beside` it by name; a killed save leaves the previous bundle or none, never half of one.
+    """Write a bundle with additional files `beside` it, by name; a killed save leaves the previous bundle or none, never a partial one.
 
-    skops' format is used unless the head holds a type outside `TRUSTED_TYPES`; then joblib's, and `bundle.json` says so.
+    The format is skops', or joblib's if the head holds a type outside `TRUSTED_TYPES`, as recorded in `bundle.json`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     places = [folder / MEMBERS / str(number) for number in range(len(bundle.members))]
@@ -191,14 +191,14 @@ def save(bundle: ModelBundle, folder: Path, beside: Mapping[str, bytes] | None =
         "versions": versions(),
         "provenance": dict(bundle.provenance),
     }
-    # The document comes last and names the files' digests: it is what makes the folder a bundle.
+    # The document is written last, with the files' digests: only with it is the folder a bundle.
     write_document(folder / "bundle.json", BUNDLE, document)
     for other in {SKOPS, JOBLIB} - {name}:
         (folder / other).unlink(missing_ok=True)
 
 
 def _head_file(estimator: Any) -> tuple[str, dict[str, bytes]]:
-    """Return the name and the content of an estimator's file."""
+    """Return the name of an estimator's file, and its content under that name."""
     data = skops_io.dumps(estimator)
     if set(skops_io.get_untrusted_types(data=data)) <= set(TRUSTED_TYPES):
         return SKOPS, {SKOPS: data}
@@ -208,7 +208,7 @@ def _head_file(estimator: Any) -> tuple[str, dict[str, bytes]]:
 
 
 def add(folder: Path, files: Mapping[str, bytes], more: Mapping[str, Any]) -> None:
-    """Add files, by name, and entries of the document to a bundle."""
+    """Add files, by name, and entries of its document to a bundle."""
     document = describe(folder)
     for name, content in files.items():
         write_atomic(folder / name, content)
@@ -218,12 +218,12 @@ def add(folder: Path, files: Mapping[str, bytes], more: Mapping[str, Any]) -> No
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Read and check a bundle's document without loading its head; BundleError when there is none, or it is damaged."""
+    """Read and check a bundle's document without loading its head; BundleError if it is missing or damaged."""
     return read_document(folder / "bundle.json", BUNDLE)
 
 
 def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
-    """Load a bundle; BundleError when it is damaged, of another scikit-learn, or a file that can run code and is not trusted."""
+    """Load a bundle; BundleError if it is damaged, of another scikit-learn, or can run code and is not trusted."""
     document = describe(folder)
     try:
         file, found = document["file"], str(document["versions"]["scikit-learn"])
@@ -234,7 +234,7 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
         raise BundleError(f"{folder}/bundle.json: incomplete (missing: {error.args[0]}); {BUNDLE.again}") from None
     if file not in (SKOPS, JOBLIB, MEMBERS):
         raise BundleError(f"{folder}/bundle.json: incomplete (missing: a known head file); {BUNDLE.again}")
-    # A fitted scikit-learn object is only promised to load with the release (major.minor) that wrote it.
+    # scikit-learn only guarantees that a fitted object loads in the release (major.minor) that wrote it.
     here = str(version("scikit-learn"))
     if found.split(".")[:2] != here.split(".")[:2]:
         raise BundleError(f"{folder}: saved with scikit-learn {found}, this is {here}; install that, or {BUNDLE.again}")
@@ -252,7 +252,7 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
 
 
 def places_of(folder: Path, document: Mapping[str, Any]) -> list[Path]:
-    """Return the folders of a soft vote's members; none for another bundle, BundleError when one is not the one that was saved."""
+    """Return the folders of a soft vote's members, none for other bundles; BundleError if members were changed."""
     if document["file"] != MEMBERS:
         return []
     digests = list(document.get("members") or ())
@@ -263,7 +263,7 @@ def places_of(folder: Path, document: Mapping[str, Any]) -> list[Path]:
 
 
 def _load_head(path: Path, trust_code: bool) -> Any:
-    """Load an estimator's file, in the safe format whatever it holds, else only if it is trusted."""
+    """Load and check an estimator's file; a pickle only if `trust_code`."""
     data = bundle_file(path.parent, path.name)
     if path.name == JOBLIB and not trust_code:
         raise BundleError(f"{path}: can run any code when it is loaded; add --trust only if you know who made it")
@@ -286,9 +286,9 @@ def _load_head(path: Path, trust_code: bool) -> Any:
 
 
 def _require_predicts(bundle: ModelBundle, path: Path) -> None:
-    """See that a head labels a vector with one of the bundle's classes; BundleError with what keeps it from that."""
+    """Check that a head can label a vector with one of the bundle's classes; BundleError with the reason if not."""
     dims: list[Any] = [getattr(part.estimator, "n_features_in_", None) for part in bundle.parts]
-    if not all(isinstance(dim, int) for dim in dims):  # a user's own head need not say what it takes
+    if not all(isinstance(dim, int) for dim in dims):  # a user's own head need not have `n_features_in_`
         return
     try:
         if not all(0 < dim <= MOST_NUMBERS for dim in dims):
@@ -301,17 +301,17 @@ def _require_predicts(bundle: ModelBundle, path: Path) -> None:
         raise BundleError(f"{path}: cannot label a vector ({reason}); {BUNDLE.again}") from None
 
 
-# ---- fitted estimators that come out of a file: what compiled code would follow blindly is checked, or made again
+# ---- validation of loaded estimators: indices that compiled code uses unchecked are checked, or rebuilt
 #
-# A safe format calls nothing that a file can choose, but scikit-learn's compiled loops trust the numbers they are given: the
-# children of a node, the rows that a support vector or a neighbour has. One that points elsewhere crashes, never ends, or
-# reads foreign memory.
+# A safe format calls nothing that a file can choose, but scikit-learn's compiled loops trust its numbers: the children of a
+# node, the rows of a support vector or a neighbour. An invalid index causes a crash, an endless loop, or reads of foreign
+# memory.
 
 MOST_OBJECTS = 10_000_000
 
 
 def check_fitted(estimator: Any) -> None:
-    """Check all that compiled code relies on in a loaded estimator, and build search trees again; ValueError with what is wrong."""
+    """Check all that compiled code relies on in a loaded estimator, and rebuild its search trees; ValueError with the problem."""
     for part in _parts(estimator):
         if issparse(part) and hasattr(part, "check_format"):
             part.check_format(full_check=True)
@@ -321,7 +321,7 @@ def check_fitted(estimator: Any) -> None:
 
 
 def _parts(root: Any) -> Iterator[Any]:
-    """Yield an object and everything it holds, each once."""
+    """Yield an object and all objects that it contains, each once."""
     seen: dict[int, Any] = {}
     waiting = [root]
     while waiting:
@@ -339,7 +339,7 @@ def _parts(root: Any) -> Iterator[Any]:
         elif isinstance(part, (list, tuple, set, frozenset)):
             waiting += part
         elif hasattr(part, "__dict__"):
-            # The tree of a search for neighbours is not looked at but built again.
+            # The search tree of a neighbours estimator is not checked, as it is rebuilt.
             rebuilt = {"_tree"} if isinstance(part, NeighborsBase) else set()
             waiting += [each for name, each in vars(part).items() if name not in rebuilt]
 
@@ -350,7 +350,7 @@ def _require(condition: bool, problem: str) -> None:
 
 
 def _check_tree(tree: Tree) -> None:
-    """See that children come after their node, so that every walk ends, and that nodes ask for features that exist."""
+    """Check that children come after their node, so that every traversal ends, and that nodes use existing features."""
     _require(0 < tree.node_count <= tree.capacity, "a tree says it has other nodes than it has")
     nodes = tree.__getstate__()["nodes"]
     leaf = nodes["left_child"] == -1
@@ -371,7 +371,7 @@ def _check_decision_tree(owner: BaseDecisionTree) -> None:
 
 
 def _refuse(part: Any) -> None:
-    """Search trees outside of neighbours, which alone build theirs again, and trees of histograms, which skops does not trust."""
+    """Refuse search trees outside of neighbours estimators, which rebuild theirs, and histogram trees, which skops does not trust."""
     raise ValueError(f"it holds a {type(part).__name__} that compiled code would follow blindly")
 
 
@@ -381,7 +381,7 @@ def _check_neighbours(owner: NeighborsBase) -> None:
         return
     tree = getattr(owner, "_tree", None)
     if tree is not None:
-        # Built again from its points: the same, unless its inner arrays were crafted.
+        # Rebuilding from its points gives the same tree, unless its inner arrays were crafted.
         state = tree.__getstate__()
         data, leaf_size = np.asarray(state[0]), int(state[4])
         _require(bool(np.isfinite(data).all()) and leaf_size >= 1, "a search tree has no usable points")
@@ -415,7 +415,7 @@ def _check_libsvm(owner: BaseLibSVM) -> None:
 
 
 def _check_ensemble(owner: Any) -> None:
-    """An ensemble checks vectors once, and its trees take them as they come."""
+    """Check the feature counts of an ensemble's trees, as only the ensemble checks its input vectors."""
     features = getattr(owner, "estimators_features_", None)
     trees = [part for part in _parts(getattr(owner, "estimators_", ())) if isinstance(part, BaseDecisionTree)]
     taken = {owner.n_features_in_} if features is None else {*map(len, features)}
@@ -434,4 +434,4 @@ CHECKS: tuple[tuple[Any, Callable[[Any], None]], ...] = (
     (NeighborsBase, _check_neighbours),
     (BaseLibSVM, _check_libsvm),
 )
-"""Type -> what is checked of each object of it."""
+"""Type -> check of its objects."""

@@ -1,6 +1,6 @@
-"""Saved heads as estimators of scikit-learn's: vectors to classes, labels or numbers as the user has them.
+"""Saved heads as scikit-learn estimators: vectors to classes, labels or numbers as the user writes them.
 
-`fit` fits the head anew at the parameters that the search chose, as a last step of a pipeline is fitted on each fold.
+`fit` refits the head with the parameters chosen by the search, as for the last step of a pipeline in each fold.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.export.bundle import ModelBundle
 
 
 def _blocks(bundle: ModelBundle, X: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """Cut vectors that stand side by side, float32 of shape (n, dim), into those of each part of a bundle."""
+    """Split concatenated vectors, float32 of shape (n, dim), into those of each part of a bundle."""
     return np.split(X, np.cumsum(_dims(bundle)[:-1]), axis=1) if bundle.members else [X]
 
 
@@ -29,7 +29,7 @@ def _dims(bundle: ModelBundle) -> list[int]:
 
 
 def _refitted(bundle: ModelBundle, target: Target, X: NDArray[np.float32], y: NDArray[Any]) -> ModelBundle:
-    """Fit a bundle's estimators anew on vectors that stand side by side, float32 of shape (n, dim), and y of any dtype, (n, ...)."""
+    """Refit a bundle's estimators on concatenated vectors, float32 of shape (n, dim), and y of any dtype, (n, ...)."""
     parts = zip(bundle.members, _blocks(bundle, X), strict=False)
     members = tuple(_refitted(member, target, block, y) for member, block in parts)
     estimator = None if members else clone(bundle.estimator).fit(X, y)
@@ -37,7 +37,7 @@ def _refitted(bundle: ModelBundle, target: Target, X: NDArray[np.float32], y: ND
 
 
 def _said(head: Any, X: ArrayLike) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
-    """Return what `ModelBundle.said` does, for vectors side by side, of any float dtype and shape (n, dim)."""
+    """Return the result of `ModelBundle.said` for concatenated vectors, of any float dtype and shape (n, dim)."""
     check_is_fitted(head)
     rows = validate_data(head, X, dtype=np.float32, reset=False)
     said: tuple[NDArray[Any], NDArray[np.float64] | None] = head.bundle_.said(*_blocks(head.bundle_, rows))
@@ -51,7 +51,7 @@ def _has_probabilities(self: Any) -> bool:
 
 
 class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """A head for classes, or for several labels, in columns of 0 and 1; calibrated as the bundle is, until it is fitted anew."""
+    """A head for classes, or for several labels as columns of 0 and 1; calibrated like the bundle until it is refitted."""
 
     def __init__(self, bundle: ModelBundle) -> None:
         self.bundle = bundle
@@ -74,7 +74,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # s
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return the probability of each class or label, float64 of shape (n, k), for X of any float dtype, (n, dim)."""
         found = _said(self, X)[1]
-        assert found is not None, "`_has_probabilities` has looked"
+        assert found is not None, "checked by `_has_probabilities`"
         return found
 
     def __sklearn_tags__(self) -> Any:
@@ -84,7 +84,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # s
 
 
 class HeadRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """A head for one number, or several."""
+    """A head for one or several numbers."""
 
     def __init__(self, bundle: ModelBundle) -> None:
         self.bundle = bundle
@@ -103,7 +103,7 @@ class HeadRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # sci
 
 
 def estimator_of(bundle: ModelBundle) -> HeadClassifier | HeadRegressor:
-    """Return a bundle as a fitted estimator of vectors, of several embeddings side by side."""
+    """Return a bundle as a fitted estimator on vectors, concatenated if there are several embeddings."""
     head = HeadClassifier(bundle) if bundle.classes else HeadRegressor(bundle)
     head.bundle_, head.n_features_in_ = bundle, sum(_dims(bundle))
     if bundle.classes:

@@ -1,4 +1,4 @@
-"""Files for other programs that an experiment's heads can be made into, one row each, and what every row is given."""
+"""The table of export formats, and the common input of their writers."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pipeline.export.bundle import ModelBundle
 from pipeline.images import Preprocessing
 
 PreparedImages = Mapping[Preprocessing, NDArray[np.uint8]]
-"""n images as each of some networks takes them, uint8 of shape (n, height, width, 3)."""
+"""n images prepared with each of some transforms, uint8 of shape (n, height, width, 3)."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is exported: the head of each target by its name, '' for one alone, and the networks before them."""
+    """The model to export: the head of each target by its name, '' for a single one, and their networks."""
 
     heads: Mapping[str, ModelBundle]
     networks: Networks
-    """As `predict` runs them."""
+    """The networks as in `predict`."""
     exact: Networks
-    """The same by torch in float32, which a file is made of; bf16 rounds, and OpenVINO adds up in another order."""
+    """The same with torch in float32, for export: bf16 rounds, and OpenVINO sums in another order."""
 
     def said(self, networks: Networks, prepared: PreparedImages) -> dict[str, tuple[NDArray[Any], Any]]:
-        """Return what each head says of n images by some networks, as `ModelBundle.said` does."""
+        """Return the predictions of each head for n images with the given networks, as `ModelBundle.said` does."""
         made = [embedder.embed(prepared[embedder.preprocessing]) for embedder in networks.embedders]
         return {
             target: head.said(
@@ -46,19 +46,19 @@ class Model:
 
 @dataclass(frozen=True)
 class Photo:
-    """A decoded image that an export is proven on: its name, and its pixels, uint8 of shape (height, width, 3), raw and prepared."""
+    """A decoded image for verifying an export: its name, and its pixels, uint8 of shape (height, width, 3), raw and prepared."""
 
     name: str
     pixels: NDArray[np.uint8]
     prepared: PreparedImages
-    """Of one image each."""
+    """For this image alone."""
     odd: bool = False
-    """Whether it is a cutting of an unusual size."""
+    """Whether it is a crop of unusual size."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """A kind of file: the packages that write it, the extra that installs them, and the function `write` of a module of ours."""
+    """An export format: the packages that write it, the extra that installs them, and our module with the function `write`."""
 
     ending: str
     extra: str
@@ -66,18 +66,18 @@ class Export:
     module: str
 
     def require_installed(self) -> None:
-        """See that its packages are here; PipelineError with what to install."""
+        """Check that its packages are installed; PipelineError with what to install."""
         missing = [name for name in self.packages if find_spec(name) is None]
         if missing:
             raise PipelineError(f"{self.ending} needs {' and '.join(missing)}; pip install 'manyheads[{self.extra}]'")
 
     @property
     def write(self) -> Callable[[Model, Iterable[Photo]], tuple[bytes, list[str]]]:
-        """(model, photos to prove it on) -> the file's content, and lines on it; PipelineError where it is not proven."""
+        """(model, photos for verification) -> the file's content, and lines on it; PipelineError if verification fails."""
         return importlib.import_module(self.module).write  # type: ignore[no-any-return]
 
 
 EXPORTS: Mapping[str, Export] = {
     "onnx": Export(".onnx", "onnx", ("onnx", "onnxruntime", "skl2onnx"), "pipeline.export.onnx")
 }
-"""By the option of `manyheads export` that names the file."""
+"""Option of `manyheads export` -> format."""

@@ -1,4 +1,4 @@
-"""What a saved head says of images that may be of no class it knows: a mark, sets of labels, and how far a batch has drifted."""
+"""Detection of images of unknown classes with a saved head: marks, label sets, and the drift of a batch."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from pipeline.export import bundle as bundles
 from pipeline.export.bundle import ModelBundle
 
 FAR = 0.05
-"""Share of the training images, each held out, that a batch without drift has farther away as well."""
+"""Share of training images, each held out, that count as far away; a batch without drift has the same share."""
 
 
 @dataclass
 class Strangers:
-    """What is asked of one head's images, and what was found so far; `unknown` and `sets` are None where they are not asked for."""
+    """Settings and counts of the detection for one head; `unknown` and `sets` are None if not requested."""
 
     bundle: ModelBundle
     known: Reference | None
     score: str
     own: NDArray[np.floating]
-    """Strangeness of the training images, each held out, shape (n,), measured by `score`."""
+    """Strangeness of the held-out training images, shape (n,), measured by `score`."""
     of_truth: NDArray[np.floating]
-    """What their true labels were given, shape (m,)."""
+    """Probabilities of their true labels, shape (m,)."""
     unknown: float | None
     sets: float | None
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("images", "far", "unknown"), 0))
 
     @property
     def columns(self) -> list[str]:
-        """Names of the cells of an image."""
+        """The column names for an image's cells."""
         return ["strangeness", "unknown"] * (self.unknown is not None) + ["label_set"] * (self.sets is not None)
 
     def cells(self, X: NDArray[np.float32], probabilities: NDArray[np.floating] | None) -> list[list[str]]:
-        """Return the cells of n images, for vectors of the head's first part and its probabilities; and count them.
+        """Return the cells of n images from vectors of the head's first part and its probabilities, and update the counts.
 
-        X : float32 of shape (n, dim); probabilities : of any float dtype, shape (n, n_classes); None where the head has none
+        X : float32 of shape (n, dim); probabilities : of any float dtype, shape (n, n_classes); None for a head without them
         """
         self.counts["images"] += len(X)
         distances = None
@@ -54,7 +54,7 @@ class Strangers:
         if self.unknown is not None:
             by_probability = self.score == PROBABILITY and probabilities is not None
             strangeness = unsureness(probabilities) if by_probability else distances  # type: ignore[arg-type]
-            assert strangeness is not None, "`open_strangers` has looked"
+            assert strangeness is not None, "checked by `open_strangers`"
             share = alike(strangeness, self.own)
             self.counts["unknown"] += int((share <= self.unknown).sum())
             for cells, alike_to in zip(found, share.tolist(), strict=True):
@@ -65,7 +65,7 @@ class Strangers:
         return found
 
     def lines(self) -> list[str]:
-        """Say how many images are unknown, and how far the batch has drifted from the training images."""
+        """Return lines on the number of unknown images, and on the drift of the batch from the training images."""
         n, far, lines = self.counts["images"], self.counts["far"], list[str]()
         if self.unknown is not None and n:
             lines.append(
@@ -83,7 +83,7 @@ class Strangers:
 
 
 def open_strangers(folder: Path, bundle: ModelBundle, unknown: float | None, sets: float | None) -> Strangers:
-    """Return what a bundle's folder knows of strangers; ConfigError when it cannot say what is asked, BundleError for damage."""
+    """Open the detection data of a bundle's folder; ConfigError if a request is not possible, BundleError for damage."""
     known, asked = _known(folder), unknown is not None or sets is not None
     nothing = np.empty(0)
     if not asked:
@@ -115,5 +115,5 @@ def _known(folder: Path) -> Reference | None:
 
 
 def names(of: dict[str, Strangers]) -> Sequence[str]:
-    """Return the names of the cells of several heads by the names of their targets, '' for one alone."""
+    """Return the column names for several heads by target, '' for a single one."""
     return [f"{target}_{column}" if target else column for target, each in of.items() for column in each.columns]

@@ -1,9 +1,9 @@
-"""Images: from a file's bytes to the pixels a network is given.
+"""Images: from a file's bytes to the input pixels of a network.
 
-reading.py     one file of a data set, safely; images as Python code gives them: paths, PIL images, arrays
+reading.py     safe reading of one file of a data set; images given in Python: paths, PIL images, arrays
 archives.py    files inside zip, tar and Parquet
-decoding.py    bytes -> RGB pixels, by one documented policy: what a file is, and what names its content
-preparing.py   what is made of pixels: the input of a network, and a perceptual hash
+decoding.py    bytes -> RGB pixels by one documented policy; file formats, and the digests of contents
+preparing.py   pixels -> the input of a network, or a perceptual hash
 """
 
 from pipeline.images.archives import (

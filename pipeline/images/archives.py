@@ -1,6 +1,6 @@
-"""Files inside archives: zip, tar, and the rows of Parquet, read in their place, where nothing is ever unpacked by name.
+"""Files inside archives: zip, tar, and the rows of Parquet, read in place; nothing is unpacked under its name.
 
-An archive is indexed once per process; after that each member is read by its place, by any number of threads.
+An archive is indexed once per process; then any number of threads can read its members by offset.
 """
 
 from __future__ import annotations
@@ -30,51 +30,51 @@ from pipeline.io.remote import Stat, address_of, forget_listings, list_remote, o
 logger = logging.getLogger(__name__)
 
 ENDINGS = (*ARCHIVES, ".parquet")
-"""How archives are called; what one is, its content says."""
+"""File name endings of archives; the format is recognised by content."""
 
 MOST_BYTES = 1 << 30
-"""A larger member is not read: it is no image, or made to fill the memory."""
+"""Size limit of a member, in bytes: larger ones are no images, or meant to exhaust memory."""
 
 SMALL = 4096
-"""Members of a remote tar up to so many bytes, which may be labels, are kept when it is indexed: each would be a request."""
+"""Members of a remote tar up to this size, such as labels, are kept while indexing: reading each later would be a request."""
 
 GROUPS = 4
-"""Row groups of a Parquet file that are kept in memory: images are asked for in order, by several threads."""
+"""Number of cached row groups of a Parquet file: images are read in order, by several threads."""
 
 _PATTERN = re.compile(rf"(.*?(?:{'|'.join(map(re.escape, sorted(ENDINGS, key=len, reverse=True)))}))(?:/(.*))?", re.I)
 
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
-"""What the libraries raise of archives that are damaged, pyarrow's errors among them, or packed in ways they do not know."""
+"""Exceptions of the libraries, including pyarrow, for damaged archives or unsupported compression."""
 
 
 class Refused(NamedTuple):
-    """A file that is not read: a status of a failure, and the reason."""
+    """A file that is not read: the status of the failure, and the reason."""
 
     status: str
     reason: str
 
 
 FolderEntry = Stat | Refused | None
-"""What a folder has under a name: a file, one that is not read, or a folder."""
+"""An entry of a folder: a file, a refused file, or (None) a folder."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """The members of an archive by their paths: of each its size and times, or why it is not read."""
+    """The members of an archive by path, each with its size and times, or the reason why it is not read."""
 
     stat: Stat
-    """Of the archive itself."""
+    """The state of the archive itself."""
     members: Mapping[str, Stat | Refused]
     read: Callable[[str, int | None], bytes]
-    """Read a member, or so many bytes of its start; raises OSError or one of `_DAMAGED`."""
+    """Read a member, or at most a number of bytes from its start; raises OSError or one of `_DAMAGED`."""
     problem: str = ""
-    """What is wrong with the archive as a whole, of which some can be read."""
+    """The problem of an archive that can be read only in part."""
     holds_images: bool = False
-    """Whether each member is an image, whatever it is called."""
+    """Whether each member is an image, whatever its name."""
 
     @cached_property
     def folders(self) -> Mapping[str, Mapping[str, FolderEntry]]:
-        """What each folder holds, by its path; that of the archive is ''."""
+        """The entries of each folder by its path; the top folder's is ''."""
         found: dict[str, dict[str, FolderEntry]] = {"": {}}
         for path, entry in self.members.items():
             folder, _, name = path.rpartition("/")
@@ -94,7 +94,7 @@ _LOCK = threading.Lock()
 
 
 def inside(path: str) -> tuple[str, str] | None:
-    """Return the archive that a path leads into and the path inside of it, '' for the archive itself; None where it is none."""
+    """Split a path into an archive and the path inside it, '' for the archive itself; None if it is not in an archive."""
     address = address_of(path)
     if address is not None:
         found = _PATTERN.fullmatch(address)
@@ -108,10 +108,10 @@ def inside(path: str) -> tuple[str, str] | None:
 
 
 def open_archive(path: str) -> Archive:
-    """Return the members of an archive, indexed once for as long as the file stays the same; OSError where that is not possible."""
+    """Open an archive, which is indexed again only if the file has changed; OSError if it cannot be indexed."""
     known = _OPEN.get(path)
     if (address := address_of(path)) is not None:
-        stat = known.stat if known is not None else stat_remote(address)  # they are kept until `forget`
+        stat = known.stat if known is not None else stat_remote(address)  # remote archives are kept until `forget`
     else:
         about = os.stat(path)
         stat = about.st_size, about.st_mtime_ns, about.st_ctime_ns
@@ -124,7 +124,7 @@ def open_archive(path: str) -> Archive:
 
 
 def forget(root: str) -> None:
-    """Look anew at what is remote below a root, or matches a pattern: listings and archives are kept otherwise."""
+    """Drop the cached listings and archives of a remote root or pattern, so that they are read again."""
     if (address := address_of(root.partition("{")[0])) is not None:
         forget_listings(address)
         for path in [path for path in _OPEN if path.startswith(address)]:
@@ -132,7 +132,7 @@ def forget(root: str) -> None:
 
 
 def entries(path: str) -> Mapping[str, FolderEntry]:
-    """Return what a folder inside an archive, or a remote one, holds; NotADirectoryError where it is a file."""
+    """Return the entries of a folder inside an archive, or of a remote folder; NotADirectoryError if it is a file."""
     found = inside(path)
     if found is None:
         if (address := address_of(path)) is not None:
@@ -145,7 +145,7 @@ def entries(path: str) -> Mapping[str, FolderEntry]:
 
 
 def read_elsewhere(path: str, most: int | None = None) -> bytes:
-    """Read a file inside an archive, or a remote one: whole, or so many bytes of its start.
+    """Read a file inside an archive, or a remote file: completely, or at most `most` bytes from its start.
 
     OSError also for a member that is damaged, or larger than `MOST_BYTES`.
     """
@@ -167,14 +167,14 @@ def read_elsewhere(path: str, most: int | None = None) -> bytes:
 
 
 def opened(path: str) -> BinaryIO:
-    """Open a file, wherever it is, to be read anywhere; OSError as `open`."""
+    """Open a local, archived or remote file for random access; errors are those of `open`."""
     if (address := address_of(path)) is not None and not (inside(path) or ("", ""))[1]:
         return open_remote(address)
     return open(path, "rb") if os.path.lexists(path) else io.BytesIO(read_elsewhere(path))
 
 
 def _bytes_at(path: str, start: int, size: int) -> bytes:
-    """Read some bytes of an archive; by threads at will, as no handle is shared."""
+    """Read some bytes of an archive; thread-safe, as no handle is shared."""
     if (address := address_of(path)) is not None:
         return read_remote(address, start, start + size) if size else b""
     with open(path, "rb", buffering=0) as file:
@@ -182,7 +182,7 @@ def _bytes_at(path: str, start: int, size: int) -> bytes:
 
 
 def _indexed(path: str, stat: Stat) -> Archive:
-    """Index an archive by what its first bytes say it is."""
+    """Index an archive, whose format is recognised by its first bytes."""
     try:
         with opened(path) as file:
             start = file.read(tarfile.BLOCKSIZE)
@@ -205,7 +205,7 @@ _COMPRESSED: Mapping[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"B
 
 
 def _name(path: str) -> str:
-    """Return a member's path as a data set writes it: '/' between, without a root, '.' and nothing."""
+    """Normalise a member's path: separated by '/', without a root and without empty or '.' parts."""
     return "/".join(part for part in path.replace("\\", "/").split("/") if part not in ("", "."))
 
 
@@ -239,7 +239,7 @@ def _zip(path: str, file: BinaryIO, stat: Stat) -> Archive:
 
 
 def _refused(name: str, size: int, is_link: bool) -> Refused | None:
-    """Say why a member is not read; nothing is ever written by its name, but it would lead elsewhere as a path."""
+    """Return why a member cannot be read, else None; '..' is refused, as the path would lead outside the archive."""
     if ".." in name.split("/"):
         return Refused("bad_name", "its path leaves the archive by '..'")
     if is_link:
@@ -252,7 +252,7 @@ def _refused(name: str, size: int, is_link: bool) -> Refused | None:
 def _tar(
     file: BinaryIO, stat: Stat, bytes_at: Callable[[int, int], bytes], keep: bool = False, cut: str = ""
 ) -> Archive:
-    """Index a tar that is not compressed. Its own times stand for those of its members: a tar has no sums of their contents."""
+    """Index an uncompressed tar. Members get the times of the tar, as it has no checksums of their contents."""
     members: dict[str, Stat | Refused] = {}
     places: dict[str, tuple[int, int] | bytes] = {}
     problem = cut
@@ -260,7 +260,7 @@ def _tar(
         try:
             for member in tar:
                 name = _name(member.name)
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
                 if member.islnk() and (target := _name(member.linkname)) in places:
                     members[name], places[name] = members[target], places[target]
                 elif member.isreg() or member.issym():
@@ -292,8 +292,8 @@ def _tar(
 
 
 def _compressed_tar(path: str, file: BinaryIO, stat: Stat, opener: Callable[[Any], Any]) -> Archive:
-    """Lay a tar out that is compressed as a whole, in a temporary file without a name, and index that."""
-    laid_out = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the archive is known
+    """Decompress a compressed tar to a temporary file without a name, and index that."""
+    laid_out = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the archive is cached
     logger.info(
         "%s is compressed as a whole and cannot be read at random places: it is laid out once for this run, in %s; a zip or plain "
         "tar needs no such step",
@@ -314,7 +314,7 @@ def _compressed_tar(path: str, file: BinaryIO, stat: Stat, opener: Callable[[Any
 
 
 def image_columns(schema: Any) -> list[str]:
-    """Return the columns of an Arrow schema that hold images: bytes, or a struct with `bytes`, as Hugging Face has them."""
+    """Return the image columns of an Arrow schema: bytes, or a struct with `bytes`, as in Hugging Face data sets."""
     import pyarrow as pa
 
     def holds(kind: Any) -> bool:
@@ -326,9 +326,9 @@ def image_columns(schema: Any) -> list[str]:
 
 
 def _parquet(path: str, stat: Stat) -> Archive:
-    """Index a Parquet file: each row is an image, called by its number and the name of its file where there is one.
+    """Index a Parquet file: each row is an image, named by its number and its file name, if there is one.
 
-    Of several columns of images each is a folder.
+    If there are several columns of images, each is a folder.
     """
     import pyarrow.parquet as pq
 

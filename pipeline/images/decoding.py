@@ -1,17 +1,17 @@
-"""Bytes to pixels: what a file is, by its first bytes, and one documented policy for every format.
+"""Bytes to pixels: recognition of formats by the first bytes, and one documented decoding policy for all formats.
 
 The policy, which is part of a store's identity (`DECODE_POLICY`):
 
-- JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF and, with the extra `heic`, HEIC, recognised by content; of several frames or pages
-  the first.
+- JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF and, with the extra `heic`, HEIC are read, recognised by content. Only the first of
+  several frames or pages is used.
 - The EXIF orientation is applied.
 - Transparency, from an alpha channel, a palette or a transparent colour, is composited on white.
-- JPEG is decoded by libjpeg-turbo with the accurate DCT and smooth upsampling, bit for bit as Pillow does.
-- 16-bit grey is scaled to 8 bits by value * 255 / 65535, rounded, 12-bit grey likewise; where white is zero it is turned
-  round. 16-bit colour keeps its high byte.
-- CMYK and YCbCr become RGB as Pillow does it; colour profiles are ignored.
-- What is not about the pixels, such as texts, profiles and broken EXIF, costs no image.
-- 32-bit, float or signed pixels, which have no agreed brightness, cameras' raw files, and files with data missing are refused.
+- JPEG is decoded by libjpeg-turbo with the accurate DCT and smooth upsampling, bit-identical to Pillow.
+- 16-bit grey is scaled to 8 bits by value * 255 / 65535, rounded, and 12-bit grey likewise; it is inverted if white is zero.
+  16-bit colour keeps its high byte.
+- CMYK and YCbCr are converted to RGB as by Pillow; colour profiles are ignored.
+- Damage outside the pixels, such as in texts, profiles and EXIF, is no reason to refuse an image.
+- 32-bit, float or signed pixels, whose brightness range is undefined, cameras' raw files, and incomplete files are refused.
 - An image of more pixels than allowed is refused before its pixels are decoded.
 """
 
@@ -49,20 +49,20 @@ DECODE_POLICY: Final[Mapping[str, str | int]] = {
     "cmyk": "Pillow",
     "icc": "ignored",
 }
-"""What of decoding changes the pixels of ordinary images. `version` goes up by hand when this file changes them; where only
-some kinds of files are concerned, `content_key` sets those apart instead, so that nothing else is embedded again."""
+"""The parts of decoding that affect the pixels of ordinary images. Increase `version` when this file changes them; for changes
+to only some kinds of files, change their `content_key` instead, so that other images are not embedded again."""
 
 REFUSALS: Final = 1
-"""Goes up by hand when other files are refused, or for other reasons: then those that failed are tried again."""
+"""Increase it when the refused files or their reasons change: then failed files are tried again."""
 
-# ---- what a file is
+# ---- file formats
 
 
 class ImageProblem(Exception):
-    """One image cannot be used, for a reason the user can act on; never the end of a run.
+    """One image cannot be used, for a reason the user can act on; it never ends a run.
 
-    `status` is 'unreadable', 'truncated', 'too_many_pixels' or 'unsupported_format', which stay true while the bytes and
-    the policy do, or 'unavailable': the file could not be read this time.
+    `status` is 'unreadable', 'truncated', 'too_many_pixels' or 'unsupported_format', which depend only on the bytes and
+    the policy, or 'unavailable': the file could not be read this time.
     """
 
     def __init__(self, status: str, reason: str) -> None:
@@ -72,14 +72,14 @@ class ImageProblem(Exception):
 
 
 START_BYTES: Final = 512
-"""How much of a file's start tells what it is."""
+"""Number of bytes at a file's start that suffice to recognise its format."""
 
 HEIC_EXTRA: Final = "pip install 'manyheads[heic]'"
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """A kind of image: what people call it, what its first bytes look like, and Pillow's name of its decoder, '' where none reads it."""
+    """An image format: its name in messages, the pattern of its first bytes, and Pillow's name of the decoder, '' if it is not read."""
 
     name: str
     start: re.Pattern[bytes]
@@ -87,7 +87,7 @@ class ImageFormat:
 
     @property
     def refusal(self) -> str:
-        """Why files of this kind are not read, and what to do; '' for those that are."""
+        """Why files of this format are not read, and what to do; '' if they are read."""
         if self.format == "HEIF" and not reads_heic():
             return f"it is {self.name}; {HEIC_EXTRA} has it read, or save it as JPEG or PNG"
         is_read = features.check("avif") if self.format == "AVIF" else self.format
@@ -109,20 +109,20 @@ KINDS: Final = tuple(
         ("a HEIC photo", rb"....ftyp(hei[cxms]|hev[cxms]|m[is]f1)", "HEIF"),
     )
 )
-"""In the order they are looked for."""
+"""The known formats, in the order of recognition."""
 
 READ: Final = tuple(kind.format for kind in KINDS if kind.format)
-"""Pillow's decoders that may touch a user's file; it has dozens more, some with a record of holes."""
+"""Pillow's decoders that are used; it has dozens more, some with a history of vulnerabilities."""
 
 
 def kind_of(start: bytes) -> ImageFormat | None:
-    """Return what a file is that begins with these bytes (`START_BYTES` of them are enough); None where it is no image of these kinds."""
+    """Return the format of a file from its first bytes (`START_BYTES` are enough); None for an unknown format."""
     return next((kind for kind in KINDS if kind.start.match(start)), None)
 
 
 @cache
 def reads_heic() -> bool:
-    """Whether HEIC is read here; the first call makes it known to Pillow."""
+    """Whether HEIC can be read; the first call registers it with Pillow."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -135,7 +135,7 @@ SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 
 
 def pixels_only(data: bytes) -> bytes:
-    """Return a PNG without what says nothing of its first picture, such as texts and profiles; whole EXIF data stay."""
+    """Return a PNG without chunks that do not affect its first picture, such as texts and profiles; undamaged EXIF data are kept."""
     kept = [SIGNATURE]
     for name, begin, end in _chunks(data):
         chunk = data[begin:end]
@@ -146,7 +146,7 @@ def pixels_only(data: bytes) -> bytes:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, begin and end of each chunk; the last may be cut off."""
+    """Yield name, begin and end of each chunk of a PNG; the last may be truncated."""
     begin = len(SIGNATURE)
     while begin + 12 <= len(data):
         length, name = struct.unpack_from(">I4s", data, begin)
@@ -156,7 +156,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def odd_transparency(data: bytes) -> tuple[int, ...] | None:
-    """Return a PNG's transparent colour where Pillow compares it wrongly: in grey of 2 or 4 bits, and RGB of 16; else None."""
+    """Return a PNG's transparent colour if Pillow compares it wrongly: in grey with 2 or 4 bits, and RGB with 16; else None."""
     bits, kind = (data[24], data[25]) if len(data) > 25 else (0, 0)
     if (bits, kind) not in {(2, 0), (4, 0), (16, 2)}:
         return None
@@ -170,12 +170,12 @@ def odd_transparency(data: bytes) -> tuple[int, ...] | None:
 
 
 def is_transparent(data: bytes, image: Image.Image, colour: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Return where a PNG, decoded as `image`, has its odd transparent colour: bool of shape (height, width)."""
+    """Return where a PNG, decoded as `image`, has the colour of `odd_transparency`: bool of shape (height, width)."""
     values, bits = np.asarray(image), data[24]
     if bits < 16:
         return np.asarray(values == colour[0] * 255 // (2**bits - 1))
     with PngImagePlugin.PngImageFile(io.BytesIO(data)) as other:
-        # Of values in the other byte order Pillow keeps the low bytes.
+        # Decoded with the opposite byte order, Pillow keeps the low bytes.
         other.tile = [tile._replace(args="RGB;16L") for tile in other.tile]
         whole = np.asarray(values, np.uint16) << 8 | np.asarray(other)
     return np.asarray((whole == colour).all(axis=2))
@@ -186,9 +186,9 @@ _SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT, _DNG = 254
 
 @dataclass(frozen=True)
 class TiffPixels:
-    """How a TIFF stores its first picture, by its tags: `bits` of each sample of a pixel, `separate` planes for the samples.
+    """A TIFF's storage of its first picture, from its tags: `bits` of each sample of a pixel, `separate` planes for the samples.
 
-    `is_raw` is a camera's raw file, or one whose first picture is a small preview of another.
+    `is_raw` is true for a camera's raw file, or if the first picture is a preview of another.
     """
 
     bits: tuple[int, ...]
@@ -200,7 +200,7 @@ class TiffPixels:
 
     @staticmethod
     def read(data: bytes) -> TiffPixels:
-        """Read the tags; raises what Pillow does where they are damaged."""
+        """Read the tags; Pillow's exceptions if they are damaged."""
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[:16] if 43 in data[2:4] else data[:8])
         stream = io.BytesIO(data)
         stream.seek(tags.next)
@@ -216,12 +216,12 @@ class TiffPixels:
 
     @property
     def is_read_wrongly(self) -> bool:
-        """Whether Pillow gives pixels that the file does not have, so that it must not be asked."""
+        """Whether Pillow would decode the file to wrong pixels, so that it must not be used."""
         planes = self.separate and len(self.bits) > 1 and max(self.bits) > 8 and self.compression == 1
         return planes or (self.is_signed and max(self.bits) <= 8)
 
     def not_read(self) -> ImageProblem:
-        """Return the problem of a file whose pixels are of a kind that is not read."""
+        """Return the problem of a file with an unsupported kind of pixels."""
         layout = ", signed" * self.is_signed + ", in separate planes" * self.separate
         found = f"a TIFF of {len(self.bits)} x {max(self.bits)} bits (photometric {self.photometric}, compression {self.compression}{layout})"
         return ImageProblem("unsupported_format", f"{found} is not read; save it as PNG, or in RGB with 8 bits")
@@ -231,29 +231,29 @@ class TiffPixels:
 
 _ORIENTATION = 0x0112
 _JPEG_FORMATS = frozenset({"JPEG", "MPO"})
-"""MPO is a JPEG with more pictures behind it, as phones write it."""
+"""MPO is a JPEG followed by more pictures, as written by phones."""
 
 _DATA_LOST = re.compile(r"premature end|bad (Huffman|arithmetic) code|instead of RST", re.IGNORECASE)
-"""What libjpeg-turbo remarks where pixels are missing; it also remarks on what does no harm."""
+"""Warnings of libjpeg-turbo that mean missing pixels; its other warnings are harmless."""
 
 _CUT_OFF = re.compile(r"truncated|end of file|requires a buffer", re.IGNORECASE)
 _UNKNOWN_PIXELS = re.compile(r"unknown (pixel|raw) mode")
-"""What Pillow and the libraries in it say of files that are cut off, and of TIFFs that it knows no way to read."""
+"""Messages of Pillow and its libraries for truncated files, and for TIFFs with unsupported pixels."""
 
 NO_IMAGE: Final = f"it is not an image of a known format ({', '.join(READ)})"
 
-# What Pillow remarks on broken metadata helps nobody here: the image is decoded, or it is a problem with a reason. Its own
-# limit on pixels, which only odd GIFs meet as `_open` does not ask for it, ends in an exception that `decode` makes such a problem.
+# Pillow's warnings about broken metadata are not useful: the image is decoded, or there is an ImageProblem. Its own limit on
+# pixels, which applies only to odd GIFs here, becomes an exception, which `decode` turns into an ImageProblem.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-with suppress(OSError, AttributeError):  # in a Pillow that is built otherwise libtiff writes to the terminal
+with suppress(OSError, AttributeError):  # in other builds of Pillow, libtiff may write to the terminal
     _library = ctypes.CDLL(_imaging.__file__)
     for _name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):
         getattr(_library, _name)(None)
 
 
 def policy_key(max_pixels: int) -> str:
-    """Return the short name of the decode policy under which a content failed, for the list of failures."""
+    """Return a short digest of the decoding policy, for the list of failures."""
     refusals = {"refusals": REFUSALS, "heic": reads_heic(), "max_pixels": max_pixels}
     return fingerprint({**DECODE_POLICY, **refusals})[:16]
 
@@ -261,11 +261,11 @@ def policy_key(max_pixels: int) -> str:
 def decode(data: bytes, *, max_pixels: int, at_least: int | None = None) -> NDArray[np.uint8]:
     """Decode an image file's bytes by the policy above: RGB of shape (height, width, 3), uint8.
 
-    With `at_least` given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps that many
-    pixels: the decoder then works on fewer coefficients, which saves most of the time of a large photo.
+    With `at_least`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if its shorter side keeps that many pixels: the
+    decoder then uses fewer coefficients, which saves most of the time for a large photo.
 
-    ImageProblem when it is broken, truncated, too large, or of a kind that is not supported; DatasetError when the process has told
-    Pillow to accept truncated files, so that no result could be trusted.
+    ImageProblem if it is damaged, truncated, too large, or of an unsupported format; DatasetError if Pillow is set to accept
+    truncated files, as no result could be trusted.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DatasetError(
@@ -279,7 +279,7 @@ def decode(data: bytes, *, max_pixels: int, at_least: int | None = None) -> NDAr
     try:
         try:
             return _decode(data, kind, max_pixels, at_least)
-        except Exception as error:  # it may be about what is not the pixels
+        except Exception as error:  # it may concern only metadata
             if kind.format != "PNG" or isinstance(error, ImageProblem):
                 raise
         return _decode(pixels_only(data), kind, max_pixels, at_least)
@@ -289,7 +289,7 @@ def decode(data: bytes, *, max_pixels: int, at_least: int | None = None) -> NDAr
         raise ImageProblem(
             "too_many_pixels", f"it has more than the {max_pixels:,} pixels of dataset.max_pixels"
         ) from None
-    except Exception as error:  # Pillow's readers raise almost anything on damaged files
+    except Exception as error:  # Pillow's readers may raise anything on damaged files
         raise _problem(data, kind, error) from None
 
 
@@ -303,25 +303,25 @@ def _decode(data: bytes, kind: ImageFormat, max_pixels: int, at_least: int | Non
         raise tiff.not_read()
     if kind.format not in Image.OPEN:
         Image.init()
-    # By its own decoder and no other, which says what is wrong with it.
+    # Only by the decoder of its format, whose error describes the damage.
     with Image.OPEN[kind.format][0](io.BytesIO(data), "") as image:
         _require_modest(image, max_pixels)
         pixels = _jpeg(data, image, at_least)
         if pixels is None:
-            image.load()  # turns a TIFF upright and drops the tag
+            image.load()  # rotates a TIFF upright and removes the tag
             pixels = np.asarray(_to_rgb(data, image, tiff))
         return _upright(pixels, image)
 
 
 def decode_opened(image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
-    """Return the RGB pixels of an image that Pillow has opened or made, as `decode`: (height, width, 3), uint8."""
+    """Return the RGB pixels of a PIL image by the same policy as `decode`: (height, width, 3), uint8."""
     try:
         _require_modest(image, max_pixels)
-        copy = image.copy()  # whose file is not asked for
+        copy = image.copy()  # loads the pixels without changing the caller's image
         return _upright(np.asarray(_to_rgb(b"", copy, None)), image)
     except ImageProblem:
         raise
-    except Exception as error:  # Pillow raises almost anything where the file behind an image is damaged
+    except Exception as error:  # Pillow may raise anything if the image's file is damaged
         raise ImageProblem("unreadable", f"its pixels cannot be read ({error})") from None
 
 
@@ -334,7 +334,7 @@ def _require_modest(image: Image.Image, max_pixels: int) -> None:
 
 
 def _upright(pixels: NDArray[np.uint8], image: Image.Image) -> NDArray[np.uint8]:
-    """Turn pixels, uint8 (height, width, 3), as the EXIF data of their image say; any damage to those is no reason to lose the pixels."""
+    """Apply the EXIF orientation to pixels, uint8 (height, width, 3); damaged EXIF data are ignored."""
     with suppress(Exception):
         if (orientation := int(image.getexif().get(_ORIENTATION, 1))) != 1:
             turned = Image.fromarray(pixels)
@@ -344,9 +344,9 @@ def _upright(pixels: NDArray[np.uint8], image: Image.Image) -> NDArray[np.uint8]
 
 
 def _jpeg(data: bytes, image: Image.Image, at_least: int | None) -> NDArray[np.uint8] | None:
-    """Decode a JPEG straight to RGB; None for what that decoder does not take, which is left to Pillow.
+    """Decode a JPEG directly to RGB; None if that decoder does not support it, so that Pillow must be used.
 
-    The same pixels as Pillow's in two thirds of the time: they are written once, without a fourth byte each.
+    The pixels are the same as Pillow's, in two thirds of the time: they are written once, without a fourth byte each.
     """
     if image.format not in _JPEG_FORMATS:
         return None
@@ -356,9 +356,9 @@ def _jpeg(data: bytes, image: Image.Image, at_least: int | None) -> NDArray[np.u
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colours, min_height=height, min_width=width)
     except ValueError as error:
-        if _DATA_LOST.search(str(error)):  # of which Pillow says nothing: it fills up with grey
+        if _DATA_LOST.search(str(error)):  # Pillow would silently fill the missing pixels with grey
             raise ImageProblem("truncated", f"some of its data are missing or damaged ({error})") from None
-        return None  # anything else that is odd: Pillow knows whether it matters, and says what it is
+        return None  # Pillow decides whether any other warning matters, and describes it
     return pixels if colours == "RGB" else None
 
 
@@ -400,10 +400,10 @@ def _grey16(image: Image.Image, tiff: TiffPixels | None) -> Image.Image:
 
 
 def _problem(data: bytes, kind: ImageFormat, error: Exception) -> ImageProblem:
-    """Say in the user's words what Pillow could not do."""
+    """Return a Pillow error as an ImageProblem."""
     text = " ".join(str(error).split()) or type(error).__name__
     if kind.format == "TIFF":
-        with suppress(Exception):  # its tags may be what is damaged
+        with suppress(Exception):  # its tags may be damaged
             tiff = TiffPixels.read(data)
             if _UNKNOWN_PIXELS.search(text) or tiff.compression not in TiffImagePlugin.COMPRESSION_INFO:
                 return tiff.not_read()
@@ -412,23 +412,23 @@ def _problem(data: bytes, kind: ImageFormat, error: Exception) -> ImageProblem:
     return ImageProblem("unreadable", f"it is {kind.name}, and damaged ({text})")
 
 
-# ---- what names a content
+# ---- digests of contents
 
 _REVISION: Final = b"decode 3"
-"""Sets apart the contents that version 2 of the decode policy took for other pixels."""
+"""Distinguishes contents that version 2 of the decoding policy decoded to other pixels."""
 
 
 def content_key(data: bytes) -> bytes:
-    """Return the 16 bytes that name an image's content in the index, the stores and the failures.
+    """Return the 16-byte key of an image's content in the index, the stores and the failures.
 
-    It is the digest of its bytes, except for the few kinds of files that earlier versions took for other pixels: those have
-    a name of their own, so that vectors made of the wrong pixels are never taken for theirs.
+    It is the digest of its bytes; for the few kinds of files that earlier versions decoded to other pixels the digest is
+    different, so that vectors of the wrong pixels are never used for them.
     """
     return content_digest(data, _REVISION if _is_read_otherwise(data) else b"")
 
 
 def _is_read_otherwise(data: bytes) -> bool:
-    """Whether a file gives other pixels than by version 2 of the policy, or is refused now though it gave some."""
+    """Whether a file is decoded to other pixels than by version 2 of the policy, or refused only now."""
     kind = kind_of(data[:START_BYTES])
     if kind is not None and kind.format == "PNG":
         return odd_transparency(data) is not None
@@ -436,6 +436,6 @@ def _is_read_otherwise(data: bytes) -> bool:
         return False
     try:
         tiff = TiffPixels.read(data)
-    except Exception:  # Pillow raises almost anything on damaged tags, then as now
+    except Exception:  # Pillow may raise anything on damaged tags, in both versions
         return False
     return tiff.is_raw or tiff.is_read_wrongly or tiff.bits == (12,) or (tiff.bits == (16,) and tiff.photometric == 0)

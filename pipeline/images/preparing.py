@@ -1,8 +1,8 @@
-"""What is made of an image's pixels: the input of a network, by the transform of its weights, and a perceptual hash.
+"""From an image's pixels to the input of a network, by the transform of its weights, and to a perceptual hash.
 
-The hash survives resizing, compression, brightness and small crops. An image is hashed as it is and as sixteen crops of it; a crop
-of it is then like one of those. Each of these views is 143 signs: of a thumbnail's lowest frequencies but the mean (the DCT hash of
-Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010).
+The hash is robust to resizing, compression, brightness and small crops. It covers the image and sixteen crops of it, one of which
+resembles any small crop. Each of these views has 143 bits: the signs of a thumbnail's lowest frequencies except the mean (the DCT
+hash of Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010).
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ FITS: Final[Mapping[str, str]] = {
     "squash": "both sides get it, whatever that does to the proportions",
     "border": "the longer side gets it, and the rest is filled with the mean colour",
 }
-"""How an image that is no square becomes one."""
+"""The ways to make a square of another image."""
 
 MAX_RESIZED_PIXELS = 1 << 24
-"""Above this, a resized image is not made in full before it is cropped; 50 MB of RGB."""
+"""Above this number of pixels (50 MB of RGB), only the cropped part of a resized image is computed."""
 
 _TORCH_MODES = frozenset({"bilinear", "bicubic"})
-"""Filters that torch smooths with as Pillow does; the others are left to Pillow in every mode."""
+"""Filters for which torch smooths like Pillow; for others Pillow is used in every mode."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The transform that belongs to a network's weights: resize, centre crop, scale to [0, 1], normalise.
+    """The transform of a network's weights: resize, centre crop, scale to [0, 1], normalise.
 
     `resize` is the length of the shorter side, or (height, width); `crop` is a side or (height, width); `interpolation` is a
-    Pillow filter in lower case. `mean` and `std` are of the RGB channels in [0, 1]. `decode` says how the pixels are made, see `DECODE_MODES`.
+    Pillow filter in lower case. `mean` and `std` are those of the RGB channels in [0, 1]. `decode` is a key of `DECODE_MODES`.
     """
 
     resize: int | tuple[int, int]
@@ -58,9 +58,9 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     decode: str = "exact"
     fit: str = "crop"
-    """A word of `FITS`; the last two are timm's crop modes of these names."""
+    """A key of `FITS`; the last two are timm's crop modes of the same names."""
     view: str = ""
-    """How the decoded image is changed first, see `viewed`, with the seed of what is drawn: `crop 0`."""
+    """The view for `viewed`, computed first, with its random seed, as in `crop 0`."""
 
     def __post_init__(self) -> None:
         for key, words in {"fit": FITS, "interpolation": _INTERPOLATIONS, "decode": DECODE_MODES}.items():
@@ -76,24 +76,24 @@ class Preprocessing:
 
     @property
     def at_least(self) -> int | None:
-        """Pixels the shorter side of a decoded JPEG has to have; None where it is to be decoded in full."""
+        """Minimal length of the shorter side of a decoded JPEG; None to decode it at full size."""
         return 2 * max(_pair(self.resize)) if self.decode == "fast" else None
 
     def identity(self) -> dict[str, Any]:
-        """Return what of decoding and preprocessing changes the vectors."""
+        """Return the parts of decoding and preprocessing that affect the vectors."""
         values = {**asdict(self), "decode": {**DECODE_POLICY, "mode": self.decode}}
         if self.fit == "crop":
-            del values["fit"]  # as in identities of before there were others
+            del values["fit"]  # as in identities before there was a choice
         if not self.view:
             del values["view"]
         return values
 
 
 def viewed(pixels: NDArray[np.uint8], view: str) -> NDArray[np.uint8]:
-    """Return a view of an image, uint8 of shape (height, width, 3); what is drawn depends on the pixels and the seed alone.
+    """Return a view of an image, uint8 of shape (height, width, 3); randomness depends only on the pixels and the seed.
 
-    `flip` turns left and right round; `crop` cuts out half of the area or more, in proportions that differ by up to a third, as
-    `finetune.augment: crop` does; `colour` changes brightness, contrast and saturation by up to three tenths each.
+    `flip` swaps left and right; `crop` cuts out half of the area or more, with an aspect ratio changed by up to a third, as
+    in `finetune.augment: crop`; `colour` changes brightness, contrast and saturation by up to three tenths each.
     """
     name, _, seed = view.partition(" ")
     rng = np.random.default_rng([crc32(pixels.tobytes()), int(seed or 0)])
@@ -111,12 +111,12 @@ def viewed(pixels: NDArray[np.uint8], view: str) -> NDArray[np.uint8]:
 
 
 def prepare(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Resize and centre-crop a decoded image: ndarray of shape (height, width, 3), uint8, as is what comes out.
+    """Resize and centre-crop a decoded image; input and output are uint8 of shape (height, width, 3).
 
-    In mode `exact` the pixels are bit for bit those of torchvision's transforms (Resize, CenterCrop) on a PIL image, before
-    they are scaled and normalised; in the other modes a resized value may be one grey level away. A side shorter than the
-    crop is padded with black, as there, with `fit: border` with the mean colour, as timm does. Only for extremely long images,
-    whose resized form would pass `MAX_RESIZED_PIXELS`, the pixels may differ a little.
+    In mode `exact` the pixels are bit-identical to torchvision's transforms (Resize, CenterCrop) on a PIL image, before
+    scaling and normalisation; in the other modes a resized value may be one grey level off. A side shorter than the crop is
+    padded with black, as in torchvision, or for `fit: border` with the mean colour, as in timm. The pixels may differ slightly
+    only for extremely long images, whose resized form would exceed `MAX_RESIZED_PIXELS`.
     """
     pixels = viewed(pixels, preprocessing.view) if preprocessing.view else pixels
     height, width = pixels.shape[:2]
@@ -135,7 +135,7 @@ def prepare(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[
 def _resize_the_kept(
     pixels: NDArray[np.uint8], height: int, width: int, preprocessing: Preprocessing
 ) -> NDArray[np.uint8]:
-    """Make only the part of the resized image that the crop keeps: a strip of 1 x 60,000 pixels would become 256 x 15,360,000."""
+    """Resize only the part of the image that the crop keeps: a strip of 1 x 60,000 pixels would become 256 x 15,360,000."""
     rows, columns = map(_kept, (height, width), preprocessing.size)
     down, across = pixels.shape[0] / height, pixels.shape[1] / width
     box = (columns.start * across, rows.start * down, columns.stop * across, rows.stop * down)
@@ -144,10 +144,10 @@ def _resize_the_kept(
 
 
 def _resize_by_torch(pixels: NDArray[np.uint8], height: int, width: int, interpolation: str) -> NDArray[np.uint8]:
-    """Resize with smoothing as Pillow does, in half the time: its weights have 16 bits where Pillow's have 32."""
-    import torch  # only who runs a network gets here
+    """Resize with smoothing like Pillow, in half the time: torch's weights have 16 bits, Pillow's 32."""
+    import torch  # needed only by runs with a network
 
-    if not pixels.flags.writeable:  # torch warns of memory that it might write to; this is not written to
+    if not pixels.flags.writeable:  # avoids torch's warning about read-only memory
         pixels = pixels.copy()
     channels_last = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(
@@ -158,7 +158,7 @@ def _resize_by_torch(pixels: NDArray[np.uint8], height: int, width: int, interpo
 
 
 def _crop(pixels: NDArray[np.uint8], size: tuple[int, int], fill: Sequence[int]) -> NDArray[np.uint8]:
-    """Cut out the centre; a side that is too short is padded with a colour."""
+    """Cut out the centre; a shorter side is padded with the colour `fill`."""
     rows, columns = map(_kept, pixels.shape, size)
     kept = pixels[rows, columns]
     if kept.shape[:2] == size:
@@ -170,13 +170,13 @@ def _crop(pixels: NDArray[np.uint8], size: tuple[int, int], fill: Sequence[int])
 
 
 def _kept(length: int, crop: int) -> slice:
-    """Which part of a side is kept; Python's round, half to even, is torchvision's."""
+    """Return the part of a side that the crop keeps; torchvision also uses Python's round, half to even."""
     start = max(round((length - crop) / 2.0), 0)
     return slice(start, start + min(length, crop))
 
 
 def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Width and height after the resize; the longer side is rounded down, as in torchvision, with `border` as in timm."""
+    """Return width and height after the resize; the longer side is rounded down, as in torchvision; for `border` as in timm."""
     width, height = size
     resize, fit = preprocessing.resize, preprocessing.fit
     if not isinstance(resize, int) or fit == "squash":
@@ -197,14 +197,14 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 SIZE = 32
 """Side of the thumbnail."""
 FREQUENCIES = 12
-"""Lowest frequencies kept along each side."""
+"""Number of lowest frequencies kept along each side."""
 SAMPLED = (192, 384)
-"""Of a large image only about so many rows and columns are looked at: its low frequencies are in them, and a hash of a photo
-costs 0.3 ms."""
+"""Approximate number of rows and columns sampled from a large image: they suffice for its low frequencies, and a photo's hash
+takes 0.3 ms."""
 CUT = 0.05
-"""Share of a side that a crop may lack."""
+"""Share of a side that the hashed crops omit."""
 LEAST = 10.0
-"""A frequency below this, 0.0024 grey levels on average, has no sign: a flat image's hash is 0 throughout."""
+"""Frequencies below this, 0.0024 grey levels on average, give the bit 0: a flat image's hash is all 0."""
 
 HASH_BITS = FREQUENCIES**2 - 1
 HASH_IDENTITY: Final[dict[str, Any]] = {
@@ -214,13 +214,13 @@ HASH_IDENTITY: Final[dict[str, Any]] = {
     "frequencies": FREQUENCIES,
     "cut": CUT,
 }
-"""All that changes a hash; `version` goes up by hand when this file changes one otherwise."""
+"""All that affects a hash; increase `version` when this file changes it in another way."""
 HASH_STORE: Final = f"hashes-{HASH_IDENTITY['version']}.store"
-"""Name of the store, in the folder of a data set's index, that holds its images' hashes."""
+"""Name of the store of the images' hashes, in the folder of a data set's index."""
 
 
 def _views() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return what turns a thumbnail's columns and rows into frequencies of each view: (views, FREQUENCIES, SIZE) each."""
+    """Return the matrices from a thumbnail's columns and rows to the frequencies of each view: (views, FREQUENCIES, SIZE) each."""
     whole = (0.0, 1.0)
     aside = [(0.0, 1 - CUT), (CUT / 2, 1 - CUT / 2), (CUT, 1.0)]
     sides = [(y, x) for y in (whole, *aside) for x in (whole, *aside)] + [((CUT, 1 - CUT),) * 2]
@@ -230,7 +230,7 @@ def _views() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 
 def _resampled(start: float, stop: float) -> NDArray[np.float64]:
-    """Return the matrix that spreads a part of a side over all of it, by means: (SIZE, SIZE)."""
+    """Return the matrix that stretches a part of a side to its full length, by averaging: (SIZE, SIZE)."""
     edges = np.linspace(start, stop, SIZE + 1) * SIZE
     low, high = edges[:-1, None], edges[1:, None]
     cells = np.arange(SIZE)
@@ -244,9 +244,9 @@ HASH_BYTES = HASH_VIEWS * -(-HASH_BITS // 8)
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Hash an image of shape (height, width, 3), uint8: bytes of shape (HASH_BYTES,), uint8, one view after the other.
+    """Return the hash of an image of shape (height, width, 3), uint8: shape (HASH_BYTES,), uint8, the bytes of all views.
 
-    An image with a side below SIZE gets 0 throughout: in so few pixels different things look alike.
+    The hash of an image with a side below SIZE is all 0, as different images look alike at this size.
     """
     if min(pixels.shape[:2]) < SIZE:
         return np.zeros(HASH_BYTES, dtype=np.uint8)
@@ -258,10 +258,10 @@ def perceptual_hash(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def hash_distances(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return the share of bits in which images differ, as a whole or as a crop of the other: shape (n,), 0 to 1.
+    """Return the share of differing bits of image pairs, compared as a whole or as a crop of the other: shape (n,), 0 to 1.
 
-    first, second : hashes of n images each, shape (n, HASH_BYTES), uint8. A hash of 0, as of a flat or a tiny image,
-    tells nothing: its distance is 1.
+    first, second : hashes of n images each, shape (n, HASH_BYTES), uint8. The distance of a hash that is all 0, as of a flat
+    or tiny image, is 1, as it has no information.
     """
     a, b = (hashes.reshape(len(hashes), HASH_VIEWS, HASH_BYTES // HASH_VIEWS) for hashes in (first, second))
     differing = [np.bitwise_count(one[:, :1] ^ other).sum(axis=2).min(axis=1) for one, other in ((a, b), (b, a))]

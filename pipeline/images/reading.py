@@ -1,4 +1,4 @@
-"""Reading a file of a data set: the one place where an image's bytes are read, whole and of a file that holds still."""
+"""Reading an image's bytes from a data set: completely, and only if the file does not change meanwhile."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from pipeline.io.remote import Stat, absolute, address_of
 
 
 def stat_of(about: os.stat_result) -> Stat:
-    """Return what tells whether a file was touched."""
+    """Return the size and times of a file, to detect changes."""
     return about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 def read_steadily(path: str, flags: int = 0) -> tuple[bytes, Stat | None]:
-    """Read a regular file, once more when it changes meanwhile; `flags` are further ones for `os.open`.
+    """Read a regular, remote or archived file and its `Stat`, a second time if it changes meanwhile; `flags` are for `os.open`.
 
-    It may also be remote, or lie in an archive: what tells whether it was touched is then what it was listed with, and None here.
+    The stat is None for a remote or archived file, whose changes are detected in its listing.
 
-    ImageProblem with status 'unavailable'.
+    ImageProblem with status 'unavailable' if it cannot be read, or changes again.
     """
     try:
         if address_of(path) is not None:
@@ -49,28 +49,26 @@ def read_steadily(path: str, flags: int = 0) -> tuple[bytes, Stat | None]:
 
 
 def _read(path: str, flags: int) -> tuple[bytes, Stat, Stat]:
-    """Read a file, with what it was before and after."""
-    # O_NONBLOCK: a pipe in the file's place must not make a run wait for ever.
+    """Read a file, with its stat before and after."""
+    # O_NONBLOCK: a pipe in place of the file must not block a run forever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             raise ImageProblem("unavailable", "it is not a regular file")
-        # One byte more than there is: a file that grew shows it, and one that did not needs no second call to find its end.
+        # One byte more than the size detects a file that grew, without a second call to find its end.
         data = os.read(descriptor, about.st_size + 1)
         while len(data) < about.st_size and (more := os.read(descriptor, about.st_size - len(data))):
-            data += more  # at most 2 GB come at once
+            data += more  # one call reads at most 2 GB
         return data, stat_of(about), stat_of(os.fstat(descriptor))
     finally:
         os.close(descriptor)
 
 
 def open_file(root: Path, relative_path: str, digest: bytes | None = None) -> bytes:
-    """Read one file of a data set, and nothing outside its root, symbolic links included.
+    """Read one file of a data set; symbolic links may not lead outside its root.
 
-    With `digest` given, the bytes are the ones with this `content_key` or it is a problem.
-
-    ImageProblem with status 'unavailable'.
+    ImageProblem with status 'unavailable' if it cannot be read, is outside, or does not have the `content_key` `digest`, if given.
     """
     data, _ = read_steadily(_place(root, relative_path), os.O_NOFOLLOW)
     if digest is not None and content_key(data) != digest:
@@ -79,7 +77,7 @@ def open_file(root: Path, relative_path: str, digest: bytes | None = None) -> by
 
 
 def _place(root: Path, relative_path: str) -> str:
-    """Return where a file is, links followed, if it is inside the root; below `/`, which holds everything, are remote files too."""
+    """Return the resolved path of a file, or its address if it is remote; ImageProblem if it is outside the root."""
     if str(root) == "/" and (address := address_of(relative_path)):
         return address
     address = address_of(root)
@@ -89,7 +87,7 @@ def _place(root: Path, relative_path: str) -> str:
         real = os.path.realpath(os.path.join(real_root, relative_path))
         if os.path.commonpath([real, real_root]) == real_root:
             return real
-    # An archive that the user named may be a link, as in caches of downloads; its members cannot lie elsewhere.
+    # An archive may be a symbolic link, as in download caches; its members cannot be elsewhere.
     if ".." in relative_path.split("/") or (address is None and not (inside(place) or ("", ""))[1]):
         raise ImageProblem("unavailable", f"it lies outside {root}")
     return place
@@ -100,16 +98,16 @@ Pixels = NDArray[np.uint8] | Image.Image
 
 EXPECTED: Final = "expected a path, a PIL image or a uint8 array of shape (height, width) or (height, width, 3), or several of one kind"
 RACY_NS = 2_000_000_000
-"""A file touched so shortly before may be changed once more without its times showing it."""
+"""A file modified more recently than this may change again without new times."""
 
 _OPENING = threading.Lock()
-"""An image that Pillow has opened is read when its pixels are asked for, which two threads must not do at once."""
+"""Pillow reads an opened image when its pixels are first used, which two threads must not do at once."""
 
 
 def one_by_one(images: Any) -> list[str | Pixels]:
-    """Return images as a list: of one or a sequence, of a pandas Series or column, or of an array (n, height, width, 3), uint8.
+    """Return images as a list, from one image or a sequence, a pandas Series or column, or an array (n, height, width, 3), uint8.
 
-    DatasetError when there are none, or something else among them.
+    DatasetError if there are none, or for anything that is not an image.
     """
     if hasattr(images, "iloc"):
         images = images.to_numpy().reshape(-1)
@@ -132,7 +130,7 @@ def _is_array(image: Any) -> bool:
 
 
 def rgb(image: Pixels, max_pixels: int) -> NDArray[np.uint8]:
-    """Return pixels by the policy that files are decoded by, uint8 of shape (height, width, 3), or raise ImageProblem."""
+    """Convert an image to RGB by the decoding policy for files, uint8 of shape (height, width, 3); ImageProblem if that fails."""
     if isinstance(image, np.ndarray):
         if image.shape[2:] == (3,):
             return image
@@ -142,7 +140,7 @@ def rgb(image: Pixels, max_pixels: int) -> NDArray[np.uint8]:
 
 
 def given_key(image: str | Pixels, max_pixels: int) -> bytes:
-    """Return the 16 bytes that name an image's content, of a file as everywhere, else of its pixels; ImageProblem where unread."""
+    """Return the 16-byte digest of an image's content, a file's `content_key` or that of pixels; ImageProblem if it cannot be read."""
     if not isinstance(image, str):
         pixels = np.ascontiguousarray(rgb(image, max_pixels))
         return content_digest(pixels.data.cast("B"), b"pixels %d" % pixels.shape[1])
@@ -151,7 +149,7 @@ def given_key(image: str | Pixels, max_pixels: int) -> bytes:
         raise ImageProblem("unavailable", "it is a folder; give the files in it")
     try:
         stat = stat_of(os.stat(path))
-    except OSError:  # remote, in an archive, or nowhere, which the reader knows
+    except OSError:  # remote, in an archive, or missing, which `_key` finds out
         stat = None
     kept = stat is not None and max(stat[1:]) < time.time_ns() - RACY_NS
     return _key(path, stat) if kept else _key.__wrapped__(path, stat)
@@ -159,5 +157,5 @@ def given_key(image: str | Pixels, max_pixels: int) -> bytes:
 
 @lru_cache(maxsize=1 << 18)
 def _key(path: str, stat: Stat | None) -> bytes:
-    """Return the key of a file as it was at these times; so it is not read again for each fold."""
+    """Return the key of a file, cached by its stat, so that it is not read again for each fold."""
     return content_key(open_file(Path("/"), path))

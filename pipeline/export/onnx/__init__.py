@@ -1,4 +1,4 @@
-"""ONNX: one file from decoded images to the answers of `predict`: written, proven, and described in its own metadata."""
+"""ONNX export: one file from decoded images to the results of `predict`, verified, and described in its metadata."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from pipeline.io.digests import canonical_json
 FORMAT = "manyheads onnx 1"
 IMAGES = "images"
 MOST_BYTES = 2**31 - 1
-"""What a file of this kind can hold, for the format that it is in."""
+"""Size limit of an ONNX file, which is a protobuf message."""
 
 FROM_PREPARED, FROM_RAW = 1e-5, 5e-3
-"""How far a probability may be from that of `predict`; of numbers in their standard deviations in training. Only arithmetic is in
-the first; in the second also a grey level here and there, and bf16."""
+"""Largest allowed deviation of a probability from that of `predict`; for numbers in their standard deviations in training. The first
+covers only arithmetic, the second also single grey levels and bf16."""
 BATCH = 16
 
 NamedOutputs = Mapping[str, NDArray[Any]]
@@ -37,7 +37,7 @@ NamedOutputs = Mapping[str, NDArray[Any]]
 
 
 def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
-    """Return a file, the same for the same model and photos, and lines on it; PipelineError where it cannot be written or proven."""
+    """Return the file, deterministic for a model and photos, and lines on it; PipelineError if it cannot be written or verified."""
     g = Graph()
     ways = dict.fromkeys(embedder.preprocessing for embedder in model.exact.embedders)
     entries = {way: f"prepared.{number}" for number, way in enumerate(ways)}
@@ -65,7 +65,7 @@ def write(model: Model, photos: Iterable[Photo]) -> tuple[bytes, list[str]]:
 
 
 def _vectors(g: Graph, embedder: EmbeddingModel, pixels: str) -> list[str]:
-    """The names of an embedder's outputs, float32 of shape (n, dim) each."""
+    """Add an embedder to the graph; return the names of its outputs, float32 of shape (n, dim) each."""
     spec = embedder.specs[0]
     if spec.kind == "backbone":
         return g.add(onnx.load_from_string(embedder.to_onnx(OPSET)), pixels)  # type: ignore[union-attr]
@@ -76,7 +76,7 @@ def _vectors(g: Graph, embedder: EmbeddingModel, pixels: str) -> list[str]:
 
 
 def _metadata(model: Model, proof: Proof) -> dict[str, str]:
-    """Return the file's metadata: texts, each JSON but for those of one word, that say what it is, of what, and what was proven."""
+    """Return the file's metadata, plain texts or JSON: its format, the heads and embeddings, and the verification."""
     targets = {
         name: {
             "head": head.head,
@@ -103,27 +103,27 @@ def _metadata(model: Model, proof: Proof) -> dict[str, str]:
     }
 
 
-# ---- the proof: what onnxruntime says of images with the file, beside what `predict` says of them
+# ---- verification: the results of onnxruntime with the file, compared with those of `predict`
 
 
 @dataclass
 class Proof:
-    """On how many images it was proven, and the largest differences there."""
+    """Result of a verification: the numbers of images, and the largest deviations."""
 
     images: int = 0
     odd_sizes: int = 0
     from_prepared: float = 0.0
     from_raw: float = 0.0
     in_float64: int = 0
-    """Images compared with torch's float64, as its float32 was further off for one of their batch."""
+    """Images compared with torch in float64, as its float32 deviated too much for an image of their batch."""
 
 
 def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, entries: Mapping[Any, str]) -> Proof:
-    """Compare both ways into the file with `predict`, and return what was found.
+    """Compare the file with `predict`, from raw and from prepared pixels, and return the deviations.
 
-    BundleError with the image whose answer is too far from that of `predict`, and the difference.
+    BundleError with the image whose result deviates too much from `predict`, and the deviation.
 
-    raw, prepared : the file, and the same from prepared pixels on; entries : preprocessing -> the name of an input of the latter
+    raw, prepared : the file, and the same starting at prepared pixels; entries : preprocessing -> the name of an input of the latter
     """
     proof, from_raw, from_prepared = Proof(), _runner(raw), _runner(prepared)
     rest = iter(photos)
@@ -137,7 +137,7 @@ def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, en
         )
         try:
             far = _compare(model, batch, exact, told, FROM_PREPARED, "prepared pixels")
-        except BundleError:  # where torch itself rounds that far off, float64 says which is nearer to the truth
+        except BundleError:  # torch's own rounding may be the cause: compare with float64 instead
             exact = model.said(model.exact.in_float64(), together)
             far = _compare(model, batch, exact, told, FROM_PREPARED, "prepared pixels")
             proof.in_float64 += len(batch)
@@ -152,10 +152,10 @@ def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, en
 
 def _runner(content: bytes) -> Callable[[Mapping[str, NDArray[Any]]], NamedOutputs]:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # its warnings are on shapes that are not known before the images are
+    options.log_severity_level = 3  # no warnings about dynamic shapes
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no type in common
+    except Exception as error:  # its exceptions have no common base class
         raise BundleError(f"onnxruntime cannot run what was made ({error}); nothing was written") from None
     names = [output.name for output in session.get_outputs()]
     return lambda given: dict(zip(names, session.run(names, given), strict=True))
@@ -164,7 +164,7 @@ def _runner(content: bytes) -> Callable[[Mapping[str, NDArray[Any]]], NamedOutpu
 def _compare(
     model: Model, batch: list[Photo], expected: Mapping[str, Any], found: NamedOutputs, most: float, way: str
 ) -> float:
-    """Return the largest difference; BundleError for an image that is further off, or has another label that is sure."""
+    """Return the largest deviation; BundleError for an image above `most`, or with another label where that is sure."""
     largest = 0.0
     for name, head in model.heads.items():
         prefix = f"{name}_" if name else ""
@@ -182,7 +182,7 @@ def _compare(
 def answers_differ(
     target: Target, y: NDArray[Any], probabilities: NDArray[Any] | None, found: NamedOutputs, most: float
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return of each of n images how far apart two answers are, whether the labels differ, and whether the label is sure.
+    """Return for n images the deviation of two predictions, whether their labels differ, and whether the label is sure.
 
     y, probabilities : as `ModelBundle.said` returns them; found : the file's outputs
     Returns float64, bool and bool of shape (n,).

@@ -1,8 +1,8 @@
-"""Graph: the nodes and constants of an ONNX model that is being written; and resize and crop as nodes, bit for bit as `images.prepare` does them.
+"""Graph: builder of an ONNX model; and resize and crop as ONNX nodes, bit-identical to `images.prepare`.
 
-ONNX's own Resize rounds otherwise, even in two passes, where it is one grey level off in up to 1 % of the pixels; on photos of clothes
-that moved probabilities by up to 0.04. So a side is resized here as Pillow and torch do it: by whole weights, a power of two in sum,
-width before height, rounded in between. A float64 holds all sums exactly.
+ONNX's own Resize rounds differently: even in two passes it is one grey level off in up to 1 % of the pixels, which on photos of
+clothes changed probabilities by up to 0.04. So images are resized here as by Pillow and torch: with integer weights that sum to a
+power of two, width before height, with rounding in between. All sums are exact in float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.errors import BundleError
 from pipeline.images import Preprocessing
 
 OPSET = 18
-"""That torch's exporter of traces and skl2onnx both write, and older onnxruntimes read."""
+"""A version that torch's tracing exporter and skl2onnx both write, and older onnxruntimes read."""
 OPSETS = {"": OPSET, "ai.onnx.ml": 3}
 FLOAT, DOUBLE, INT64, UINT8, STRING = (
     TensorProto.FLOAT,
@@ -34,20 +34,20 @@ FLOAT, DOUBLE, INT64, UINT8, STRING = (
 
 @dataclass
 class Graph:
-    """Called with an operator, its inputs and attributes it adds a node, and returns the name of its output."""
+    """Builder of an ONNX model: a call with an operator, its inputs and attributes adds a node and returns its output's name."""
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: list[onnx.TensorProto] = field(default_factory=list)
 
     def __call__(self, operator: str, *inputs: Any, outputs: int = 1, named: str = "", **attributes: Any) -> Any:
-        """Add a node; return its output's name, a list of several. An input is a name, '' for one left out, or the value of a constant."""
+        """Add a node; return the name of its output, or a list of names. An input is a name, '' if omitted, or a constant's value."""
         names = [named or f"{operator}.{len(self.nodes)}" + f".{place}" * (place > 0) for place in range(outputs)]
         given = [each if isinstance(each, str) else self.constant(np.asarray(each)) for each in inputs]
         self.nodes.append(helper.make_node(operator, given, names, **attributes))
         return names[0] if outputs == 1 else names
 
     def constant(self, value: NDArray[Any]) -> str:
-        """Add a constant; of float64 in float32 where that is exact, as training images are, which halves a file.
+        """Add a constant; float64 is stored as float32 if that is exact, as for vectors of training images, which halves the file.
 
         value : an array of any shape; float64, float32, int64, bool or str
         """
@@ -63,7 +63,7 @@ class Graph:
         return str(self("Cast", name, to=DOUBLE))
 
     def add(self, model: onnx.ModelProto, given: str) -> list[str]:
-        """Add a model whose one input is to be `given`; return the names of its outputs."""
+        """Add a model with its only input connected to `given`; return the names of its outputs."""
         prefixed = compose.add_prefix(model, f"part{len(self.nodes)}.").graph
         self.nodes.append(helper.make_node("Identity", [given], [prefixed.input[0].name]))
         self.nodes += prefixed.node
@@ -71,7 +71,7 @@ class Graph:
         return [output.name for output in prefixed.output]
 
     def model(self, given: Mapping[str, Any], made: Mapping[str, Any]) -> onnx.ModelProto:
-        """Return the model from some names to others, each with (type of elements, shape): only the nodes on that way."""
+        """Return the model with inputs `given` and outputs `made`, name -> (element type, shape), and only the nodes it needs."""
         needed, nodes = {*made}, list[onnx.NodeProto]()
         for node in reversed(self.nodes):
             if not needed.isdisjoint(node.output):
@@ -88,11 +88,11 @@ class Graph:
 
 
 BLOCK = 32
-"""Pixels of a row that are made together, of the part of the row that they look at."""
+"""Number of output pixels of a row that are computed together, from the input pixels that any of them needs."""
 PILLOWS_BITS, TORCHS_BITS = 22, 15
-"""Of a weight: Pillow counts in 2 to the -22; torch in the finest power of two in which its largest weight has 15 bits."""
+"""Bits of a weight: Pillow's unit is 2 to the -22; torch's is the smallest power of two for which its largest weight has 15 bits."""
 ENDS = 4
-"""Pixels of a row's start that are looked at for its largest weight, besides those that are kept."""
+"""Number of pixels at a row's start that are considered for the largest weight, besides those that the crop keeps."""
 
 
 def _bilinear(g: Graph, at: str) -> str:
@@ -100,7 +100,7 @@ def _bilinear(g: Graph, at: str) -> str:
 
 
 def _bicubic(g: Graph, at: str) -> str:
-    """Pillow's and torch's, with a = -0.5."""
+    """The bicubic filter of Pillow and torch, with a = -0.5."""
     near = g("Add", g("Mul", g("Mul", g("Sub", g("Mul", 1.5, at), 2.5), at), at), 1.0)
     far = g("Mul", g("Sub", g("Mul", g("Add", g("Mul", g("Sub", at, 5.0), at), 8.0), at), 4.0), -0.5)
     return str(g("Where", g("Less", at, 1.0), near, g("Where", g("Less", at, 2.0), far, 0.0)))
@@ -110,11 +110,11 @@ _FILTERS: Mapping[str, tuple[float, Callable[[Graph, str], str]]] = {
     "bilinear": (1.0, _bilinear),
     "bicubic": (2.0, _bicubic),
 }
-"""How far a filter reaches, and what it weighs at a distance."""
+"""Name -> the filter's radius, and its weight at a distance."""
 
 
 def add_prepared(g: Graph, images: str, preprocessing: Preprocessing) -> str:
-    """Add what `prepare` does to images, uint8 (n, height, width, 3): 0 to 255, float32 (n, 3, *size); BundleError where ONNX cannot."""
+    """Add `prepare` for images, uint8 (n, height, width, 3); its output is 0 to 255, float32 (n, 3, *size). BundleError if unsupported."""
     if preprocessing.interpolation not in _FILTERS or preprocessing.fit == "border":
         way = f"{preprocessing.interpolation} with fit {preprocessing.fit}"
         raise BundleError(f"ONNX resizes images by {' and '.join(_FILTERS)} without border here, not by {way}")
@@ -132,13 +132,13 @@ def add_prepared(g: Graph, images: str, preprocessing: Preprocessing) -> str:
     # Sides that are shorter than the crop are padded with black.
     missing = g("Sub", crop, kept)
     before = g("Div", missing, np.array(2))
-    none = np.array([0, 0])  # all axes are named: onnxruntime loses count of some when it moves a Transpose
+    none = np.array([0, 0])  # pads for all axes, as onnxruntime confuses a subset of axes when it moves a Transpose
     pads = g("Concat", none, before, none, g("Sub", missing, before), axis=0)
     return str(g("Pad", g("Cast", pixels, to=FLOAT), pads, np.float32(0)))
 
 
 def _resized(g: Graph, sides: str, preprocessing: Preprocessing) -> str:
-    """Height and width after the resize, int64 of shape (2,), as `images.preparing` has them."""
+    """Return height and width after the resize, int64 of shape (2,), as in `images.preparing`."""
     resize = preprocessing.resize
     if not isinstance(resize, int) or preprocessing.fit == "squash":
         return g.constant(np.array([resize, resize] if isinstance(resize, int) else resize))
@@ -146,7 +146,7 @@ def _resized(g: Graph, sides: str, preprocessing: Preprocessing) -> str:
 
 
 def _pass(g: Graph, pixels: str, preprocessing: Preprocessing, had: str, made: str, places: str) -> str:
-    """Some pixels of rows of `had` pixels made `made` long: (n, 3, rows, had) to (n, 3, rows, places)."""
+    """Resize rows from `had` to `made` pixels and keep those at `places`: (n, 3, rows, had) to (n, 3, rows, places)."""
     weights, one, first, last = _weights(g, preprocessing, had, made, places)
     end = g("Sub", g("Shape", places), np.array(1))
     parts = []
@@ -160,8 +160,8 @@ def _pass(g: Graph, pixels: str, preprocessing: Preprocessing, had: str, made: s
 
 
 def _weights(g: Graph, preprocessing: Preprocessing, had: str, made: str, places: str) -> tuple[str, str, str, str]:
-    """Of some pixels of a row the whole weights of those before, shape (places, had), and what they are in sum; and from which to which
-    pixel each looks, shape (places,)."""
+    """Return the integer weights of input pixels for each output pixel, shape (places, had), and their sum; and the first and last
+    input pixel of each, shape (places,)."""
     reach, weigh = _FILTERS[preprocessing.interpolation]
     scale = g("Div", g.double(had), g.double(made))
     wide = g("Max", scale, 1.0)

@@ -1,8 +1,8 @@
-"""Fitted heads as ONNX: what they say of vectors, calibrated, as the answer of any kind of target.
+"""Fitted heads as ONNX: calibrated predictions from vectors, for any kind of target.
 
-Vectors and the scaler are float32 and all after them float64, as in scikit-learn. What has few operations is written here, and
-what skl2onnx writes otherwise than scikit-learn computes it: neighbours (by up to 0.2 of a probability), kernels (in float32), and
-perceptrons of several labels or numbers. The rest, such as trees, is left to skl2onnx.
+Vectors and the scaler are float32 and everything after them float64, as in scikit-learn. Estimators with few operations are
+converted here, and those for which skl2onnx deviates from scikit-learn: neighbours (by up to 0.2 of a probability), kernels (in
+float32), and perceptrons for several labels or numbers. The rest, such as trees, is converted by skl2onnx.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from pipeline.export.onnx.graph import FLOAT, OPSETS, STRING, Graph
 from pipeline.heads.cosine import CosineVote
 
 OutputColumns = tuple[str, str]
-"""The name of float64 of shape (n, columns), and what they are: `probability`, `decision` or `number`."""
+"""The name of an output, float64 of shape (n, columns), and its kind: `probability`, `decision` or `number`."""
 Outputs = dict[str, tuple[Any, list[Any]]]
 """Name -> type and shape."""
 
 
 def add_answer(g: Graph, bundle: ModelBundle, vectors: Sequence[str], prefix: str = "") -> Outputs:
-    """Add what a bundle says of its parts' vectors, float32 (n, dim) each, as outputs with a prefix; BundleError where ONNX cannot."""
+    """Add a bundle's predictions from its parts' vectors, float32 (n, dim) each, as outputs with a prefix; BundleError if unsupported."""
     target, parts, strings = bundle.target, dict[str, str](), dict[str, tuple[str, list[Any]]]()
     if bundle.members:
         told = [
@@ -82,7 +82,7 @@ def add_answer(g: Graph, bundle: ModelBundle, vectors: Sequence[str], prefix: st
 
 
 def _probabilities(g: Graph, bundle: ModelBundle, columns: str, kind: str) -> str:
-    """The probability of every class of the target, 0 for one that the head has never seen; '' where it has none."""
+    """Return the probabilities of the target's classes, 0 for those not in the head's training; '' if it has no probabilities."""
     if bundle.calibrator is not None:
         columns = _calibrated(g, bundle.calibrator, columns, kind)
     elif kind == "decision":
@@ -92,7 +92,7 @@ def _probabilities(g: Graph, bundle: ModelBundle, columns: str, kind: str) -> st
 
 
 def _calibrated(g: Graph, calibrator: Calibrator, columns: str, kind: str) -> str:
-    """What `Calibrator.probabilities` says of `bundle.logits`."""
+    """Return `Calibrator.probabilities` of `bundle.logits`."""
     slopes, offsets = np.array(calibrator.slopes), np.array(calibrator.offsets)
     if kind == "probability":
         columns = g("Log", g("Clip", columns, SMALLEST_PROBABILITY, 1.0))
@@ -107,7 +107,7 @@ def _calibrated(g: Graph, calibrator: Calibrator, columns: str, kind: str) -> st
 
 
 def _columns(g: Graph, estimator: Any, x: str) -> OutputColumns:
-    """What a fitted estimator says of vectors, as the targets ask for it."""
+    """Return the output columns of a fitted estimator for vectors, as targets need them."""
     steps = [step for _, step in estimator.steps] if isinstance(estimator, Pipeline) else [estimator]
     for step in steps[:-1]:
         if isinstance(step, StandardScaler):
@@ -126,7 +126,7 @@ def _affine(g: Graph, x: str, weights: NDArray[Any], bias: NDArray[Any]) -> str:
 
 
 def _linear(g: Graph, model: Any, x: str) -> OutputColumns:
-    """Decision values with a column for each class, of two classes (-d, d); numbers; probabilities where the model has them."""
+    """Return probabilities if the model has them, else decision values of each class, for two classes (-d, d), or numbers."""
     weights, bias = np.atleast_2d(model.coef_).T, np.atleast_1d(model.intercept_)
     is_likely, is_class = hasattr(model, "predict_proba"), hasattr(model, "classes_")
     if weights.shape[1] == 1 and is_class:
@@ -139,7 +139,7 @@ def _linear(g: Graph, model: Any, x: str) -> OutputColumns:
 
 
 def _each_label(g: Graph, model: Any, x: str) -> OutputColumns:
-    """A linear model or an SVC for each label; one that all images have, or none, is a constant."""
+    """Return decision values of a linear model or SVC for each label; labels that all images or none have are constants."""
     none = np.zeros(model.n_features_in_)
     if any(isinstance(one, SVC) for one in model.estimators_):
         columns = [
@@ -161,7 +161,7 @@ def _each_number(g: Graph, model: Any, x: str) -> OutputColumns:
 
 
 def _centroids(g: Graph, model: Any, x: str) -> OutputColumns:
-    """Softmax of minus the squared distances; what all of these have in common is left out."""
+    """Return the softmax of negative squared distances, without the term that all have in common."""
     scale = np.where(model.within_class_std_dev_ != 0, model.within_class_std_dev_, 1.0)
     centroids = model.centroids_ / scale
     bias = 2 * np.log(model.class_prior_) - (centroids**2).sum(axis=1)
@@ -178,7 +178,7 @@ def _squared_distances(g: Graph, x: str, references: NDArray[Any]) -> str:
 
 
 def _kernel(g: Graph, model: Any, x: str) -> OutputColumns:
-    """Of an SVC of three classes or more the votes and margins of all pairs, as `decision_function` has them."""
+    """Return decision values or numbers; for three classes or more, votes plus margins of all pairs, as in `decision_function`."""
     if model.kernel != "rbf":
         raise BundleError(f"a kernel {model.kernel!r} has no form in ONNX here, which rbf has")
     vectors, dual, bias = model.support_vectors_, np.asarray(model.dual_coef_), np.asarray(model.intercept_)
@@ -221,14 +221,14 @@ def _unit(g: Graph, x: str) -> str:
 
 
 def _mean(g: Graph, weights: str, said: NDArray[np.float64], rows: str) -> str:
-    """The mean, weighted (n, k), of what the references at some rows, (n, k), say, (references, columns)."""
+    """Return the mean over k references, at `rows` (n, k), of their values `said` (references, columns), with weights (n, k)."""
     weights = g("Unsqueeze", weights, [2])
     total = g("ReduceSum", g("Mul", g("Gather", said, rows), weights), [1], keepdims=0)
     return str(g("Div", total, g("ReduceSum", weights, [1], keepdims=0)))
 
 
 def _neighbours(g: Graph, model: Any, x: str) -> OutputColumns:
-    """The mean of what the nearest training images are, each with the weight 1, or 1 / its distance."""
+    """Return the mean label or number of the nearest training images, with weights 1 or 1 / distance."""
     metric, x, references = model.effective_metric_, g.double(x), np.asarray(model._fit_X)
     if metric not in ("euclidean", "cosine") or model.weights not in ("uniform", "distance"):
         raise BundleError(f"neighbours are found in ONNX by euclidean and cosine here, not by {metric!r}")
@@ -241,13 +241,13 @@ def _neighbours(g: Graph, model: Any, x: str) -> OutputColumns:
     nearest, rows = g("TopK", distances, [min(model.n_neighbors, len(references))], outputs=2, axis=1, largest=0)
     here = g("Equal", nearest, 0.0)
     weights = g("Add", g("Mul", nearest, 0.0), 1.0)
-    if model.weights == "distance":  # those at no distance, where there are any, count alone
+    if model.weights == "distance":  # if any are at distance 0, only these count
         far, at_all = g("Div", 1.0, g("Where", here, 1.0, nearest)), g("ReduceMax", g.double(here), [1])
         weights = g("Where", g("Greater", at_all, 0.0), g.double(here), far)
     y = np.asarray(model._y).reshape(len(references), -1)
     if isinstance(model, KNeighborsRegressor):
         return _mean(g, weights, y.astype(np.float64), rows), "number"
-    if isinstance(model.classes_, list):  # of several labels
+    if isinstance(model.classes_, list):  # several labels
         said = (
             np.stack([np.asarray(known)[codes] == 1 for known, codes in zip(model.classes_, y.T, strict=True)], 1) * 1.0
         )
@@ -256,7 +256,7 @@ def _neighbours(g: Graph, model: Any, x: str) -> OutputColumns:
 
 
 def _cosine_vote(g: Graph, model: CosineVote, x: str) -> OutputColumns:
-    """Of references as near as the last of the neighbours all vote."""
+    """Return the weighted votes of the neighbours, including all references tied with the last of them."""
     count = len(model.references_)
     cosines = _products(g, _unit(g, g.double(g("Sub", x, model.mean_))), model.references_)
     nearest, _ = g("TopK", cosines, [min(model.n_neighbors or count, count)], outputs=2, axis=1)
@@ -267,7 +267,7 @@ def _cosine_vote(g: Graph, model: CosineVote, x: str) -> OutputColumns:
 
 
 def _by_skl2onnx(g: Graph, model: Any, x: str) -> OutputColumns:
-    """Any other estimator: its probabilities, or else its decision values, or its numbers."""
+    """Return the probabilities of any other estimator, or else its decision values or numbers."""
     from skl2onnx import to_onnx
     from skl2onnx.common.data_types import FloatTensorType
 
@@ -279,10 +279,10 @@ def _by_skl2onnx(g: Graph, model: Any, x: str) -> OutputColumns:
             warnings.simplefilter("ignore")
             written = to_onnx(model, initial_types=given, options=options, target_opset=OPSETS)
         said = g.double(g.add(written, x)[-1])
-    except Exception as error:  # it knows not all, and fails in any way
+    except Exception as error:  # it may raise anything for an unsupported estimator
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise BundleError(f"a {type(model).__name__} cannot be written by skl2onnx ({reason})") from None
-    if isinstance(getattr(model, "classes_", None), list):  # of each label, whether there is one: (k, n, 2)
+    if isinstance(getattr(model, "classes_", None), list):  # absence and presence of each label: (k, n, 2)
         said = g("Transpose", g("Gather", said, np.array(1), axis=2), perm=[1, 0])
     return said, "probability" if is_likely else "decision" if is_class else "number"
 
@@ -297,4 +297,4 @@ _CONVERTERS: Sequence[tuple[tuple[type, ...], Callable[[Graph, Any, str], Output
     ((KNeighborsClassifier, KNeighborsRegressor), _neighbours),
     ((CosineVote,), _cosine_vote),
 )
-"""Types of estimators -> how their columns are made."""
+"""Types of estimators -> their converter."""
