@@ -165,4 +165,4 @@ def test_classes_with_few_images_are_named_unless_all_have_too_few_for_the_folds
     (named,) = warnings(5)
     assert "fewer training images, groups or distinct contents than the 5 folds in class 'day'" in named
     (lowered,) = warnings(1000)
-    assert lowered.startswith("warning: tuning.folds is 1000, and the training images allow 5")
+    assert lowered.startswith("warning: tuning.folds is 1000, but the training images allow 5")
