@@ -10,25 +10,25 @@ from collections.abc import Sequence
 
 
 def first(lines: Sequence[str], most: int) -> list[str]:
-    """Return so many of some lines, and one that says how many more there are."""
+    """Return the first `most` lines, followed by the number of omitted lines if there are more."""
     left = len(lines) - most
     return [*lines[:most], f"… and {left:,} more"] if left > 0 else list(lines)
 
 
 def number_of(count: int, noun: str) -> str:
-    """Return a number with what is counted: `1 image`, `1,200 images`."""
+    """Return a count with its noun: `1 image`, `1,200 images`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:
-    """Return what a library's error says, without the pages that torch adds; its kind where it says nothing."""
+    """Return the first line of a library's error message, or the error's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class PipelineError(Exception):
-    """A problem that the user can solve; the message says what was found, what was expected, what to do.
+    """A problem that the user can solve; the message says what was found, what was expected, and what to do.
 
-    `problems` holds one line each where several were found at once.
+    `problems` holds one line per problem when several were found at once.
     """
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
@@ -49,7 +49,7 @@ class DatasetError(PipelineError):
 
 
 class BackboneError(PipelineError):
-    """The network, its weights, a layer or the device is not to be had."""
+    """The network, its weights, a layer or the device is not available."""
 
 
 class StoreError(PipelineError):
@@ -61,7 +61,7 @@ class HeadError(PipelineError):
 
 
 class UnfittedError(HeadError):
-    """No trial of a head could be fitted on these images; others may be."""
+    """No trial of a head could be fitted on these images; other heads may still work."""
 
 
 class TrainingError(PipelineError):

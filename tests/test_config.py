@@ -110,18 +110,18 @@ def test_a_key_that_is_gone_is_told_with_what_to_do(tmp_path: Path) -> None:
     gone = ["extraction.processes=4", "tuning.device=cuda", "finetune.training.steps=20", "finetune.patience=3"]
     gone += ["finetune.class_weight=balanced", "finetune.tensorboard=true", "finetune.batch_norm=frozen"]
     assert problems_of(tmp_path, GOOD, *gone)[1:] == [
-        "extraction.processes: is gone: one process uses all processors and one GPU, which extraction.device names; remove it",
-        "tuning.device: is gone: heads are searched on the processor; remove it",
-        "finetune.patience: is gone: the best weights are kept anyway; set finetune.steps lower",
-        "finetune.class_weight: is gone: classes weigh as in the head that a run starts from; set it for that head",
-        "finetune.tensorboard: is gone: write finetune.watch: [tensorboard]",
-        "finetune.training: is gone: its keys stand in finetune itself",
+        "extraction.processes: was removed: one process uses all processors and one GPU, which extraction.device names; remove it",
+        "tuning.device: was removed: heads are searched on the processor; remove it",
+        "finetune.patience: was removed: the best weights are kept anyway; set finetune.steps lower",
+        "finetune.class_weight: was removed: class weights are those of the head that a run starts from; set it for that head",
+        "finetune.tensorboard: was removed: write finetune.watch: [tensorboard]",
+        "finetune.training: was removed: move its keys into finetune",
     ]
 
 
 def test_a_view_is_asked_for_by_views(tmp_path: Path) -> None:
     assert problems_of(tmp_path, GOOD, "backbones.0.view=flip")[1:] == [
-        "backbones: unknown key 'view'; a view is asked for beside the images, such as views: [flip]"
+        "backbones: unknown key 'view'; use views, such as views: [flip]"
     ]
     config = configuration.load(write(tmp_path, GOOD), ["backbones.0.views=[flip]"])
     assert [section.view for section in config.sections] == [None, "flip"]
@@ -150,7 +150,7 @@ def test_files_that_name_every_key_of_an_earlier_version_are_read(tmp_path: Path
 def test_what_is_gone_is_told_beside_what_is_wrong(tmp_path: Path) -> None:
     assert problems_of(tmp_path, GOOD, "tuning.device=cuda", "tuning.trials=0")[1:] == [
         "tuning.trials: input should be greater than or equal to 1, got 0",
-        "tuning.device: is gone: heads are searched on the processor; remove it",
+        "tuning.device: was removed: heads are searched on the processor; remove it",
     ]
 
 
@@ -277,7 +277,7 @@ def test_the_columns_of_a_manifest_are_named_with_it_alone(tmp_path: Path) -> No
     found = configuration.load(write(tmp_path, GOOD), [*manifest, "dataset.label_columns=age, years"]).dataset
     assert found.label_columns == ("age, years",)
     (_, problem) = problems_of(tmp_path, GOOD, "dataset.root=x", "dataset.label_columns=[a]")
-    assert problem == "dataset: root and label_columns: for source 'manifest' alone, and the source is 'digits'"
+    assert problem == "dataset: root and label_columns: only for source 'manifest', but the source is 'digits'"
     for columns, told in {
         "[a, a]": "a column is given twice: a, a",
         "[]": "expected at least one, got an empty list",
@@ -339,11 +339,13 @@ def test_an_output_among_the_images_would_be_taken_for_classes(
     (tmp_path / "other").mkdir()
     images = ["dataset.source=folder", "dataset.path=photos"]
     (message,) = problems_of(tmp_path, GOOD, *images, f"output={output}")
-    assert f"output: {output} lies in the folder of images, photos, where what is written would be taken for" in message
+    assert (
+        f"output: {output} is inside the folder of images, photos, where output files would be mistaken for" in message
+    )
     for fine in ("photos-results", "."):
         assert configuration.load(write(tmp_path, GOOD), [*images, f"output={fine}"]).output == fine
     (message,) = problems_of(tmp_path, GOOD, *images, "store=photos/features")
-    assert "store: photos/features lies in the folder of images" in message
+    assert "store: photos/features is inside the folder of images" in message
 
 
 @pytest.mark.parametrize("output", [".", "new", "../new", "a/b/c"])
@@ -355,15 +357,15 @@ def test_an_output_that_is_not_there_yet_is_fine(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("a: &x [1]\nb: *x\n", "line 2: aliases such as *x are not read; write the value out"),
-        ("a: &x [*x]\n", "line 1: aliases such as *x are not read; write the value out"),
+        ("a: &x [1]\nb: *x\n", "line 2: aliases such as *x are not supported; write the value out"),
+        ("a: &x [*x]\n", "line 1: aliases such as *x are not supported; write the value out"),
         ("a: " + "[" * 1000, "cannot be read as YAML (maximum recursion depth exceeded"),
         ("seed: !!int abc\n", "cannot be read as YAML (invalid literal for int() with base 10: 'abc')"),
         ("seed: " + "9" * 5000, "cannot be read as YAML (Exceeds the limit (4300 digits)"),
         ("? [a]\n: b\n", "line 1: a key is a list or section"),
         (
             "a thesis\n",
-            "is no config, which is YAML with keys such as 'backbones:' and 'heads:'; images are given as a folder",
+            "is not a config, which is YAML with keys such as 'backbones:' and 'heads:'; images are given as a folder",
         ),
     ],
 )
@@ -386,7 +388,7 @@ def test_a_pipe_in_place_of_a_config_is_not_waited_for(tmp_path: Path) -> None:
         ("tuning.trials=1e999", "tuning.trials: input should be a valid integer, got inf"),
         ("tuning.trials=" + "9" * 400, "tuning.trials: expected at most 9,007,199,254,740,992, got a larger number"),
         ("dataset.max_failures=1e400", "dataset.max_failures: input should be a finite number, got inf"),
-        ("dataset.path=a\0b", "dataset.path: holds a control character: 'a\\x00b'; leave it out"),
+        ("dataset.path=a\0b", "dataset.path: holds a control character: 'a\\x00b'; remove it"),
     ],
 )
 def test_absurd_values_are_one_line(tmp_path: Path, override: str, found: str) -> None:

@@ -219,7 +219,7 @@ def test_an_index_that_is_not_the_one_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as caught:
         DatasetIndex.read(tmp_path)
     assert str(caught.value) == (
-        f"{path}: is not the one that was written: it was edited, or is damaged; run `manyheads features`, which keeps its "
+        f"{path}: was edited, or is damaged, since it was written; run `manyheads features`, which keeps its "
         "splits, or delete it to have it made anew"
     )
 

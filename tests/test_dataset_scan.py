@@ -149,7 +149,7 @@ class TestIncremental:
         result = run(photos)
         assert result.read == 0
         assert sides(result) == {**first, moved: "test"}
-        told = "index.csv is not the one that was written: it was edited, or is damaged; its splits are kept, delete it"
+        told = "index.csv was edited, or is damaged, since it was written; its splits are kept, delete it"
         assert result.warnings == (f"{told} to have them made anew",)
         assert run(photos).warnings == ()
 
@@ -351,7 +351,7 @@ class TestCopies:
         with pytest.raises(DatasetError) as caught:
             run(leaky, leaks="error")
         assert str(caught.value) == (
-            "2 training images are in the test set as well; remove one of each pair, or let dataset.leaks be drop_train\n"
+            "2 training images are in the test set as well; remove one of each pair, or set dataset.leaks: drop_train\n"
             "  train/a/leak.png = test/a/1.png\n  val/a/leak.png = test/a/1.png"
         )
 
@@ -557,14 +557,14 @@ def test_a_class_with_fewer_training_images_than_folds_is_named(tmp_path: Path) 
     index = run(root).index
     assert fold_warnings(index, 2) == []
     assert fold_warnings(index, 3) == [
-        "fewer training images, groups or distinct contents than the 3 folds in classes 'copies', 'few': some folds are without; add "
+        "fewer training images, groups or distinct contents than the 3 folds in classes 'copies', 'few': some folds lack them; add "
         "images or set tuning.folds lower"
     ]
 
 
 def test_more_folds_than_the_images_allow_are_one_line(photos: Path) -> None:
     assert fold_warnings(run(photos).index, 1000) == [
-        "tuning.folds is 1000, and the training images allow 8: heads are tuned on as many, some of them without "
+        "tuning.folds is 1000, but the training images allow 8: heads are tuned with 8, and some folds lack "
         "the smallest classes"
     ]
 
@@ -600,7 +600,7 @@ class TestMissingSide:
         rows = [f"{label}{number}.png,{label},,{group and label}" for label in "ab" for number in range(2)]
         assert self.of_manifest(tmp_path, rows) == (
             f"no image is left for the test, and every leaderboard needs some: no class has more than {most} distinct images, or groups "
-            "that are never parted; add images, make groups smaller, raise dataset.test_fraction, or name the images of each side in "
+            "that must stay together; add images, make groups smaller, raise dataset.test_fraction, or name the images of each side in "
             "a manifest's `split` column, or in folders train/ and test/"
         )
 
@@ -707,9 +707,9 @@ class TestSeveralColumns:
             "  age: in 3 classes",
             "    Old: 4 train, 1 test",
         ]
-        assert result.warnings == ("age: 5 images have no label, and are left out where it is learned",)
+        assert result.warnings == ("age: 5 images have no label, and are left out of its training",)
         assert fold_warnings(result.index, 5, result.kinds) == [
-            "age: tuning.folds is 5, and the training images allow 4: heads are tuned on as many, some of them without the smallest classes"
+            "age: tuning.folds is 5, but the training images allow 4: heads are tuned with 4, and some folds lack the smallest classes"
         ]
 
     def test_copies_under_other_labels_are_told_with_all_of_them(self, tmp_path: Path) -> None:

@@ -333,18 +333,18 @@ class TestManifest:
     @pytest.mark.parametrize(
         ("header", "problems"),
         [
-            ("file,label", ["there is no column 'path'; dataset.path_column names it"]),
+            ("file,label", ["there is no column 'path'; set dataset.path_column to its name"]),
             (
                 "filepath,lable",
                 [
-                    "there is no column 'path', did you mean 'filepath'?; dataset.path_column names it",
-                    "there is no column 'label', did you mean 'lable'?; dataset.label_columns names it",
+                    "there is no column 'path', did you mean 'filepath'?; set dataset.path_column to its name",
+                    "there is no column 'label', did you mean 'lable'?; set dataset.label_columns to its name",
                 ],
             ),
             (
                 "path,label,Label,Group,group ",
                 [
-                    "column 'group' is there 2 times; dataset.group_column names one of another name",
+                    "column 'group' appears 2 times; set dataset.group_column to a unique name",
                 ],
             ),
         ],
@@ -371,9 +371,9 @@ class TestManifest:
         with pytest.raises(DatasetError) as caught:
             list_manifest(path, split_column="folds", label_columns=("speices", "age"))
         assert caught.value.problems == (
-            "there is no column 'path'; dataset.path_column names it",
-            "there is no column 'folds', did you mean 'Fold'?; dataset.split_column names it",
-            "there is no column 'speices', did you mean 'species'?; dataset.label_columns names it",
+            "there is no column 'path'; set dataset.path_column to its name",
+            "there is no column 'folds', did you mean 'Fold'?; set dataset.split_column to its name",
+            "there is no column 'speices', did you mean 'species'?; set dataset.label_columns to its name",
             "its columns are file, split, Fold, patient, species, age",
         )
 
@@ -412,9 +412,7 @@ class TestManifest:
             path, label_separator=";", label_columns=("tags", "note"), target={"tags": "multilabel"}
         )
         assert [image[1] for image in listing.images] == [("cat|dog", "a;b"), ("", "")]
-        with pytest.raises(
-            ValueError, match=r"label_separator: for labels of kind multilabel; say which are, with target"
-        ):
+        with pytest.raises(ValueError, match=r"label_separator: only for multilabel columns; mark them with target"):
             list_manifest(path, label_separator=";", label_columns=("tags", "note"))
         path.write_text("path,a,b\na/1.png,,x\nb/3.jpg,,\n")
         with pytest.raises(DatasetError, match="line 3: the label is empty"):

@@ -289,7 +289,7 @@ def test_a_domain_of_a_folder_is_its_split_alone(tmp_path: Path):
         "dataset": {"source": "folder", "path": str(tmp_path), "domain": "camera"},
         "backbones": [{"name": "resnet18"}],
     }
-    with pytest.raises(ConfigError, match="domain: for source 'manifest' alone"):
+    with pytest.raises(ConfigError, match="domain: only for source 'manifest'"):
         configuration.parse(raw, "test")
     raw["dataset"] |= {"domain": "split"}  # type: ignore[operator]
     assert configuration.parse(raw, "test").dataset.domain_column == ""

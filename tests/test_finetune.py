@@ -399,7 +399,7 @@ def test_a_finished_run_is_kept(experiment: Path, tuned: finetune.FinetuneRun) -
     going_on = (
         f'next step  put {{"name": "toy", "weights": "{tuned.weights}"}} under backbones: and run features and heads'
     )
-    kept = "           nothing that was learned helped on the validation images: the network is the start"
+    kept = "           training did not help on the validation images: the result equals the start"
     for alpha, expected in ((0.5, [True, False]), (0.0, [False, True])):
         said = replace(again, result={**again.result, "alpha": alpha}).summary_lines()
         assert [line in said for line in (going_on, kept)] == expected
@@ -548,13 +548,15 @@ def test_stages_one_and_two_come_first(tmp_path: Path, experiment: Path) -> None
 
 def test_a_target_of_a_kind_that_is_not_served_is_refused(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(material, "SERVED", "regression")
-    with pytest.raises(TrainingError, match="finetune serves regression, and the target is classification"):
+    with pytest.raises(
+        TrainingError, match="finetune supports only regression targets, but the target is classification"
+    ):
         finetune.run(make_config(experiment))
 
 
 def test_names_that_are_not_there_are_told_with_those_that_are(experiment: Path) -> None:
     with pytest.raises(
-        TrainingError, match="'other' is no backbone's embedding of the leaderboard; there are toy-toy-penultimate"
+        TrainingError, match="'other' is not a backbone's embedding on the leaderboard; there are toy-toy-penultimate"
     ):
         finetune.run(make_config(experiment, start="other"))
     with pytest.raises(
@@ -594,7 +596,9 @@ def test_stored_vectors_of_another_transform_are_noticed(experiment: Path) -> No
     before = read_records(files.features)
     try:
         write_records(files.features, [wrong], config, index.fingerprint())
-        with pytest.raises(TrainingError, match="32 of 32 stored vectors are not what enters the network's last layer"):
+        with pytest.raises(
+            TrainingError, match="32 of 32 stored vectors are not the inputs of the network's last layer"
+        ):
             finetune.run(config)
     finally:
         write_records(files.features, before, config, index.fingerprint())
@@ -611,7 +615,7 @@ def test_heads_on_vectors_that_do_not_enter_the_last_layer_are_not_handed_over(t
     extract(config)
     train_heads.run(config)
     with pytest.raises(
-        TrainingError, match="stored vectors are not what enters the network's last layer; heads on that"
+        TrainingError, match="stored vectors are not the inputs of the network's last layer; only heads"
     ):
         finetune.run(config)
 

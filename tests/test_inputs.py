@@ -255,7 +255,7 @@ def test_of_several_columns_of_images_one_is_named(photos: Path, tmp_path: Path)
     found = pq.read_table(path)
     pq.write_table(found.append_column("mask", found["image"].combine_chunks().field("bytes")[::-1]), path)
     with pytest.raises(
-        DatasetError, match=r"p.parquet: has images in image, mask; dataset.path_column names the one to read"
+        DatasetError, match=r"p.parquet: has images in image, mask; set dataset.path_column to the one to read"
     ):
         look(table(path), tmp_path / "index")
     index = look(table(path) | {"path_column": "mask"}, tmp_path / "index").index

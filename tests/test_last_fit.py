@@ -123,13 +123,13 @@ class Unlucky(ClassifierMixin, BaseEstimator):
     """The first fit on all rows that is good; 0 raises in all."""
     chance = True
 
-    def __init__(self, random_state: int = 0, warn: bool = False):
+    def __init__(self, random_state: int = 0, warn: str = ""):
         self.random_state, self.warn = random_state, warn
 
     def fit(self, X, y):
         Unlucky.seeds.append((len(X), self.random_state))
         if self.warn:
-            warnings.warn("hard going.\nSee the manual", RuntimeWarning, stacklevel=2)
+            warnings.warn(self.warn, RuntimeWarning, stacklevel=2)
             warnings.warn("renamed in the next release", FutureWarning, stacklevel=2)
         whole = sum(rows == ROWS for rows, _ in Unlucky.seeds)
         self.classes_ = np.unique(y)
@@ -147,13 +147,13 @@ class Unlucky(ClassifierMixin, BaseEstimator):
         return self.classes_[nearest]
 
 
-def unlucky(lucky_from: int, warn: bool = False, chance: bool = True) -> Head:
+def unlucky(lucky_from: int, warn: str = "", chance: bool = True) -> Head:
     Unlucky.seeds.clear()
     Unlucky.lucky_from, Unlucky.chance = lucky_from, chance
     return Head("unlucky", partial(build_unlucky, warn), {}, {})
 
 
-def build_unlucky(warn: bool, seed: int) -> Pipeline:
+def build_unlucky(warn: str, seed: int) -> Pipeline:
     return Pipeline([("head", Unlucky(seed, warn))])
 
 
@@ -199,8 +199,9 @@ def test_a_last_fit_that_raises_is_a_reason_and_no_traceback(tmp_path):
     assert list(error.value.problems) == ["4 x ValueError: no luck"]
 
 
-def test_warnings_of_the_last_fit_and_of_the_chosen_trial_are_kept(tmp_path):
-    run = run_unlucky(unlucky(1, warn=True), tmp_path)
+@pytest.mark.parametrize("text", ["hard going.\nSee the manual", "hard going.See the manual", "hard going"])
+def test_warnings_of_the_last_fit_and_of_the_chosen_trial_are_kept(tmp_path, text):
+    run = run_unlucky(unlucky(1, warn=text), tmp_path)
     assert run.last_fit.warnings == {"RuntimeWarning: hard going": 1}
     assert run.last_fit.fold_warnings == {"RuntimeWarning: hard going": 4}
 

@@ -648,12 +648,12 @@ def test_a_card_beside_each_bundle_says_what_it_is_from_stored_facts(gathered: M
     low, high = (100 * end for end in best.test.interval)
     for said in (
         f"# Model card: `{best.head}` on `{best.embedding}`",
-        "which of 3 classes it is of",
+        "which of 3 classes an image belongs to",
         "Its network is untrained",
         "120 training and 60 test images",
         f"| accuracy, % | {100 * best.test.accuracy:.1f} [{low:.1f}, {high:.1f}] |",
         f"accuracy {100 * best.cv_mean:.1f} ± {100 * best.cv_std:.1f}",
-        "nobody's licence holds",
+        "no licence applies",
         f"manyheads predict {gathered.output} IMAGES --output labels.csv",
         "runs no code when it is loaded",
         "- Leak: 1 of 60 test images is nearly the same as a training image",
@@ -663,7 +663,7 @@ def test_a_card_beside_each_bundle_says_what_it_is_from_stored_facts(gathered: M
     counts = re.findall(r"^\| (.*) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
     assert [name for name, *_ in counts] == sorted(CLASSES)
     assert sum(int(train) for _, train, _ in counts) == 120
-    assert "a floor, no model" in texts["majority/most_frequent"]
+    assert "a baseline, not a model" in texts["majority/most_frequent"]
     other = next(row for row in board.rows if row.key not in (best.key, "majority/most_frequent"))
     assert f"manyheads predict {gathered.output / other.bundle} IMAGES" in texts[other.key]
 

@@ -63,7 +63,7 @@ def test_of_accuracy_the_page_says_what_it_always_said(pages):
         "of 3 rows may be as good as the best Of 100 images",
         f"Of 100 images like these it labels about {100 * best.accuracy:.0f} right. 60 test images show that it is between {low:.0f} and {high:.0f}",
         f"Use {board.recommendation.recommended} ; 2 rows are as good as 120 images can show.",
-        "± is the standard deviation of the folds' scores: how they differ, and no interval of the score.",
+        "± is the standard deviation of the folds' scores, not an interval of the score.",
         "Ordered by cross-validation on the training images; test images choose nothing.",
         "All rows are compared on the same images. An interval that reaches 0",
         "accuracy, %: ● test — its 95 % interval | cross-validation",
@@ -105,7 +105,7 @@ def test_the_page_names_another_score_wherever_it_shows_it(pages, scoring: str):
     )
     assert paired[4] == "p, randomisation and Holm"
     assert "McNemar" not in text
-    assert ("Less log loss is better, and is further up." in text) == loss
+    assert ("Lower log loss is better, and is further up." in text) == loss
     assert any(f"cross-validation {name} {board.metric.text(board.best.cv_mean)}" in tip for tip in tips(page))
 
 

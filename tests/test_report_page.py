@@ -192,7 +192,7 @@ def test_the_cost_chart_says_which_rows_it_leaves_out_and_why():
     rows += [row("hopeless", 0.1, correct=5, embed_seconds=0.01), row("untimed", 0.8), row("untested", 0.7, test=None)]
     assert [item.head for item in priced(rows)] == ["head0", "head1", "head2", "head3"]
     assert cost(rows).endswith(
-        "Not drawn: 3 of 7 rows, without a test score or a time per image or so far below that they would squeeze all others."
+        "Not drawn: 3 of 7 rows, without a test score or a time per image, or with a very low score."
     )
     assert "Not drawn" not in cost(rows[:4])
 
@@ -207,9 +207,7 @@ def test_the_tuning_chart_says_how_many_searches_it_leaves_out(count: int, said:
     found = material(rows, {item.key: trials() for item in rows})
     text = section("tuning", found)
     assert set(re.findall(r">(net\d+)/ridge<", text)) == {f"net{place:02d}" for place in range(10)}
-    sentence = (
-        f"Drawn are the 10 best searches of {count}, as many as there are colours to tell apart; the table has all."
-    )
+    sentence = f"The chart shows the 10 best of {count} searches, one for each colour; the table has all."
     assert (sentence in text) == said
     assert len(Table(text).rows) == count + 1
 
@@ -218,7 +216,7 @@ def test_the_tuning_chart_says_how_many_searches_it_leaves_out(count: int, said:
 def test_a_leaderboard_too_long_to_draw_says_so(count: int, said: bool):
     rows = [row(f"head{place}", 0.9 - place / 100) for place in range(count)]
     text = words(section("difference", material(rows)))
-    assert ("Drawn are the 30 best rows of 41, for want of room; the tables have all." in text) == said
+    assert ("The charts show the 30 best of 41 rows; the tables have all." in text) == said
 
 
 # Tables

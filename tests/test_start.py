@@ -175,11 +175,11 @@ def test_in_a_terminal_it_looks_tunes_and_says_what_next(
         (["photos/leaf"], ["photos/leaf: holds no class folders (9 images at its top)"]),
         (
             ["fit", "nowhere"],
-            ["nowhere: there is no such file or folder", "a folder that holds a folder for each class"],
+            ["nowhere: there is no such file or folder", "one folder per class"],
         ),
         (["photos", "--target", "price"], ["--target price: names a column of a manifest"]),
         (["photos", "--budget", "soon"], ["tuning.budget: expected a time above 0 such as '90s'", "got 'soon'"]),
-        (["photos/leaf/00.png"], ["is no config, which is YAML with keys"]),
+        (["photos/leaf/00.png"], ["is not a config, which is YAML with keys"]),
     ],
 )
 def test_what_cannot_be_is_told_at_once(

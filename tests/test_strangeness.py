@@ -194,6 +194,6 @@ def test_the_page_tells_how_well_classes_left_out_were_found():
     best = row("ridge", 0.9)
     html = section("unknown", material([best], provenance={"unknown": {best.key: record}}))
     text = words(html)
-    assert "goes by distance, which did best: AUROC 0.81 on average. It marks 4.0 % of the 100 test images" in text
+    assert "uses distance, the best score: AUROC 0.81 on average. It marks 4.0 % of the 100 test images" in text
     assert "a, b 0.812 25.0" in text
     assert section("unknown", material([best])) == ""

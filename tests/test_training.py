@@ -289,7 +289,7 @@ def test_a_plan_that_closes_a_stage_or_names_none_is_refused_with_all_its_proble
         check_plan(plan, stages_of(Toy(), (16, 16)))
     assert error.value.problems == (
         "step 3: the network has no stage 'layer4'; allowed: head, last_stage, all, stem, stage1, stage2, stage3",
-        "freezes stem again at 0.1; expected each step to open the same stages or more",
+        "freezes stem again at 0.1; expected each step to train the same stages or more",
     )
 
 
@@ -504,7 +504,7 @@ def test_what_cannot_be_trained_is_said_before_it_starts(data: Data, tmp_path: P
         train(make_task(but(BASE, size=17), precision="fp16"), data, tmp_path, "x")
     assert error.value.problems == (
         "precision: 'fp16' needs a GPU; use 'bf16' or 'fp32' on the CPU",
-        "finetune.size: 17 is more than the 16 pixels that images are prepared to have",
+        "finetune.size: 17 is larger than the 16 pixels of the prepared images",
     )
 
 
@@ -520,7 +520,7 @@ def test_the_profiler_and_tensorboard_are_optional(data: Data, tmp_path: Path, m
     train(make_task(but(BASE, steps=2, watch=["profiler"])), data, tmp_path / "a", "x")
     assert "convolution" in (tmp_path / "a" / "profile.txt").read_text()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(TrainingError, match="run `pip install tensorboard` or leave it out"):
+    with pytest.raises(TrainingError, match="run `pip install tensorboard` or remove it"):
         train(make_task(but(BASE, watch=["tensorboard"])), data, tmp_path / "b", "x")
 
 

@@ -58,8 +58,8 @@ def test_an_identity_without_a_view_is_the_one_of_before():
     ("section", "message"),
     [
         ({"name": "resnet18", "views": ["flipp"]}, "did you mean 'flip'"),
-        ({"name": "resnet18", "views": ["flip", "flip"]}, "each is to be named once"),
-        ({"name": "mine.npy", "views": ["flip"]}, "mine.npy holds vectors that were made elsewhere"),
+        ({"name": "resnet18", "views": ["flip", "flip"]}, "the same view is given twice"),
+        ({"name": "mine.npy", "views": ["flip"]}, "mine.npy is a file of vectors, and views need images"),
     ],
 )
 def test_views_that_cannot_be_are_told(section: dict[str, object], message: str):

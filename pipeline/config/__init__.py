@@ -1,7 +1,7 @@
 """One experiment: a YAML file turned into a frozen, typed `Config`, whose paths are relative to the working folder.
 
-sections.py   which keys there are: dataset, backbones, extraction, heads, tuning, finetune
-reading.py    YAML file and `--set` -> Config, every problem at once; keys of earlier versions
+sections.py   the allowed keys: dataset, backbones, extraction, heads, tuning, finetune
+reading.py    YAML file and `--set` -> Config, all problems reported at once; keys of earlier versions
 """
 
 from pipeline.config.reading import Overrides, dump_yaml, load, parse, read_yaml

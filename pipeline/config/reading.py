@@ -1,4 +1,4 @@
-"""From a YAML file to a config, with every problem told at once and a guess at what was meant."""
+"""Read a YAML file into a config, report all problems at once, and suggest corrections."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from pipeline.io.process import look_in
 from pipeline.io.remote import address_of
 
 MOST_BYTES = 1 << 20
-"""Of a config file."""
+"""Size limit of a config file, in bytes."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping; ConfigError when it cannot be read, has a key twice, or holds what no config needs, such as aliases."""
+    """Read one YAML mapping; ConfigError if it is unreadable, repeats a key, or uses an unsupported feature such as aliases."""
     try:
         text = read_file(path, MOST_BYTES).decode("utf-8")
     except OSError as error:
@@ -46,14 +46,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(
-            f"{path}: is no config, which is YAML with keys such as 'backbones:' and 'heads:'; images are given as a folder that "
-            "holds one for each class, an archive of one, or a manifest (.csv, .parquet)"
+            f"{path}: is not a config, which is YAML with keys such as 'backbones:' and 'heads:'; images are given as a folder "
+            "with one folder per class, an archive of it, or a manifest (.csv, .parquet)"
         )
     return raw
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """Return the value that a YAML text stands for, or raise a ConfigError; `origin` names it in messages."""
+    """Parse a YAML text; ConfigError if it is invalid. `origin` is its name in messages."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -64,15 +64,15 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core rules for plain scalars, and no key twice."""
+    """YAML loader with the core schema of YAML 1.2 for plain scalars; it rejects repeated keys."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - as the library declares it
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # a few lines of them stand for more values than any memory holds
+        if self.check_event(yaml.AliasEvent):  # a few nested aliases can expand beyond any memory
             event: Any = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(
-                problem=f"aliases such as *{event.anchor} are not read; write the value out",
+                problem=f"aliases such as *{event.anchor} are not supported; write the value out",
                 problem_mark=event.start_mark,
             )
         return super().compose_node(parent, index)
@@ -106,7 +106,7 @@ _TRAINING: Final[Mapping[str, Any]] = {
     "class_weight": None, "clip_norm": None, "precision": "auto", "batch_norm": "frozen", "ema": 0.0, "average_top": 0,
     "evaluate_every": "auto", "patience": None, "sizes": [], "profile_steps": 0, "tensorboard": False,
 }  # fmt: skip
-"""What 0.1 wrote into `finetune.training` of every experiment's config."""
+"""The defaults that 0.1 wrote into `finetune.training` of every experiment's config."""
 
 GONE: Final[Mapping[str, tuple[object, str]]] = {
     "dataset.follow_symlinks": (False, "links to files inside the folder are followed; remove it"),
@@ -119,7 +119,7 @@ GONE: Final[Mapping[str, tuple[object, str]]] = {
     "tuning.whiten": (False, "tuning.pca keeps the components as they are; remove it"),
     "finetune.embedding": ("best", "write finetune.start: EMBEDDING"),
     "finetune.head": ("best", "write finetune.start: EMBEDDING/HEAD, or finetune.start: random"),
-    "finetune.interpolate": (True, "the weights between are always tried; remove it"),
+    "finetune.interpolate": (True, "interpolated weights are always tried; remove it"),
     "finetune.accumulate": (1, "set finetune.batch_size, and finetune.rate with it"),
     "finetune.weight_decay": (0.01, "it is 0.01; remove it"),
     "finetune.label_smoothing": (0.0, "remove it"),
@@ -127,24 +127,24 @@ GONE: Final[Mapping[str, tuple[object, str]]] = {
     "finetune.patience": (None, "the best weights are kept anyway; set finetune.steps lower"),
     "finetune.rate_decay": (0.5, "each stage has half the rate of the one above it; remove it"),
     "finetune.warmup": (0.1, "the rate rises in the first tenth of the steps; remove it"),
-    "finetune.class_weight": (None, "classes weigh as in the head that a run starts from; set it for that head"),
-    "finetune.batch_norm": ("frozen", "norms stay as they are; remove it"),
+    "finetune.class_weight": (None, "class weights are those of the head that a run starts from; set it for that head"),
+    "finetune.batch_norm": ("frozen", "batch norms stay frozen; remove it"),
     "finetune.ema": (0.0, "no average of the weights is made; remove it"),
     "finetune.profile_steps": (0, "write finetune.watch: [profiler]"),
     "finetune.tensorboard": (False, "write finetune.watch: [tensorboard]"),
-    "finetune.training": (_TRAINING, "its keys stand in finetune itself"),
+    "finetune.training": (_TRAINING, "move its keys into finetune"),
 }
-"""A key of an earlier version -> its default, which is still read as files of then have it, and what to do in place of another value."""
+"""Removed key -> (its old default, which is still accepted because old files contain it; advice for any other value)."""
 
 
 def _without_gone(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a config without the keys that are gone, and a line for each that asked for something."""
+    """Return a config without removed keys, and a message for each that was set to something other than its old default."""
     kept, problems = copy.deepcopy(dict(raw)), []
     for path, (default, told) in GONE.items():
         name, key = path.split(".")
         section = kept.get(name)
         if isinstance(section, dict) and key in section and section.pop(key) != default:
-            problems.append(f"{path}: is gone: {told}")
+            problems.append(f"{path}: was removed: {told}")
     finetune = kept.get("finetune")
     if isinstance(finetune, dict) and finetune.get("unfreeze") == [{"start": 0.0, "scope": "all"}]:  # as 0.1 wrote it
         del finetune["unfreeze"]
@@ -152,11 +152,11 @@ def _without_gone(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 LONGEST_SHOWN = 200
-"""Characters of a wrong value that an error shows."""
+"""The longest part of a wrong value shown in an error, in characters."""
 
 
 Overrides = Sequence[str] | Mapping[str, Any]
-"""`a.b=c` as `--set` takes them, or the values by their keys: `{"a.b": c}`, `{"a__b": c}` or `{"a": {"b": c}}`."""
+"""Either `a.b=c` texts as `--set` takes them, or a mapping: `{"a.b": c}`, `{"a__b": c}` or `{"a": {"b": c}}`."""
 
 
 def load(
@@ -165,12 +165,12 @@ def load(
     names: Names | None = None,
     of_photos: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Read and validate a config file with overrides applied; or the config of photos in a folder, an archive or a table, `of_photos`.
+    """Read and validate a config file with overrides applied, or build a config from `of_photos` if `given` is a folder, archive or table.
 
-    Paths in the file are relative to its folder, those of overrides to the working folder; the config has them all relative to
-    the working folder. `names` are the words of the tables; without them any word passes here.
+    Paths in the file are relative to its folder, those in overrides to the working folder; the returned config has them all relative to
+    the working folder. `names` are the names in the tables; without them any name is accepted here.
 
-    ConfigError with one line for every problem: where it is, what was found, what is allowed, and a guess.
+    ConfigError with one line per problem: its location, the value found, the allowed values, and a suggestion.
     """
     if isinstance(given, Config) and not overrides:
         return given
@@ -192,15 +192,15 @@ def load(
     images = Path(config.dataset.path or "")
     for key, folder in (("output", config.output), ("store", stores)):
         place = next(place for place in (Path(folder), *Path(folder).parents, Path()) if place.exists())
-        if not place.is_dir():  # whatever is read there would look damaged
+        if not place.is_dir():  # otherwise everything read there would look damaged
             raise ConfigError(
                 f"{path}: {key}: {place} is a file, expected a folder or a name that is free; choose another {key}"
             )
         among = config.dataset.source == "folder" and images.is_dir()
         if among and Path(folder).resolve().is_relative_to(images.resolve()):
             raise ConfigError(
-                f"{path}: {key}: {folder} lies in the folder of images, {images}, where what is written would be taken for classes "
-                f"and images; choose a place outside of it (--set {key}=FOLDER)"
+                f"{path}: {key}: {folder} is inside the folder of images, {images}, where output files would be mistaken for classes "
+                f"and images; choose a folder outside it (--set {key}=FOLDER)"
             )
     names_of_all = [*(head.name for head in config.heads or ()), *(section.name for section in config.backbones)]
     if any(":" in name for name in names_of_all):
@@ -209,7 +209,7 @@ def load(
 
 
 def parse(raw: Mapping[str, Any], origin: str, names: Names | None = None) -> Config:
-    """Validate nested mappings, ConfigError with every problem; `origin` names them, `names` are the words of the tables."""
+    """Validate nested mappings; ConfigError with all problems. `origin` is their name in messages, `names` are the names in the tables."""
     kept, problems = _without_gone(raw)
     try:
         config = Config.model_validate(kept, context=names)
@@ -221,7 +221,7 @@ def parse(raw: Mapping[str, Any], origin: str, names: Names | None = None) -> Co
 
 
 def dump_yaml(config: Config, folder: Path) -> str:
-    """Return a config as the YAML text of a file in a folder, which reads back as the same config."""
+    """Return a config as YAML text, with paths relative to `folder`; a file there reads back as the same config."""
     raw = config.model_dump(mode="json")
     for section, key, prefix, _ in _paths(raw):
         section[key] = prefix + os.path.relpath(section[key].removeprefix(prefix), folder)
@@ -229,9 +229,9 @@ def dump_yaml(config: Config, folder: Path) -> str:
 
 
 def _seen_from_here(raw: dict[str, Any], file: Path) -> None:
-    """Rewrite the paths of a config file so that they hold in the working folder.
+    """Make the paths of a config file relative to the working folder.
 
-    A path that leads nowhere from the file's folder, but somewhere from the working folder, is refused: so it was up to 0.1.
+    A path that exists only relative to the working folder is refused: up to 0.1 paths were relative to it.
     """
     problems = []
     for section, key, prefix, where in _paths(raw):
@@ -247,9 +247,7 @@ def _seen_from_here(raw: dict[str, Any], file: Path) -> None:
 
 
 def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, str]]:
-    """Yield every relative path in a config that may hold anything: its section, its key, what stands before it, and the first
-    two for a message.
-    """
+    """Yield every relative path in a raw config: its section, its key, the prefix before the path, and its full key."""
     dataset, backbones = raw.get("dataset"), raw.get("backbones")
     places: list[tuple[Any, str, str]] = [
         (raw, "output", "output"),
@@ -273,7 +271,7 @@ def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, str]
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
-    """Put one `a.b.0.c=value` into the raw config; the value is taken as it is where the field is text, and read as YAML elsewhere."""
+    """Apply one override `a.b.0.c=value` to the raw config; the value is literal if the field is text, and YAML otherwise."""
     path, separator, text = override.partition("=")
     keys, origin = path.split("."), f"--set {override!r}"
     if not separator or not all(keys):
@@ -284,7 +282,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _put_all(raw: dict[str, Any], above: tuple[str, ...], values: Mapping[str, Any]) -> None:
-    """Put values into the raw config by their keys; a mapping that is given for a section changes only the keys it has."""
+    """Set values in the raw config by their keys; a mapping given for a section changes only the keys it contains."""
     for key, value in values.items():
         keys = (*above, *key.replace("__", ".").split("."))
         if isinstance(value, Mapping) and _section_of(_kinds_at(keys)) is not None:
@@ -314,7 +312,7 @@ def _put(raw: dict[str, Any], keys: Sequence[str], value: Any, origin: str) -> N
 
 
 def _kinds(kind: Any) -> list[Any]:
-    """What an annotation allows but None: the members of a union, the words of a literal, or the type itself."""
+    """Return what an annotation allows except None: the members of a union, the values of a literal, or the type itself."""
     if get_origin(kind) is Annotated:
         return _kinds(get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
@@ -323,7 +321,7 @@ def _kinds(kind: Any) -> list[Any]:
 
 
 def _kinds_at(keys: Sequence[object]) -> list[Any]:
-    """What may stand at a place of the config; nothing where there is no such place."""
+    """Return the types allowed at a place in the config; empty if there is no such place."""
     kinds: list[Any] = [Config]
     for key in map(str, keys):
         section = _section_of(kinds)
@@ -341,7 +339,7 @@ def _section_of(kinds: Sequence[Any]) -> type[Section] | None:
 
 
 def _problem(detail: Any) -> str:
-    """Turn one of pydantic's error records into a line of ours."""
+    """Format one of pydantic's error records as one line."""
     location, hint = ".".join(map(str, detail["loc"])), ""
     if detail["type"] == "extra_forbidden":
         *above, key = detail["loc"]

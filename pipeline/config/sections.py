@@ -1,4 +1,4 @@
-"""The sections of a config, frozen and typed: which keys there are, what each may be, and its default.
+"""The sections of a config, frozen and typed: their keys, allowed values and defaults.
 
 `configs/folder.yaml` explains every key.
 """
@@ -29,26 +29,26 @@ from pydantic import (
 from pipeline.io.remote import address_of
 
 LARGEST = 2**53
-"""The largest whole number of a config: beyond it floats are no longer exact."""
+"""The largest integer allowed in a config: beyond it floats are no longer exact."""
 
 WEIGHTS_FILES = (".safetensors", ".pth", ".pt")
-"""Endings of weights files."""
+"""Suffixes of weights files."""
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-"""Endings of archives that are read as folders are."""
+"""Suffixes of archives, which are read like folders."""
 
 NETWORK_DEVICES = ("auto", "cpu", "mps", "cuda")
-"""Where a network may compute."""
+"""Devices that a network can run on."""
 
 OWN = "own"
-"""What the weights of a network of the user's own are called."""
+"""The value of `weights` for a user's own network."""
 
 NO_LABELS = "none"
-"""What `dataset.target` is called where images have no labels, or none that matter."""
+"""The value of `dataset.target` for images whose labels are missing or ignored."""
 
 What = Literal["head", "baseline", "score", "target"]
 Names = Mapping[What, Sequence[str]]
-"""What the tables offer: the words that `heads`, `baselines`, `tuning.scoring` and `dataset.target` may hold."""
+"""The names in the tables, which are the values allowed in `heads`, `baselines`, `tuning.scoring` and `dataset.target`."""
 
 
 def _scalar(value: Any) -> Any:
@@ -63,7 +63,7 @@ def _count(value: Any) -> Any:
     raise ValueError(f"expected 'auto' or a whole number above 0, got {value!r}")
 
 
-# What is wrong with a value of several types is told by these in one line, where pydantic has one for each type.
+# These report a value of the wrong type in one line; pydantic reports one line for each member of a union.
 Scalar = bool | int | float | str | None
 AnyScalar = Annotated[Scalar, BeforeValidator(_scalar)]
 Count = Annotated[Literal["auto"] | int, BeforeValidator(_count)]
@@ -71,51 +71,51 @@ ItemT = TypeVar("ItemT")
 
 
 class Section(BaseModel):
-    """What every section shares: frozen, strict about types, and no unknown keys."""
+    """The base of all sections: frozen, strict about types, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _within_reason(cls, value: Any) -> Any:
-        # No file and no column can have such a name, and a terminal obeys some of them.
+        # No file or column has such a name, and a terminal interprets some control characters.
         if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f]", value):
-            raise ValueError(f"holds a control character: {value[:40]!r}; leave it out")
+            raise ValueError(f"holds a control character: {value[:40]!r}; remove it")
         if isinstance(value, int) and abs(value) > LARGEST:
             raise ValueError(f"expected at most {LARGEST:,}, got a larger number")
         return _frozen(value)
 
 
 def keys_of(section: type[Section]) -> list[str]:
-    """Return the keys that a section of a config may have."""
+    """Return the keys allowed in a section of a config."""
     return [key for key in section.model_fields if (section, key) != (BackboneConfig, "view")]
 
 
 def _frozen(value: Any) -> Any:
-    """Return a value whose lists, as YAML has them, are tuples."""
+    """Return a value with its lists turned into tuples, at any depth."""
     if isinstance(value, list):
         return tuple(map(_frozen, value))
     return {key: _frozen(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def names_code(name: str) -> bool:
-    """Return whether a network is `module:function`: code of the user's own, which runs when it is loaded."""
+    """Return whether a network is `module:function`: the user's own code, which runs when it is loaded."""
     module, colon, function = name.partition(":")
     return bool(module and colon and function) and module != "timm"
 
 
 VECTORS = (".npy", ".parquet")
-"""Endings of files with vectors of the user's own, which may stand in place of a network's name."""
+"""Suffixes of files with the user's own vectors, allowed in place of a network's name."""
 
 
 def names_vectors(name: str) -> bool:
-    """Return whether a backbone is a file of vectors that were made elsewhere."""
+    """Return whether a backbone is a file of vectors computed elsewhere."""
     return name.endswith(VECTORS)
 
 
 TIMM_PREFIX = "timm:"
 LOCAL_DIR = f"{TIMM_PREFIX}local-dir:"
-"""Before the path of a folder with weights of timm and their `config.json`."""
+"""Prefix of the path of a folder with timm weights and their `config.json`."""
 
 TIMM_NAMES: Mapping[str, str] = {
     "dinov2_base": "vit_base_patch14_reg4_dinov2.lvd142m",
@@ -124,22 +124,22 @@ TIMM_NAMES: Mapping[str, str] = {
     "clip_base": "vit_base_patch16_clip_quickgelu_224.openai",
     "convnextv2_tiny": "convnextv2_tiny.fcmae_ft_in22k_in1k",
 }
-"""Short names for networks of timm, and what timm calls them: network and weights."""
+"""Short name of a timm network -> timm's name for its architecture and weights."""
 
 
 def names_timm(name: str) -> bool:
-    """Return whether a network is one of timm's, whose name says which weights."""
+    """Return whether a network is one of timm's, whose name includes the weights."""
     return name in TIMM_NAMES or name.startswith(TIMM_PREFIX)
 
 
 def guess(word: str, allowed: Sequence[str]) -> str:
-    """Return `, did you mean 'x'?` for the closest allowed word, or nothing."""
+    """Return `, did you mean 'x'?` for the closest allowed word, or '' if none is close."""
     close = difflib.get_close_matches(word, allowed, n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
 def source_of(path: str) -> str | None:
-    """Return `dataset.source` for data that are called so: an archive, a table, a remote folder; None for a config or a folder."""
+    """Return the `dataset.source` implied by a path to an archive, table or remote folder; None for a config or local folder."""
     if path.lower().endswith((".parquet", ".csv")):
         return "manifest"
     is_config = path.lower().endswith((".yaml", ".yml"))
@@ -147,12 +147,12 @@ def source_of(path: str) -> str | None:
 
 
 def unknown(what: str, word: str, allowed: Sequence[str], besides: str = "") -> str:
-    """Say that a table has no such word, which is the closest, and which there are."""
+    """Return the message for a word that is not in a table, with the closest word and all allowed ones."""
     return f"unknown {what} {word!r}{guess(word, allowed)}; allowed: {', '.join(allowed)}{besides}"
 
 
 def checked_device(value: str) -> str:
-    """Return a device of `NETWORK_DEVICES`, `cuda` also with an index; ValueError for any other."""
+    """Return a device of `NETWORK_DEVICES`, or `cuda` with an index; ValueError for any other."""
     kind, colon, index = value.partition(":")
     if kind not in NETWORK_DEVICES or (colon and not (kind == "cuda" and index.isdecimal())):
         words = ", ".join(map(repr, NETWORK_DEVICES))
@@ -161,7 +161,7 @@ def checked_device(value: str) -> str:
 
 
 def _in_table(what: What, word: str, info: ValidationInfo, besides: str = "") -> str:
-    """Return a word that the table has; any word where the caller handed no tables."""
+    """Return a word if the table has it, or if the caller passed no tables; ValueError otherwise."""
     allowed = (info.context or {}).get(what)
     if allowed is not None and word not in allowed:
         raise ValueError(unknown(what, word, allowed, besides))
@@ -169,7 +169,7 @@ def _in_table(what: What, word: str, info: ValidationInfo, besides: str = "") ->
 
 
 def _not_empty(value: tuple[ItemT, ...]) -> tuple[ItemT, ...]:
-    # Not `min_length`, which also complains when an item was dropped for a mistake of its own.
+    # Not `min_length`, which also complains when an invalid item was dropped.
     if not value:
         raise ValueError("expected at least one, got an empty list")
     return value
@@ -187,7 +187,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 _OF_A_MANIFEST = ("root", "path_column", "label_columns", "label_separator", "split_column", "group_column")
 SPLIT = "split"
-"""What `dataset.domain` is where training and test images are the two domains."""
+"""The value of `dataset.domain` if the training and test images are the two domains."""
 
 
 class DatasetConfig(Section):
@@ -207,11 +207,11 @@ class DatasetConfig(Section):
     split_column: str | None = None
     group_column: str | None = None
     domain: str | None = None
-    """The manifest's column that says where an image is from, such as its camera or clinic; `split` where the training images are of
-    one source and the test images of another."""
+    """The manifest's column with the origin of each image, such as its camera or clinic; `split` if training and test images come from
+    different sources."""
     target: str | dict[str, str] = "auto"
-    """What is said of an image, for all columns of labels or by their names: `classification`, `regression`, `multilabel`; `auto` is one
-    class too, but stops where labels look like something else; with `none` images need no labels, and nothing is learned."""
+    """The task, for all label columns or by column name: `classification`, `regression` or `multilabel`. `auto` is classification, but
+    stops if the labels look like another task; `none` needs no labels, and no head is trained."""
 
     @field_validator("target", mode="before")
     @classmethod
@@ -233,19 +233,19 @@ class DatasetConfig(Section):
         idle = [key for key in _OF_A_MANIFEST if getattr(self, key) != fields[key].default]
         idle += ["domain"] * bool(self.domain_column)
         if idle and self.source != "manifest":
-            raise ValueError(f"{' and '.join(idle)}: for source 'manifest' alone, and the source is '{self.source}'")
+            raise ValueError(f"{' and '.join(idle)}: only for source 'manifest', but the source is '{self.source}'")
         for name in {} if isinstance(self.target, str) else self.target:
             if name not in self.label_columns:
                 raise ValueError(f"target: {unknown('column', name, self.label_columns)}")
         if self.label_separator is not None and "multilabel" not in self.kinds:
             raise ValueError(
-                "label_separator: for labels of kind multilabel; say which are, with target: {COLUMN: multilabel}"
+                "label_separator: only for multilabel columns; mark them with target: {COLUMN: multilabel}"
             )
         return self
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What each column of labels is said to be; one word where there is one target, also where several columns are its labels."""
+        """Return the kind of each label column; a single kind for a single target, even if that target has several columns."""
         if isinstance(self.target, str) and self.target not in ("auto", "classification") and not self.label_separator:
             return (self.target,)
         if self.target == "auto" and self.label_separator is not None and len(self.label_columns) == 1:
@@ -255,7 +255,7 @@ class DatasetConfig(Section):
 
     @property
     def domain_column(self) -> str:
-        """The manifest's column of domains; '' where there is none."""
+        """Return the manifest's column of domains; '' if there is none."""
         return "" if self.domain in (None, SPLIT) else str(self.domain)
 
     @field_validator("label_columns")
@@ -267,7 +267,7 @@ class DatasetConfig(Section):
 
 
 class PreprocessingConfig(Section):
-    """An explicit override of the preprocessing that belongs to the weights; recorded in the store's identity."""
+    """Overrides of the preprocessing that belongs to the weights; recorded in the store's identity."""
 
     resize: int = Field(256, ge=1)
     crop: int = Field(224, ge=1)
@@ -278,25 +278,25 @@ class PreprocessingConfig(Section):
 
 
 class BackboneConfig(Section):
-    """One frozen network and the layers whose output is kept."""
+    """One frozen network and its layers to embed."""
 
     name: str
     weights: str = "random"
-    """Published ones (`imagenet`, torchvision's exact `IMAGENET1K_V2`, timm's `pretrained`), `bundled`, `random`, or a file."""
+    """Published weights (`imagenet`, torchvision's exact `IMAGENET1K_V2`, timm's `pretrained`), `bundled`, `random`, or a file."""
     layers: Annotated[tuple[str, ...], NOT_EMPTY] = ("penultimate",)
-    """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` will do."""
+    """`penultimate` is the input of the last linear layer; any node listed by `manyheads layers` is allowed."""
     pooling: Annotated[tuple[Pooling, ...], NOT_EMPTY, BeforeValidator(_one_or_several)] = ("avg",)
-    """How a layer with a spatial or token axis becomes one vector; `own` is the network's own way, `map` its own attention."""
+    """How a spatial or token axis is pooled into one vector; `own` is the network's own pooling, `map` its attention pooling."""
     arguments: dict[str, AnyScalar] = Field(default_factory=dict)
     preprocessing: PreprocessingConfig | None = None
     views: tuple[View, ...] = ()
-    """Changed images that are embedded as well, each an embedding of its own."""
+    """Transformed images to embed in addition, each as its own embedding."""
     view: View | None = None
-    """The one that is embedded in place of the image, in what `Config.sections` makes of `views`; no key of a config."""
+    """The view to embed in place of the image; set by `Config.sections`, not allowed in a config."""
 
     @property
     def title(self) -> str:
-        """What messages call the network: `resnet50 (IMAGENET1K_V2)`."""
+        """Return the network's name in messages: `resnet50 (IMAGENET1K_V2)`."""
         return f"{self.name} ({self.weights})"
 
     @model_validator(mode="before")
@@ -311,19 +311,19 @@ class BackboneConfig(Section):
     @model_validator(mode="after")
     def _views_are_of_images(self) -> BackboneConfig:
         if self.views and names_vectors(self.name):
-            raise ValueError(f"views: {self.name} holds vectors that were made elsewhere, and views are of images")
+            raise ValueError(f"views: {self.name} is a file of vectors, and views need images")
         if len({*self.views}) < len(self.views):
-            raise ValueError("views: each is to be named once")
+            raise ValueError("views: the same view is given twice")
         return self
 
     @model_serializer(mode="wrap")
     def _as_before_there_were_views(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A section is compared with, and named by, what was written down then.
+        # Sections are compared and named by their serialized form, so it stays that of versions without views.
         return {key: value for key, value in write(self).items() if value or key not in ("views", "view")}
 
     @field_serializer("pooling")
     def _as_one_word(self, value: tuple[str, ...]) -> str | list[str]:
-        # As it was when there was only one: a section is compared with, and named by, what was written down then.
+        # Sections are compared and named by their serialized form, so a single pooling stays one word.
         return value[0] if len(value) == 1 else list(value)
 
     @field_validator("weights")
@@ -337,7 +337,7 @@ class BackboneConfig(Section):
 
 
 class ExtractionConfig(Section):
-    """How images become vectors: nothing here but `precision`, `engine` and `decode` changes the vectors."""
+    """How images become vectors; only `precision`, `engine` and `decode` change the vectors."""
 
     device: Annotated[str, AfterValidator(checked_device)] = "auto"
     batch_size: Count = "auto"
@@ -352,7 +352,7 @@ class HeadConfig(Section):
 
     name: str
     space: dict[str, tuple[AnyScalar, ...]] = Field(default_factory=dict)
-    """Parameter -> `[low, high]` for a range, the list of choices for a categorical one."""
+    """Parameter -> `[low, high]` for a range, or the list of choices for a categorical parameter."""
     class_weight: Literal["balanced"] | None = None
 
     @field_validator("name")
@@ -381,12 +381,12 @@ class TuningConfig(Section):
 
     @property
     def memory_bytes(self) -> int | None:
-        """The limit in bytes; None for `auto`."""
+        """Return the limit in bytes; None for `auto`."""
         return None if self.memory == "auto" else int(float(self.memory[:-2]) * _UNITS[self.memory[-2:]])
 
     @property
     def budget_seconds(self) -> float | None:
-        """The budget in seconds; None where there is none."""
+        """Return the budget in seconds; None if there is none."""
         return None if self.budget is None else float(self.budget[:-1]) * _SECONDS[self.budget[-1]]
 
     @field_validator("budget", mode="before")
@@ -421,22 +421,22 @@ class TuningConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """Stage three: which backbone is trained end to end, from which linear head, and how."""
+    """Stage three: the backbone to train end to end, the linear head to start from, and the hyperparameters."""
 
     start: str = "best"
-    """`best` is the best linear head on the penultimate layer of the best backbone, `EMBEDDING` the best one on that, or
-    `EMBEDDING/HEAD`; `random` in place of a head is a control that starts from none."""
+    """`best` is the best linear head on the penultimate layer of the best backbone, `EMBEDDING` the best head on that embedding,
+    `EMBEDDING/HEAD` one head; `random` in place of a head is a control with a randomly initialised head."""
     validation_fraction: float = Field(0.2, gt=0, lt=0.5)
     unfreeze: tuple[tuple[Share, str], ...] | Literal["auto"] = ((0.0, "all"),)
-    """From which share of the steps on what is trained, such as `[[0, head], [0.2, all]]`: `head`, `last_stage`, `all`, or the
-    lowest stage, such as `stage3`. `auto` follows `manyheads advise`, which may say that nothing should be."""
+    """The part that is trained from each fraction of the steps on, such as `[[0, head], [0.2, all]]`: `head`, `last_stage`, `all`, or the
+    lowest stage, such as `stage3`. `auto` follows `manyheads advise`, which may advise against training."""
     steps: Count = "auto"
     batch_size: int = Field(32, ge=1)
     size: int | None = Field(None, ge=1)
     rate: float = Field(1e-3, gt=0)
     augment: Literal["none", "flip", "crop", "trivial"] = "crop"
     watch: tuple[Literal["tensorboard", "profiler"], ...] = ()
-    """What a run writes besides, in its folder: its numbers for TensorBoard, and a table of torch's profiler."""
+    """Additional files in the run's folder: metrics for TensorBoard, and a table of torch's profiler."""
 
     @field_validator("unfreeze", mode="before")
     @classmethod
@@ -463,7 +463,7 @@ class Config(Section):
     """A whole experiment."""
 
     output: str
-    """The folder every artifact of this experiment is written to; `artifacts/NAME` of the data set when not given."""
+    """The folder of all files of this experiment; by default `artifacts/NAME`, with the name of the data set."""
     store: str | None = None
     seed: int = Field(0, ge=0, lt=2**32)
     dataset: DatasetConfig = DatasetConfig()
@@ -474,7 +474,7 @@ class Config(Section):
     extraction: ExtractionConfig = ExtractionConfig()
     heads: Annotated[tuple[HeadConfig, ...], NOT_EMPTY] | None = None
     adapt: tuple[Literal["coral", "reweight"], ...] = ("coral", "reweight")
-    """With a `dataset.domain`: how the best head is adapted to the test's domains that training lacks, without their labels."""
+    """With a `dataset.domain`: how the best head is adapted, without labels, to test domains that are missing in training."""
     vote: bool = False
     tuning: TuningConfig = TuningConfig()
     finetune: Annotated[FinetuneConfig, BeforeValidator(_as_advised)] = FinetuneConfig()
@@ -495,7 +495,7 @@ class Config(Section):
 
     @property
     def sections(self) -> tuple[BackboneConfig, ...]:
-        """What is embedded: each of `backbones`, and each of its views as a section of its own."""
+        """Return the sections to embed: each of `backbones`, and each of its views as its own section."""
         found = []
         for section in self.backbones:
             plain = section.model_copy(update={"views": ()})
@@ -506,7 +506,7 @@ class Config(Section):
     @classmethod
     def _views_by_their_key(cls, value: tuple[BackboneConfig, ...]) -> tuple[BackboneConfig, ...]:
         if any(section.view for section in value):
-            raise ValueError("unknown key 'view'; a view is asked for beside the images, such as views: [flip]")
+            raise ValueError("unknown key 'view'; use views, such as views: [flip]")
         return value
 
     @field_validator("concat")
@@ -541,7 +541,7 @@ class Config(Section):
 
 
 def _name_of_the_data(section: Any) -> str:
-    """What a data set is called: its torchvision name, else its folder or its manifest without the ending."""
+    """Return the name of a data set: its torchvision name, or the name of its folder or manifest without the suffix."""
     found = section if isinstance(section, dict) else {}
     if isinstance(name := found.get("name"), str):
         return Path(name).name

@@ -1,6 +1,6 @@
 """The data set: sources of images become one index of path, label, split, group and content digest.
 
-Who reads that index needs no more than these; who makes it, or says something of the images, asks `scan`, `sources`, `folder`.
+Readers of the index need only these names; modules that build it import from `scan`, `sources` and `folder`.
 """
 
 from __future__ import annotations

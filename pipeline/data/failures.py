@@ -1,6 +1,6 @@
-"""Failures: every file that is not used, with the reason; nothing is dropped without a line in the list.
+"""Failures: every file that is not used, with the reason; no file is dropped without an entry in the list.
 
-`failures.csv` holds what the scan found (written anew by each scan) and which contents could not be decoded. The latter are
+`failures.csv` lists the scan's findings (rewritten by each scan) and the contents that could not be decoded. The latter are
 remembered by content and decode policy, so that a broken image is not tried again until its bytes or the policy change.
 """
 
@@ -19,13 +19,13 @@ from pipeline.io.files import make_folder, read_file, write_text_atomic
 
 FAILURES_FILE = "failures.csv"
 REMARKS = frozenset({"not_an_image", "not_in_a_class", "leak", "conflict"})
-"""Statuses that are worth knowing and are not failures of an image."""
+"""Statuses of remarks, which do not count as failed images."""
 
 
 class Failure(NamedTuple):
-    """One file that is not used, or worth a remark.
+    """One file that is not used, or has a remark.
 
-    `digest` is the content's hex digest and `policy` names the decode policy it failed under; both '' where a scan found it.
+    `digest` is the content's hex digest and `policy` the name of the decode policy it failed under; both are '' for a scan's findings.
     """
 
     path: str
@@ -36,18 +36,18 @@ class Failure(NamedTuple):
 
 
 def shown(path: str) -> str:
-    """Return a path for people: bytes that are not UTF-8 and control characters are escaped."""
+    """Return a path for display: bytes that are not UTF-8 and control characters are escaped."""
     text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def noticed(path: str, status: str, reason: str) -> Failure:
-    """Return what a scan says of a file."""
+    """Return an entry for a file that a scan found."""
     return Failure(shown(path), "", status, reason)
 
 
 def read_failures(folder: Path) -> list[Failure]:
-    """Read the list of a folder, an empty one where there is none; DatasetError when it is no such list."""
+    """Read a folder's list; empty if there is none; DatasetError if the file is not such a list."""
     path = folder / FAILURES_FILE
     try:
         header, *rows = csv.reader(io.StringIO(read_file(path).decode("utf-8"), newline=""))
@@ -63,7 +63,7 @@ def read_failures(folder: Path) -> list[Failure]:
 
 
 def write_failures(folder: Path, failures: Iterable[Failure]) -> None:
-    """Write the list of a folder, sorted by path; the file stays untouched when nothing changed."""
+    """Write a folder's list, sorted by path; an unchanged file is not touched."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(Failure._fields)
@@ -75,9 +75,9 @@ def write_failures(folder: Path, failures: Iterable[Failure]) -> None:
 
 
 def record_failures(folder: Path, failures: Sequence[Failure], policy: str) -> None:
-    """Add contents that could not be decoded under a policy; each needs its digest, and replaces what was known of it.
+    """Add contents that could not be decoded under a policy; each needs its digest, and replaces earlier entries of that content.
 
-    What failed under another policy is forgotten: it is tried again under this one. A file that could not be read this
+    Failures under another policy are removed, to be tried again under this one. A file that could not be read this
     time is listed too, but only until the next scan looks again.
     """
     fresh = {failure.digest for failure in failures}
@@ -85,7 +85,7 @@ def record_failures(folder: Path, failures: Sequence[Failure], policy: str) -> N
     kept = [one for one in known if not one.policy or (one.policy == policy and one.digest not in fresh)]
     if failures or len(kept) < len(known):
         for one in failures:
-            # What could not be read this time says nothing about a content.
+            # An unreadable file says nothing about its content.
             kept.append(
                 one._replace(digest="", policy="") if one.status == "unavailable" else one._replace(policy=policy)
             )
@@ -98,7 +98,7 @@ def failed_digests(folder: Path, policy: str) -> Digests:
 
 
 def remembered(known: Sequence[Failure], paths: Sequence[str], digests: Digests) -> list[Failure]:
-    """Return the failures whose content, digests uint64 (n, 2), is still in the data set, under its path of now."""
+    """Return the known failures whose content, digests uint64 (n, 2), is still in the data set, with their current paths."""
     failed = {failure.digest: failure for failure in known if failure.policy}
     if not failed:
         return []
@@ -107,7 +107,7 @@ def remembered(known: Sequence[Failure], paths: Sequence[str], digests: Digests)
 
 
 def check_failures(failed: int, total: int, max_failures: float, listed: Path) -> None:
-    """Raise DatasetError when too many of `total` images failed: a share when `max_failures` is below 1, a number from 1 up."""
+    """Raise DatasetError if too many of `total` images failed; `max_failures` is a fraction if below 1, otherwise a count."""
     limit = max_failures * total if max_failures < 1 else max_failures
     if failed > limit:
         allowed = f"{max_failures:.0%} of them" if max_failures < 1 else f"{max_failures:g}"

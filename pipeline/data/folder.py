@@ -1,5 +1,5 @@
-"""What a source lists, not yet opened: images by their content, below class folders, or below train/, validation/ and test/ above them;
-archives of such, and WebDatasets; and a line for all that is passed over.
+"""List the images of a source without opening them: folders of classes, with or without split folders above, archives and WebDatasets.
+Every file that is passed over gets an entry with the reason.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ from pipeline.io.remote import address_of
 EXTENSIONS = frozenset({
     "apng", "bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "mpo", "pjp", "pjpeg", "png", "tif", "tiff", "webp",
 })  # fmt: skip
-"""File name endings, in any case, that say "image" without a look into the file."""
+"""File name suffixes, in any case, that identify an image without reading the file."""
 
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-"""How users call a split, in lower case -> how it is called here."""
+"""A split's name in the data, in lower case -> its name in the index."""
 
 _HIDDEN = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx"})
 
 
 ListedImage = tuple[str, str | tuple[str, ...], str, str, str, int, int, int]
-"""Path of an image below the root, label, split, group, domain, and the three numbers of its `Stat`; one plain tuple, as there are many.
+"""Path of an image below the root, label, split, group, domain, and the three numbers of its `Stat`; a plain tuple for speed.
 
-The label is a tuple where the source has several columns; split, group and domain are '' where it has none.
+The label is a tuple if the source has several label columns; split, group and domain are '' if the source has none.
 """
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name ends as an image's does, in any case."""
+    """Whether a file name has an image suffix, in any case."""
     return name.rpartition(".")[2].lower() in EXTENSIONS
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is one that file managers and archivers leave behind."""
+    """Whether a name belongs to the hidden files that file managers and archivers create."""
     return name[0] == "." or name.lower() in _HIDDEN
 
 
 def is_folder(path: Path) -> bool | None:
-    """Whether a path is a folder of images, on this machine, remote or an archive; False for a file, None where there is nothing."""
+    """Whether a path is a folder of images, which may be remote or an archive; False for a file, None if nothing is there."""
     if path.exists() and (path.is_dir() or inside(str(path)) is None):
         return path.is_dir()
     try:
@@ -80,7 +80,7 @@ def is_folder(path: Path) -> bool | None:
 
 @dataclass
 class Folder:
-    """What one folder holds: the names of folders, and of images with what tells whether each was touched."""
+    """The contents of one folder: subfolders, and images with the `Stat` that shows later changes."""
 
     folders: list[str] = field(default_factory=list)
     images: dict[str, Stat] = field(default_factory=dict)
@@ -88,11 +88,11 @@ class Folder:
 
 @dataclass
 class Listing:
-    """What a source holds below `root`: its images, a line for each file that is passed over, and counts of the rest.
+    """The contents of a source below `root`: its images, an entry for each file passed over, and counts of the rest.
 
-    Folders are walked with `below` or `read`, which take no image in by themselves. Paths are relative to the root; those of folders end
-    in '/', and the root's own is ''. Symbolic links are followed to files below `inside`. The root, or a folder in it, may be an archive,
-    the root also remote. `names` is what the columns of labels are called in the index.
+    `below` and `read` walk folders without adding images. Paths are relative to the root; those of folders end in '/', and the root's
+    own is ''. Symbolic links are followed to files below `inside`. The root, or a folder in it, may be an archive; the root may also be
+    remote. `names` are the label columns' names in the index.
     """
 
     root: Path
@@ -104,7 +104,7 @@ class Listing:
     names: tuple[str, ...] = (LABEL,)
 
     def below(self, start: str = "") -> Iterator[tuple[str, Folder]]:
-        """Yield every folder from `start` down with what it holds, in the order of their names."""
+        """Yield every folder from `start` down with its contents, sorted by name."""
         pending = [start]
         while pending:
             path = pending.pop()
@@ -120,7 +120,7 @@ class Listing:
                 self._read(path, found)
             else:
                 self._read_elsewhere(path, found)
-        except OSError as error:  # also a disk that fails in the middle of it
+        except OSError as error:  # including a disk that fails midway
             told = f"the folder cannot be read to its end: {error.strerror or error}"
             self.pass_over(path.rstrip("/"), "unreadable", told)
         found.folders.sort()
@@ -132,7 +132,7 @@ class Listing:
             with os.scandir(descriptor) as entries:
                 for entry in entries:
                     name = entry.name
-                    # The one hot line of a scan: nearly every entry is an image.
+                    # The hot path of a scan: nearly every entry is an image.
                     if is_image_name(name) and name[0] != "." and entry.is_file(follow_symlinks=False):
                         found.images[name] = stat_of(entry.stat(follow_symlinks=False))
                     elif is_hidden(name):
@@ -150,7 +150,7 @@ class Listing:
             os.close(descriptor)
 
     def _read_elsewhere(self, path: str, found: Folder) -> None:
-        """Read a folder inside an archive, or a remote one."""
+        """Read a folder that is remote or inside an archive."""
         full = f"{self.root}/{path}".rstrip("/")
         archive = open_archive(place[0]) if (place := inside(full)) else None
         if archive is not None and archive.problem and path == "":
@@ -168,11 +168,11 @@ class Listing:
                 self.ignored["files in archives that are no images"] += 1
 
     def pass_over(self, path: str, status: str, reason: str) -> None:
-        """Add a line."""
+        """Add an entry for a file that is not used."""
         self.entries.append(noticed(path, status, reason))
 
     def _take(self, folder: str, name: str, stats: Stat, found: Folder, is_image: bool = False) -> None:
-        """Take in a file that is an image by its name or its content, or say what it is."""
+        """Add a file that is an image by its name or its content, or an entry with the reason why not."""
         problem = None if is_image or is_image_name(name) else self._problem(folder + name)
         if problem is not None:
             self.pass_over(folder + name, *problem)
@@ -180,7 +180,7 @@ class Listing:
             found.images[name] = stats
 
     def _problem(self, path: str) -> tuple[str, str] | None:
-        """Say as status and reason why a file's content is not read as an image; None where it is."""
+        """Return the status and reason if a file's content is not a readable image; None if it is."""
         full = f"{self.root}/{path}"
         try:
             if address_of(full) or not os.path.isfile(full):
@@ -195,7 +195,7 @@ class Listing:
         return ("unsupported_format", kind.refusal) if kind.refusal else None
 
     def _take_link(self, folder: str, name: str, found: Folder) -> None:
-        """Take in a symbolic link to a file, or say why not."""
+        """Add the target of a symbolic link to a file, or an entry with the reason why not."""
         real = os.path.realpath(self.root / folder / name)
         if os.path.commonpath([real, self.inside]) != self.inside:
             self.pass_over(folder + name, "unreadable", f"it is a symbolic link that leaves {self.root}")
@@ -205,27 +205,27 @@ class Listing:
             self._take(folder, name, stat_of(os.stat(real)), found)
 
 
-# ---- what the folders mean
+# ---- the meaning of folders
 
 LABELS = ("cls", "json", "txt")
-"""Endings of files with the label of the image beside them, the surest first."""
+"""Suffixes of the files next to an image that hold its label, most reliable first."""
 
 KEYS = ("label", "cls", "class", "class_name")
-"""Under which names a .json holds it."""
+"""Keys of the label in a .json file."""
 
 MOST = 10
-"""Missing files that are named."""
+"""Number of missing files listed in an error."""
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path stands for several: `shard-{000..003}.tar`, `{train,test}.zip`."""
+    """Whether a path is a pattern for several files: `shard-{000..003}.tar`, `{train,test}.zip`."""
     return "{" in path and not os.path.lexists(path)
 
 
 def archives_of(path: Path, endings: tuple[str, ...] = ARCHIVES) -> tuple[Path, list[str]]:
-    """Return the folder and the names of the archives that a pattern means, or a folder that holds nothing else; no names otherwise.
+    """Return the folder and names of the archives matching a pattern, or in a folder of archives only; no names otherwise.
 
-    DatasetError when a pattern means files that are not there.
+    DatasetError if a pattern names files that do not exist.
     """
     text = address_of(path) or str(path)
     if is_pattern(text):
@@ -243,7 +243,7 @@ def archives_of(path: Path, endings: tuple[str, ...] = ARCHIVES) -> tuple[Path, 
         else:
             held = {name: entry is None for name, entry in entries(text).items()}
     except OSError:
-        return path, []  # no folder: whoever reads it will say what is wrong
+        return path, []  # not a folder: the code that reads it reports the problem
     names = sorted(name for name in held if not is_hidden(name))
     archives = [name for name in names if name.lower().endswith(endings)]
     others = [name for name in names if name not in archives and (is_image_name(name) or held[name])]
@@ -251,7 +251,7 @@ def archives_of(path: Path, endings: tuple[str, ...] = ARCHIVES) -> tuple[Path, 
 
 
 def _braces(text: str) -> Iterator[str]:
-    """Yield what a shell makes of `{a,b}` and `{000..003}`."""
+    """Expand `{a,b}` and `{000..003}` as a shell does."""
     found = re.search(r"\{([^{}]*)\}", text)
     if found is None:
         yield text
@@ -264,18 +264,18 @@ def _braces(text: str) -> Iterator[str]:
 
 
 def splits_of(names: Sequence[str]) -> list[str]:
-    """Return the split that each archive's name, or a folder above it, begins with: `train-0001.tar`; '' of all unless all do."""
+    """Return the split named at the start of each archive's name or folder: `train-0001.tar`; '' for all unless all have one."""
     words = [[re.split(r"[-_.]", part)[0].lower() for part in name.split("/")] for name in names]
     found = [next((SPLIT_NAMES[word] for word in parts if word in SPLIT_NAMES), "") for parts in words]
     return found if all(found) else [""] * len(names)
 
 
 def list_folder(root: Path, labelled: bool = True) -> Listing:
-    """List the images of a folder whose sub-folders are classes, or splits above classes.
+    """List the images of a folder whose subfolders are classes, or splits that contain classes.
 
-    Sub-folders are splits only when every one of them is called like a split: a class "train" beside "bus" is a class.
-    Images any depth below a class folder belong to that class. Labels are folder names in Unicode form NFC. Unless it is `labelled`,
-    images lie anywhere and have the label ''. DatasetError when the folder is missing, or no file, or not laid out in classes.
+    Subfolders are splits only if all of them have the name of a split: "train" next to "bus" is a class.
+    Images at any depth below a class folder belong to that class. Labels are folder names in Unicode form NFC. Without `labelled`,
+    images may be anywhere and get the label ''. DatasetError if the folder is missing, is a file, or has no class folders.
     """
     forget(str(root))
     root, archives = archives_of(root)
@@ -303,7 +303,7 @@ def list_folder(root: Path, labelled: bool = True) -> Listing:
 
 
 def _list_archives(root: Path, names: Sequence[str]) -> Listing:
-    """List the images in one archive, a folder in it, or several: WebDatasets, or class folders, where several archives may be splits."""
+    """List the images of an archive, a folder in it, or several archives: WebDatasets, or class folders; each archive may be a split."""
     listing = Listing(root)
     if _add_web_dataset(listing, names or [""]):
         return listing
@@ -320,7 +320,7 @@ def _list_archives(root: Path, names: Sequence[str]) -> Listing:
 
 
 def _descend(look: Listing, path: str) -> str:
-    """Return the folder in an archive that holds the classes: the one in it, where somebody has packed a folder as a whole."""
+    """Return the folder in an archive that contains the classes, skipping the outer folder if a whole folder was packed."""
     while True:
         found = look.read(path)
         below = [look.read(f"{path}{name}/") for name in found.folders] if len(found.folders) == 1 else []
@@ -330,7 +330,7 @@ def _descend(look: Listing, path: str) -> str:
 
 
 def _add_layout(listing: Listing) -> None:
-    """List the images below the root by its class folders, or splits above them."""
+    """List the images below the root by class folders, or by splits that contain them."""
     top = listing.read("")
     splits = [SPLIT_NAMES.get(name.lower(), "") for name in top.folders]
     if not top.folders or not all(splits):
@@ -350,7 +350,7 @@ def _pass_over_images(listing: Listing, found: Folder, path: str) -> None:
 
 
 def _add_classes(listing: Listing, found: Folder, above: str, split: str) -> None:
-    """List the images of the class folders in a folder; DatasetError where there are none."""
+    """List the images of all class folders in a folder; DatasetError if there are none."""
     if not found.folders:
         place = f"{address_of(listing.root) or listing.root}/{above}".rstrip("/")
         raise DatasetError(
@@ -366,7 +366,7 @@ def _add_classes(listing: Listing, found: Folder, above: str, split: str) -> Non
 
 
 def _add_images(listing: Listing, start: str, label: str, split: str = "") -> bool:
-    """List all images from a folder down under one label; return whether there are any."""
+    """List all images below a folder with one label; return whether there are any."""
     before = len(listing.images)
     for path, found in listing.below(start):
         plain = _is_text(path)
@@ -379,14 +379,14 @@ def _add_images(listing: Listing, start: str, label: str, split: str = "") -> bo
 
 
 def _is_text(name: str) -> bool:
-    """Whether a file name is UTF-8; others reach Python with surrogates in place of their bytes."""
+    """Whether a file name is valid UTF-8; Python represents other bytes by surrogates."""
     return name.encode(errors="ignore").decode() == name
 
 
 def _refuse_half_splits(root: Path, splits: Mapping[str, str]) -> None:
-    """Classes called train and test that hold nothing but folders are splits with something else beside them."""
+    """Raise DatasetError for folders such as train and test that contain only folders, next to one that is no split."""
     named = [name for name, split in splits.items() if split]
-    look = Listing(root)  # the listing's own walk will say what is wrong in there
+    look = Listing(root)  # the listing's own walk reports problems in there
     found = [look.read(f"{name}/") for name in named]
     if len(named) > 1 and all(folder.folders and not folder.images for folder in found):
         others = ", ".join(shown(name) for name in splits if name not in named)
@@ -397,9 +397,9 @@ def _refuse_half_splits(root: Path, splits: Mapping[str, str]) -> None:
 
 
 def _add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
-    """List the images of archives whose labels are files of the same key beside them; False where these are no such archives.
+    """List the images of archives whose labels are in files with the same key; return False if they are not WebDatasets.
 
-    They are if there is a .cls, or a .json or .txt beside images that no folder holds. `names` are relative to the root, '' itself.
+    They are if there is a .cls file, or a .json or .txt file and no folders. `names` are relative to the root, '' is the root itself.
     """
     places = {name: f"{address_of(listing.root) or listing.root}/{name}".rstrip("/") for name in names}
     found = {name: _samples(place) for name, place in places.items()}
@@ -426,7 +426,7 @@ def _add_web_dataset(listing: Listing, names: Sequence[str]) -> bool:
 
 
 def _samples(place: str) -> Mapping[str, Mapping[str, str]]:
-    """Return the images of an archive with what lies beside them, by key, the path up to the first dot of a name, and by ending."""
+    """Return the images of an archive with their accompanying files: key (the path up to the first dot of the name) -> suffix -> member."""
     samples: dict[str, dict[str, str]] = defaultdict(dict)
     for member in open_archive(place).members if inside(place) == (place, "") else ():
         folder, slash, file = member.rpartition("/")
@@ -437,7 +437,7 @@ def _samples(place: str) -> Mapping[str, Mapping[str, str]]:
 
 
 def _label(place: str, files: Mapping[str, str]) -> str:
-    """Return the label of an image, from the surest file that says one; '' where none does."""
+    """Return the label of an image from its most reliable label file; '' if none has one."""
     for ending in LABELS:
         try:
             text = read_elsewhere(f"{place}/{files[ending]}").decode().strip()

@@ -1,7 +1,7 @@
-"""The index: which image has which label and is on which side, and nothing else does; one CSV file that people can read.
+"""The index: one readable CSV file that alone defines the label and split of every image.
 
-`index.json` beside `index.csv` says which format that is, where the images are, how splits were made, and the digest of the rows,
-also of those that they replaced: a kill may fall between the two files.
+`index.json` records the format of `index.csv`, the root of the images, how splits were made, and the digest of the rows,
+and that of the previous rows: a process may be killed between writing the two files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.io.files import make_folder, read_file, write_atomic
 from pipeline.io.remote import address_of
 
 Texts = NDArray[np.object_]
-"""n texts: ndarray of shape (n,), object dtype, each a `str`."""
+"""An object array of n `str`, shape (n,)."""
 
 RowNumbers = NDArray[np.int64]
 """Row numbers: int64 of shape (n,), -1 for none."""
@@ -49,7 +49,7 @@ def encode(texts: Texts) -> tuple[NDArray[np.int64], list[str]]:
 
 
 def content_codes(digests: Digests) -> NDArray[np.int64]:
-    """Return a number for each image's content, int64 of shape (n,): equal contents, equal numbers from 0 up."""
+    """Return a code from 0 up per image, int64 of shape (n,); images with equal content have equal codes."""
     order = np.lexsort((digests[:, 1], digests[:, 0]))
     ordered = digests[order]
     codes = np.zeros(len(order), dtype=np.int64)
@@ -58,10 +58,10 @@ def content_codes(digests: Digests) -> NDArray[np.int64]:
 
 
 def leakage_units(digests: Digests, groups: Texts | None) -> NDArray[np.int64]:
-    """Return a unit for each image, int64 of shape (n,), numbered from 0 up.
+    """Return each image's unit, int64 of shape (n,), numbered from 0 up.
 
-    Two images are of one unit when a chain of shared contents and shared groups joins them. Were they parted between
-    training and test, the score would be too good.
+    Two images belong to one unit if a chain of shared contents and shared groups connects them. If they were split between
+    training and test, the test score would be too good.
     """
     contents = content_codes(digests)
     if groups is None or len(groups) == 0:
@@ -70,7 +70,7 @@ def leakage_units(digests: Digests, groups: Texts | None) -> NDArray[np.int64]:
     from scipy.sparse.csgraph import connected_components
 
     codes, names = encode(groups)
-    alone = groups == ""  # an image of no group is a group of its own
+    alone = groups == ""  # an image without a group is its own group
     codes[alone] = len(names) + np.arange(np.count_nonzero(alone))
     ends = codes, contents + codes.max() + 1
     joined = coo_array((np.ones(len(codes), dtype=bool), ends), shape=(ends[1].max() + 1,) * 2)
@@ -79,7 +79,7 @@ def leakage_units(digests: Digests, groups: Texts | None) -> NDArray[np.int64]:
 
 
 def match_texts(old: Texts, new: Texts) -> RowNumbers:
-    """Return for each new text the row of the equal old text, int64 of shape (n_new,), or -1; both are sorted and distinct."""
+    """Return for each new text the row of the equal old text, int64 of shape (n_new,), or -1; both inputs are sorted and distinct."""
     if np.array_equal(old, new):
         return np.arange(len(new))
     found = pc.index_in(pa.array(new, pa.large_string()), value_set=pa.array(old, pa.large_string()))
@@ -87,7 +87,7 @@ def match_texts(old: Texts, new: Texts) -> RowNumbers:
 
 
 def match_digests(old: Digests, new: Digests) -> RowNumbers:
-    """Return for each new digest, uint64 (n_new, 2), the first row with the equal old digest: int64 of shape (n_new,), -1 for none."""
+    """Return for each new digest, uint64 (n_new, 2), the first row with an equal old digest: int64 of shape (n_new,), -1 for none."""
     codes = content_codes(np.concatenate([old, new]))
     first = np.full(len(codes), -1, dtype=np.int64)
     first[codes[: len(old)][::-1]] = np.arange(len(old))[::-1]
@@ -96,7 +96,7 @@ def match_digests(old: Digests, new: Digests) -> RowNumbers:
 
 @dataclass(frozen=True)
 class Changes:
-    """How two states of a data set differ, as numbers of images."""
+    """The differences between two states of a data set, as numbers of images."""
 
     added: int = 0
     changed: int = 0
@@ -104,14 +104,14 @@ class Changes:
     removed: int = 0
 
     def __str__(self) -> str:
-        """Say it as `3 added, 1 removed`; only what there is."""
+        """Return text such as `3 added, 1 removed`, without zero counts."""
         return ", ".join(f"{count:,} {name}" for name, count in vars(self).items() if count)
 
 
 def difference(old_paths: Texts, old_digests: Digests, new_paths: Texts, new_digests: Digests) -> Changes:
     """Compare two states by path, object arrays of shape (n,), and content, uint64 of shape (n, 2); paths are sorted.
 
-    A new path whose content was at a path that is gone is renamed; a path with other content is changed.
+    A new path whose content was at a removed path is renamed; a path with other content is changed.
     """
     rows = match_texts(old_paths, new_paths)
     known = rows >= 0
@@ -128,23 +128,23 @@ def difference(old_paths: Texts, old_digests: Digests, new_paths: Texts, new_dig
 INDEX_FILE = "index.csv"
 INDEX_RECORD = "index.json"
 BEFORE, LABEL, AFTER = ("path",), "label", ("split", "group", "digest", "size")
-"""Columns of index.csv: those before and after the labels', and how one of them alone is called, whatever the manifest calls it."""
+"""Columns of index.csv before, for and after the labels; a single label column always has this name, whatever its name in the manifest."""
 
 SEPARATOR = "|"
-"""Between the labels of an image that may have several, whatever stands there in the source."""
+"""Separates the labels of a multilabel image, whatever the separator in the source."""
 
 DOMAIN = "domain"
-"""The last column, where the source has domains."""
+"""The last column, if the source has domains."""
 EXCLUDED = "excluded"
 SPLITS = ("train", "validation", "test", EXCLUDED)
 
 _RUNS = r"^[=+\-@\t\r']"
-"""What `to_cell` looks for."""
+"""The texts that `to_cell` escapes."""
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """What a made split follows: the seed of the order, and the share of each class's images that is set aside."""
+    """The parameters of a generated test split: the seed of the order, and the test fraction of each class."""
 
     seed: int
     test_fraction: float
@@ -158,12 +158,12 @@ class DatasetIndex:
     """Every image of a data set, sorted by path; n rows.
 
     `paths`, `labels`, `splits` and `groups` are object arrays of shape (n,) holding `str`; `digests` is uint64 of shape
-    (n, 2), `sizes` int64 of shape (n,), in bytes. A split is 'train', 'validation', 'test', or 'excluded' (a copy taken
-    out because of a leak). `groups` is None where there are none; '' is an image of no group. Paths are relative to
-    `root`, with '/'. `domains`, like `groups`, says of each where it is from.
+    (n, 2), `sizes` int64 of shape (n,), in bytes. A split is 'train', 'validation', 'test', or 'excluded' (a copy left
+    out because of a leak). `groups` is None if there are none; '' is an image without a group. Paths are relative to
+    `root`, with '/'. `domains`, like `groups`, holds the origin of each image.
 
-    Labels are the texts of the source. Where it has several columns of them, k, `labels` has shape (n, k) and
-    `names` says which they are; '' is a cell that the source left empty. One alone is called 'label'.
+    Labels are the texts of the source. If it has k > 1 label columns, `labels` has shape (n, k) and
+    `names` holds their names; '' is an empty cell. A single column is named 'label'.
     """
 
     root: Path
@@ -181,33 +181,33 @@ class DatasetIndex:
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """The labels of the one column, sorted."""
+        """The distinct labels of a single column, sorted."""
         return tuple(sorted(encode(self.labels)[1]))
 
     def column(self, name: str) -> Texts:
-        """Return one column of labels, shape (n,), object (str); KeyError where there is none of that name."""
+        """Return one label column, shape (n,), object (str); KeyError if there is none of that name."""
         if name not in self.names:
             raise KeyError(name)
         return self.labels if self.labels.ndim == 1 else self.labels[:, self.names.index(name)]
 
     def only(self, *names: str) -> DatasetIndex:
-        """Return the same images with some columns of labels: one alone as if the source had no other."""
+        """Return the same images with some of the label columns; a single one becomes the column 'label'."""
         if len(names) == 1:
             return replace(self, labels=self.column(*names), names=(LABEL,))
         return replace(self, labels=np.column_stack([self.column(name) for name in names]), names=names)
 
     def has_labels(self, kind: str = "auto") -> NDArray[np.bool_]:
-        """Return which images have labels that a target of some kind can be learned from: bool of shape (n,).
+        """Return which images have the labels that a kind of target needs: bool of shape (n,).
 
-        Those without an empty cell; an image of no label at all is one of several labels, none of which it has.
+        All cells must be filled, except for multilabel targets, where an image may have no labels.
         """
         cells = self.labels.reshape(len(self), len(self.names))
         return np.asarray((cells != "").all(axis=1) | (kind == "multilabel"))
 
     def by_target(self, kinds: Sequence[str]) -> Iterator[tuple[str, str, DatasetIndex]]:
-        """Yield for each target '', or of several 'NAME: ', its kind, and the images that have labels of it.
+        """Yield each target's prefix in messages ('' for a single one, else 'NAME: '), its kind, and the images labelled for it.
 
-        kinds : for each column of labels, or one that is of all of them
+        kinds : one per label column, or a single one for all columns
         """
         if tuple(kinds) == (NO_LABELS,):
             return
@@ -219,36 +219,36 @@ class DatasetIndex:
             yield f"{name}: ", kind, part.rows(part.has_labels(kind))
 
     def said(self, row: int) -> str:
-        """Return the labels of an image for people."""
+        """Return the labels of an image for display."""
         return ", ".join(np.atleast_1d(self.labels[row]))
 
     def select(self, *splits: str) -> DatasetIndex:
-        """Return the rows of some splits, in the same order; ValueError for a split that does not exist."""
+        """Return the rows of some splits, in the same order; ValueError for an unknown split."""
         unknown = sorted(set(splits) - set(SPLITS))
         if unknown:
             raise ValueError(f"unknown splits {unknown}; there are {SPLITS}")
         return self.rows(np.flatnonzero(np.isin(self.splits.astype(str), splits)))
 
     def rows(self, rows: NDArray[Any]) -> DatasetIndex:
-        """Return some rows, given by number (integers of shape (m,)) or by a mask (bool of shape (n,))."""
+        """Return some rows, selected by number (integers of shape (m,)) or by mask (bool of shape (n,))."""
         columns = {name: column[rows] for name, column in vars(self).items() if isinstance(column, np.ndarray)}
         return replace(self, **columns)
 
     def units(self) -> NDArray[np.int64]:
-        """Return which images may not be parted: int64 of shape (n,), one number for a group, or a content, and all it is joined to."""
+        """Return which images must stay together: int64 of shape (n,), a number per unit of connected groups and contents."""
         return leakage_units(self.digests, self.groups)
 
     def fold_groups(self) -> NDArray[np.int64] | None:
-        """Return which images must share a fold: int64 of shape (n,), or None when each may go anywhere."""
+        """Return which images must share a fold: int64 of shape (n,), or None if there are no constraints."""
         units = self.units()
         return None if len(units) == 0 or units.max() + 1 == len(units) else units
 
     def fingerprint(self) -> str:
-        """Return the hex digest of every row; where the images lie does not matter."""
+        """Return the hex digest of all rows; the root of the images does not matter."""
         return bytes_digest(_to_csv(self))
 
     def write(self, folder: Path, plan: SplitPlan | None = None, source: str = "") -> None:
-        """Write index.csv and index.json; `plan` says how the test split was made, None when the user gave it."""
+        """Write index.csv and index.json; `plan` describes the generated test split, None if the user gave the splits."""
         make_folder(folder)
         rows, path = _to_csv(self), folder / INDEX_FILE
         digests = [bytes_digest(rows), *([bytes_digest(path.read_bytes())] if path.is_file() else [])]
@@ -260,13 +260,13 @@ class DatasetIndex:
 
     @staticmethod
     def read(folder: Path) -> DatasetIndex:
-        """Read the index of a folder; DatasetError when there is none, or it is not one this version can read."""
+        """Read the index of a folder; DatasetError if there is none, or this version cannot read it."""
         found = WrittenIndex.read(folder)
         if found.record is None or found.index is None:
             raise DatasetError(f"{folder}: holds no index; run `manyheads features` to make it")
         if found.edited:
             raise DatasetError(
-                f"{found.path}: is not the one that was written: it was edited, or is damaged; run `manyheads features`, which keeps its "
+                f"{found.path}: was edited, or is damaged, since it was written; run `manyheads features`, which keeps its "
                 "splits, or delete it to have it made anew"
             )
         return found.index
@@ -274,7 +274,7 @@ class DatasetIndex:
 
 @dataclass(frozen=True)
 class WrittenIndex:
-    """What a folder holds of an index: what index.json says, and the bytes of index.csv; None where there is no such file."""
+    """The index files in a folder: the record of index.json, and the bytes of index.csv; None for a missing file."""
 
     path: Path
     record: Mapping[str, Any] | None
@@ -282,7 +282,7 @@ class WrittenIndex:
 
     @staticmethod
     def read(folder: Path) -> WrittenIndex:
-        """Read both files; DatasetError when one cannot be read, or index.json is damaged."""
+        """Read both files; DatasetError if one cannot be read, or index.json is damaged."""
         record, path = read_record(folder), folder / INDEX_FILE
         try:
             return WrittenIndex(path, record, read_file(path))
@@ -291,30 +291,30 @@ class WrittenIndex:
 
     @cached_property
     def digest(self) -> str:
-        """The digest of index.csv: the fingerprint of the index unless somebody has edited it."""
+        """The digest of index.csv: the fingerprint of the index unless the file was edited."""
         return bytes_digest(self.csv or b"")
 
     @property
     def edited(self) -> bool:
-        """Whether index.csv is not, byte for byte, what was written with index.json; 0.1 did not write down which that was."""
+        """Whether index.csv differs from the file written with index.json; 0.1 recorded no digest."""
         return self.csv is not None and self.digest not in (self.record or {}).get("rows", [self.digest])
 
     @property
     def plan(self) -> SplitPlan | None:
-        """How the test split was made; None when the user gave it, or nothing is known."""
+        """The plan of the generated test split; None if the user gave the splits, or it is unknown."""
         made = (self.record or {}).get("made_splits")
         return SplitPlan(int(made["seed"]), float(made["test_fraction"])) if made else None
 
     @cached_property
     def index(self) -> DatasetIndex | None:
-        """The index, also where somebody has edited it; DatasetError when it is damaged."""
+        """The index, even if it was edited; DatasetError if it is damaged."""
         record = self.record or {}
-        in_cells = record.get("version") != 1  # 0.1 did not write texts as cells
+        in_cells = record.get("version") != 1  # 0.1 did not escape cells
         return None if self.csv is None else _from_csv(self.path, self.csv, Path(record.get("root", "")), in_cells)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Read what index.json says, or None when there is no such file; DatasetError when it is damaged."""
+    """Return the content of index.json, or None if there is no such file; DatasetError if it is damaged."""
     path = folder / INDEX_RECORD
     if not os.path.lexists(path):
         return None
@@ -327,7 +327,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _to_csv(index: DatasetIndex) -> bytes:
-    """Return index.csv: quoted only where some value of the table needs it, so that most files stay easy to read."""
+    """Return index.csv as bytes, with quotes only if some value needs them, so that most files stay easy to read."""
     groups = index.groups if index.groups is not None else np.full(len(index), "", dtype=object)
     labels = [index.column(name) for name in index.names]
     given = [pa.array(column, pa.large_string()) for column in (index.paths, *labels, index.splits, groups)]
@@ -348,7 +348,7 @@ def _to_csv(index: DatasetIndex) -> bytes:
 
 
 def _to_cells(column: pa.Array) -> pa.Array:
-    """Do for a column what `to_cell` does for a text."""
+    """Apply `to_cell` to a column."""
     if not pc.any(pc.match_substring_regex(column, _RUNS)).as_py():
         return column
     return pa.array([None if text is None else to_cell(text) for text in column.to_pylist()], column.type)
@@ -363,7 +363,7 @@ def _from_csv(path: Path, data: bytes, root: Path, in_cells: bool) -> DatasetInd
         raise DatasetError(
             f"{path}: has columns {', '.join(header)}, expected {expected}; delete it to have it made anew"
         )
-    columns = [*BEFORE, *map(str, range(len(names))), *after]  # labels may be called as our own columns are
+    columns = [*BEFORE, *map(str, range(len(names))), *after]  # label columns may have the names of ours
     types: dict[str, pa.DataType] = dict.fromkeys(columns, pa.dictionary(pa.int32(), pa.string()))
     types |= {"path": pa.string(), "digest": pa.string(), "size": pa.int64()}
     try:
@@ -379,7 +379,7 @@ def _from_csv(path: Path, data: bytes, root: Path, in_cells: bool) -> DatasetInd
 
 
 def _checked(table: pa.Table, path: Path, root: Path, names: Sequence[str], in_cells: bool) -> DatasetIndex:
-    """Turn the table into an index after checking what the rest of the program relies on."""
+    """Check a table for all that the rest of the program relies on, and return it as an index."""
     paths = table["path"]
     if in_cells:
         paths = pc.replace_substring_regex(paths, pattern="^'", replacement="")  # as `from_cell`
@@ -412,7 +412,7 @@ def _checked(table: pa.Table, path: Path, root: Path, names: Sequence[str], in_c
 
 
 def _texts_of(column: pa.ChunkedArray, read: Callable[[str], str]) -> Texts:
-    """Return a dictionary-encoded column as texts that are read from its cells, equal ones sharing one object."""
+    """Return a dictionary-encoded column as texts, with `read` applied to each distinct cell; equal texts share one object."""
     column = column.unify_dictionaries().combine_chunks()
     if isinstance(column, pa.ChunkedArray):  # combine_chunks gives one chunk, or a chunked array of none
         column = column.chunk(0) if column.num_chunks else pa.array([], column.type)

@@ -1,7 +1,7 @@
-"""A manifest: a table of images with their labels, split and group, as a CSV or Parquet file or from Python.
+"""A manifest: a table of images with their labels, splits and groups, as a CSV or Parquet file or from Python.
 
-Columns are called `path,label[,split][,group]` unless the config names others; paths are relative to `dataset.root`, which is the
-manifest's own folder where nothing else is said, or absolute and inside it.
+The columns are `path,label[,split][,group]` unless the config names others; paths are relative to `dataset.root`, by default the
+manifest's own folder, or absolute and inside it.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from pipeline.io.files import make_folder, write_atomic
 from pipeline.io.remote import address_of
 
 MOST_PROBLEMS = 50
-"""Lines shown of one error."""
+"""Number of problems listed in one error."""
 
 SPLITS = {**SPLIT_NAMES, EXCLUDED: EXCLUDED}
-"""How a split may be called; images of the last stay out."""
+"""A split's name in a manifest -> its name in the index; `excluded` images are not used."""
 
 
 NamedImage = tuple[str, str | tuple[str, ...], str, str, str]
-"""What a row says of an image: path, label, split, group, domain."""
+"""The content of one row: path, label, split, group, domain."""
 
 
 class ManifestTable(NamedTuple):
-    """A manifest as it was read: the names of its columns, where each row stands ('line 7'), and the texts of a column by its place."""
+    """A manifest as read: the column names, the location of each row ('line 7'), and a function that returns a column by position."""
 
     header: list[str]
     where: list[str]
@@ -52,7 +52,7 @@ class ManifestTable(NamedTuple):
 
 
 def list_manifest(path: Path, config: DatasetConfig) -> Listing:
-    """List the images that a manifest names; missing files are failures, rows that cannot be meant a DatasetError."""
+    """List the images in a manifest; missing files are recorded as failures, invalid rows raise a DatasetError."""
     for place in (path, config.root):
         forget(str(place))
     folder, names = archives_of(path, (".parquet",))
@@ -71,7 +71,7 @@ def list_manifest(path: Path, config: DatasetConfig) -> Listing:
         if config.path_column in images or (images and config.path_column is None and "path" not in schema.names):
             if config.path_column is None and len(images) > 1:
                 raise DatasetError(
-                    f"{path}: has images in {', '.join(images)}; dataset.path_column names the one to read"
+                    f"{path}: has images in {', '.join(images)}; set dataset.path_column to the one to read"
                 )
             column, root = config.path_column or images[0], folder if names else path.parent
             table = _table_of_images(root, names or [path.name], column)
@@ -91,17 +91,17 @@ def list_manifest(path: Path, config: DatasetConfig) -> Listing:
 
 
 def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
-    """Write a table as a manifest that every command can read, and return what stands under `dataset:` in a config.
+    """Write a table as a manifest that every command can read, and return the `dataset:` section of a config for it.
 
-    `table` is a DataFrame of pandas or Polars, a pyarrow Table, or a dict of columns; `path` a Parquet file, written only where
-    the table is in order; `keys` those of the config: `root`, `path_column`, `label_columns`, `label_separator`, ...
+    `table` is a DataFrame of pandas or Polars, a pyarrow Table, or a dict of columns; `path` is a Parquet file, written only if
+    the table is valid; `keys` are those of the config: `root`, `path_column`, `label_columns`, `label_separator`, ...
 
-    ConfigError, DatasetError with every key, or every row, that cannot be meant.
+    ConfigError with all invalid keys, DatasetError with all invalid rows.
     """
     path = Path(path)
     if path.suffix.lower() != ".parquet":
         raise DatasetError(f"{path}: a table is written as Parquet; give a name that ends in .parquet")
-    # Polars writes types that can be cast, where pyarrow would take over its own.
+    # Polars's own conversion uses types that can be cast; pyarrow's conversion would keep types of Polars.
     arrow = table.to_arrow() if hasattr(table, "to_arrow") else pa.table(table)
     section = {"source": "manifest", "path": str(path), **keys}
     config = parse({"dataset": section, "backbones": [{"name": "any"}]}, str(path)).dataset
@@ -115,7 +115,7 @@ def manifest(table: Any, path: str | Path, **keys: Any) -> dict[str, Any]:
 
 
 def _listing(origin: Path, table: ManifestTable, config: DatasetConfig, problems: list[str]) -> Listing:
-    """Take in the rows of a table; DatasetError with what cannot be meant, and the problems that reading it had."""
+    """Check the rows of a table and list their images; DatasetError with all problems, including `problems` from reading it."""
     root = origin.parent if config.root is None else Path(config.root.removeprefix("file://")).expanduser()
     if not is_folder(root):
         raise DatasetError(f"{root}: there is no such folder; set dataset.root to the one that holds the images")
@@ -124,7 +124,7 @@ def _listing(origin: Path, table: ManifestTable, config: DatasetConfig, problems
     inside = "the manifest's folder" if config.root is None else str(root)
     roots = {f"{address_of(root) or os.path.abspath(root)}/", f"{os.path.realpath(root)}/"}
     several = [kind == "multilabel" for kind in config.kinds]
-    # Several columns that are one target say 0 or 1, and hold no lists.
+    # Several columns of a single target hold 0 or 1, never lists.
     lists = any(several) and len(several) == len(config.label_columns)
     separator = config.label_separator or (SEPARATOR if lists else None)
     rows: list[NamedImage] = []
@@ -169,8 +169,8 @@ def _listing(origin: Path, table: ManifestTable, config: DatasetConfig, problems
 
 
 def _places(origin: Path, config: DatasetConfig, listing: Listing, header: Sequence[str]) -> list[int | None]:
-    """Return where path, split, group, domain and each label stand in a row, by their exact names or else without regard to case and
-    spaces around them; None for a column that need not be there.
+    """Return the positions of path, split, group, domain and labels in a row, by exact names or else ignoring case and surrounding spaces;
+    None for an absent optional column.
     """
     wanted = [
         ("path_column", config.path_column or "path", True),
@@ -186,9 +186,9 @@ def _places(origin: Path, config: DatasetConfig, listing: Listing, header: Seque
             place for place, column in enumerate(header) if column.strip().lower() == name.strip().lower()
         ]
         if len(places) > 1:
-            problems.append(f"column {name!r} is there {len(places)} times; dataset.{key} names one of another name")
+            problems.append(f"column {name!r} appears {len(places)} times; set dataset.{key} to a unique name")
         elif not places and needed:
-            problems.append(f"there is no column {name!r}{guess(name, header)}; dataset.{key} names it")
+            problems.append(f"there is no column {name!r}{guess(name, header)}; set dataset.{key} to its name")
         found.append(places[0] if places else None)
     if problems:
         columns = f"its columns are {', '.join(header) or 'none'}"
@@ -200,7 +200,7 @@ def _places(origin: Path, config: DatasetConfig, listing: Listing, header: Seque
 
 
 def _path_problem(name: str, inside: str) -> str | None:
-    """Say what makes a path from a file one that must not be opened."""
+    """Return why a path in a manifest must not be opened; None if it may."""
     parts = name.split("/")
     if {*parts} <= {"", "."}:
         return f"path {shown(name)!r} names no file"
@@ -212,7 +212,7 @@ def _path_problem(name: str, inside: str) -> str | None:
 
 
 def _csv_table(path: Path, problems: list[str]) -> ManifestTable:
-    """Read a CSV file; rows of another length than its first are problems."""
+    """Read a CSV file; rows of a different length than the header are added to `problems`."""
     line, where, rows = 1, list[str](), list[list[str]]()
     try:
         with io.TextIOWrapper(opened(str(path)), encoding="utf-8-sig", newline="") as file:
@@ -237,7 +237,7 @@ def _csv_table(path: Path, problems: list[str]) -> ManifestTable:
 
 
 def _arrow_table(table: Any, config: DatasetConfig, problems: list[str]) -> ManifestTable:
-    """Take in a pyarrow Table; the labels of a list are joined, and one that holds what stands between them is a problem."""
+    """Read a pyarrow Table; lists of labels are joined, and labels that contain the separator are added to `problems`."""
     separator = config.label_separator or SEPARATOR
 
     def texts_of(place: int) -> list[str]:
@@ -258,8 +258,8 @@ def _arrow_table(table: Any, config: DatasetConfig, problems: list[str]) -> Mani
 def _table_of_images(folder: Path, names: Sequence[str], column: str) -> Any:
     """Return the columns of Parquet files with images as one Arrow table, with the images' paths in place of their bytes.
 
-    Numbers that the files' own description, as Hugging Face writes it, gives names to become those names; where each file is
-    called like a split, that is a column.
+    Class numbers become names if the files have Hugging Face metadata with names; if every file
+    is named like a split, a split column is added.
     """
     parts = []
     for name, split in zip(names, splits_of(names), strict=True):
@@ -282,7 +282,7 @@ def _table_of_images(folder: Path, names: Sequence[str], column: str) -> Any:
 
 
 def _named(column: Any, about: Any) -> Any:
-    """Return a column of class numbers, or of lists of them, as the names in its description; as it is where there are none."""
+    """Return a column of class numbers, or of lists of them, as the names in its description; unchanged if there are none."""
     inner = about.get("feature", about) if isinstance(about, dict) else about
     if not isinstance(inner, dict) or not inner.get("names"):
         return column
@@ -291,7 +291,7 @@ def _named(column: Any, about: Any) -> Any:
 
 
 def _find_files(listing: Listing, rows: Sequence[NamedImage]) -> None:
-    """List the images whose file is there; the others are failures."""
+    """Add rows whose file exists to the listing as images, the others as failures."""
     look = _whereabouts(listing.root)
     for row in rows:
         try:
@@ -307,7 +307,7 @@ def _find_files(listing: Listing, rows: Sequence[NamedImage]) -> None:
 
 
 def _whereabouts(root: Path) -> Callable[[str], Stat | Refused]:
-    """Return what says of a path below a root what is there, also in an archive or remote, of which each folder is listed once."""
+    """Return a function from a path below a root, possibly remote or in archives, to its `Stat` or a refusal; folders are listed once."""
     address = address_of(root)
     inside = address or os.path.realpath(root)
     listed, real = cache(entries), cache(os.path.realpath)

@@ -1,7 +1,7 @@
-"""Which content each file has: read by a few threads, or known from the last time it was read.
+"""The content digest of each file, read by a few threads, or known from an earlier scan.
 
-A file of the same size and times as in the stat cache is trusted, unless its times are within two seconds of the scan that recorded
-it: then it may have changed once more within the clock's grain. Deleting the cache costs one reading of every file.
+A file with the size and times in the stat cache is trusted, unless its times are within two seconds of the scan that recorded
+it: then it may have changed again within the clock's resolution. After deleting the cache, every file is read again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pipeline.io.process import bar
 from pipeline.io.remote import CONNECTIONS, address_of
 
 CHUNK = 64
-"""Files per task: handing one over costs more than hashing a small image."""
+"""Files per task: scheduling a task costs more than hashing a small image."""
 
 THREADS = 4
 
 CACHE_FILE = "stat-cache.npz"
 VERSION = 2
-"""Caches of version 1 have other digests for the files that are decoded otherwise since; then every file is read again."""
+"""Version 1 has other digests for files that are decoded differently since; with such a cache every file is read again."""
 
 RACY_NS = 2_000_000_000
 
@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 def read_digests(
     root: Path, paths: Sequence[str], listed: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_], Digests, NDArray[np.int64], list[Failure]]:
-    """Digest the contents of n files below a root, which were listed with these sizes and times: int64 (n, 3).
+    """Compute the content digests of n files below a root; `listed`, int64 (n, 3), holds the sizes and times from the listing.
 
-    Returns which could be read, bool (n,); their digests, uint64 (n, 2), and size and times, int64 (n, 3); a failure for each of
+    Returns which files could be read, bool (n,); their digests, uint64 (n, 2), and size and times, int64 (n, 3); a failure for each of
     the others.
     """
 
@@ -76,7 +76,7 @@ def read_digests(
 
 @dataclass(frozen=True, eq=False)
 class StatCache:
-    """n files: `stats` is int64 of shape (n, 3) (size, mtime_ns, ctime_ns), `began` and `ended` bound the scan, in ns."""
+    """The digests of n files: `stats` is int64 of shape (n, 3) (size, mtime_ns, ctime_ns), `began` and `ended` bound the scan, in ns."""
 
     paths: Texts
     stats: NDArray[np.int64]
@@ -85,16 +85,16 @@ class StatCache:
     ended: int
 
     def racy(self) -> NDArray[np.bool_]:
-        """Rows whose file may have changed without showing it: bool of shape (n,)."""
+        """Return the rows whose file may have changed undetectably: bool of shape (n,)."""
         newest = self.stats[:, 1:].max(axis=1, initial=0)
         racy: NDArray[np.bool_] = (newest >= self.began - RACY_NS) & (newest <= self.ended + RACY_NS)
         return racy
 
     def known(self, paths: Texts, stats: NDArray[np.int64]) -> tuple[NDArray[np.bool_], Digests]:
-        """Return which files are as they were, bool of shape (n,), and their digests, uint64 of shape (n, 2), 0 for the others.
+        """Return which files are unchanged, bool of shape (n,), and their digests, uint64 of shape (n, 2), 0 for the others.
 
-        paths : of shape (n,), object (str). stats : of shape (n, 3), int64, size and times; a size of -1, not known before the
-            file is read, becomes what it was
+        paths : of shape (n,), object (str). stats : of shape (n, 3), int64, size and times; a size of -1, unknown until the
+            file is read, is replaced by the cached size
         """
         digests: Digests = np.zeros((len(paths), 2), dtype=np.uint64)
         rows = match_texts(self.paths, paths)
@@ -124,7 +124,7 @@ class StatCache:
 
 
 def read_cache(folder: Path) -> StatCache:
-    """Read a folder's cache; an empty one when there is none or it is damaged, which costs time and nothing else."""
+    """Read a folder's cache; empty if there is none or it is damaged, which only costs time."""
     try:
         file = parse_arrays(read_file(folder / CACHE_FILE))
         if int(file["version"]) != VERSION:

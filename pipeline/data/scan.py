@@ -1,4 +1,4 @@
-"""The scan: bring the index up to date with the files, reading only those that may have changed, and say what there is."""
+"""The scan: update the index from the files, reading only those that may have changed, and report what was found."""
 
 from __future__ import annotations
 
@@ -42,28 +42,28 @@ EXAMPLES = 3
 CLASSES_SHOWN = 12
 
 MANY_CLASSES, FEW_IMAGES = 20, 5
-"""More labels than these are asked about where they are numbers with fewer images each than those."""
+"""Above this number of labels, numeric labels with fewer images each than the second number are queried."""
 
 IF_CLASSES = "If they are classes, set dataset.target: classification"
 
 MOST_PROBLEMS = 20
-"""Lines of one error; more help nobody."""
+"""Number of lines of one error."""
 
 _LEAKS = {
     "drop_train": "the training copy is left out",
     "drop_test": "the test copy is left out",
     "keep": "kept, so test scores are too good",
 }
-"""What becomes of a leak."""
+"""How each policy handles a leak."""
 
 _OTHER_SPLIT = "name the images of each side in a manifest's `split` column, or in folders train/ and test/"
 
 
 def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False, write: bool = True) -> ScanResult:
-    """List the images, read those that are new or may have changed, and bring the index in `folder` up to date.
+    """List the images, read those that are new or may have changed, and update the index in `folder`.
 
-    `rehash` trusts no file time and reads every file. A scan that finds everything as it was reads no image and writes
-    nothing; without `write` the index stays as it is, and two scans say the same. DatasetError when the data cannot be used as
+    `rehash` ignores file times and reads every file. A scan that finds no change reads no image and writes
+    nothing; without `write` the index is not changed, and repeated scans report the same. DatasetError if the data cannot be used as
     they are.
     """
     began = time.time_ns()
@@ -77,7 +77,7 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
     if config.leaks == "error" and copies.leaks:
         pairs = [f"{shown(found.paths[one])} = {shown(found.paths[other])}" for one, other in copies.leaks]
         raise DatasetError(
-            f"{len(pairs):,} training images are in the test set as well; remove one of each pair, or let dataset.leaks be drop_train",
+            f"{len(pairs):,} training images are in the test set as well; remove one of each pair, or set dataset.leaks: drop_train",
             first(pairs, MOST_PROBLEMS),
         )
     index = replace(found, splits=apply_leaks(base, copies.leaking, config.leaks))
@@ -99,7 +99,7 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
         )
     if before.edited:
         warnings.append(
-            f"{INDEX_FILE} is not the one that was written: it was edited, or is damaged; its splits are kept, delete it to have them "
+            f"{INDEX_FILE} was edited, or is damaged, since it was written; its splits are kept, delete it to have them "
             "made anew"
         )
     return ScanResult(
@@ -117,13 +117,13 @@ def scan(config: DatasetConfig, seed: int, folder: Path, *, rehash: bool = False
 
 
 def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
-    """See that the index in `folder` is not of other data, whose experiment would be written over; DatasetError if it is.
+    """Raise DatasetError if the index in `folder` is of other data, whose experiment would be overwritten.
 
-    Data that were moved are the same data: nothing is in their old place.
+    Moved data are the same data: nothing is left at their old place.
     """
     record = read_record(folder) or {}
     there = Path(record.get("root", root))
-    is_there = address_of(there) is not None or there.is_dir() or inside(str(there)) is not None  # remote ones may be
+    is_there = address_of(there) is not None or there.is_dir() or inside(str(there)) is not None  # remote: assumed
     if not is_there or os.path.realpath(there) == os.path.realpath(root):
         return
     if record.get("source") == config.source == "digits" or (there.is_dir() and root.is_dir() and there.samefile(root)):
@@ -137,10 +137,10 @@ def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
 def _read_changed(
     listing: Listing, cache: StatCache, rehash: bool
 ) -> tuple[DatasetIndex, NDArray[np.int64], list[Failure], int]:
-    """Take digests from the cache where the file is as it was, and read the others.
+    """Take digests of unchanged files from the cache, and read the other files.
 
-    Returns the index of the n readable images with the user's splits, '' where there are none, their files' sizes and times, int64
-    of shape (n, 3), the files that could not be read, and how many were.
+    Returns the index of the n readable images with the user's splits, '' if not given, their files' sizes and times, int64
+    of shape (n, 3), the files that could not be read, and the number of files read.
     """
     images = sorted(listing.images, key=itemgetter(0))
     columns: list[list[Any]] = [[image[place] for image in images] for place in range(8)]
@@ -171,7 +171,7 @@ def _read_changed(
 def _split(
     index: DatasetIndex, before: WrittenIndex, config: DatasetConfig, seed: int
 ) -> tuple[Texts, SplitPlan | None]:
-    """Return the splits before leaks, and the plan they were made by; None for the user's own."""
+    """Return the splits before leaks are handled, and the plan they were generated by; None if the user gave the splits."""
     if (index.splits == "test").any():
         return index.splits, None
     sides = replace(index, splits=np.where(index.splits == "", "train", index.splits).astype(object))
@@ -183,11 +183,11 @@ def _split(
     return make_test_split(sides, plan, prior, config.kinds), plan
 
 
-# ---- what is refused
+# ---- errors
 
 
 def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failure], config: DatasetConfig) -> None:
-    """Refuse data that nothing can be learned from, with the likely reason."""
+    """Raise DatasetError for data that nothing can be learned from, with the likely reason."""
     origin = config.path if config.source == "manifest" else address_of(listing.root) or listing.root
     if len(index) == 0:
         problems = [f"{entry.path}: {entry.reason}" for entry in sorted([*listing.entries, *failures])]
@@ -204,7 +204,7 @@ def _require_classes(index: DatasetIndex, listing: Listing, failures: list[Failu
 
 
 def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig, kind: str) -> str | None:
-    """Say why the labels of a column cannot be classes, or ask whether they are meant as such."""
+    """Return why a column cannot be the target, or a question if its labels look unlike classes; None if it can be used."""
     if kind not in ("auto", "classification"):
         if kind not in TARGETS:
             return unknown("target", kind, ["auto", *TARGETS])
@@ -222,7 +222,7 @@ def _class_problem(index: DatasetIndex, listing: Listing, config: DatasetConfig,
 
 
 def _doubt(classes: Sequence[str], images: int, source: str) -> str | None:
-    """Ask what labels are meant as that look like several for each image, like numbers, or like names."""
+    """Return a question about labels that look like several per image, like numbers, or like names; None if there is no doubt."""
     lists = tuple(name for name in classes if sum(map(bool, map(str.strip, name.split(SEPARATOR)))) > 1)
     numbers = np.array(list(map(as_number, classes)))
     if lists and source == "manifest":
@@ -239,13 +239,13 @@ def _doubt(classes: Sequence[str], images: int, source: str) -> str | None:
     return f"{such}: {question} {IF_CLASSES}"
 
 
-# ---- what is remarked
+# ---- warnings and remarks
 
 
 def _split_warnings(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[str]:
     for column, _, part in countable(index, kinds):
-        if (empty := len(index) - len(part)) > 0:  # an image of several labels is counted under each
-            yield f"{column}{empty:,} images have no label, and are left out where it is learned"
+        if (empty := len(index) - len(part)) > 0:  # multilabel images are counted once per label
+            yield f"{column}{empty:,} images have no label, and are left out of its training"
         counts = class_counts(part)
         without = [name for name, count in counts.items() if not count["train"] + count["validation"]]
         if without:
@@ -265,7 +265,7 @@ def _some(names: list[str], one: str = "class", many: str = "classes") -> str:
 
 
 def _remarks(index: DatasetIndex, copies: Copies, policy: str) -> list[Failure]:
-    """Leaks and conflicts, so that all of them can be looked up."""
+    """Return a remark for every leak and conflict, so that all can be looked up."""
     remarks = []
     for one, other in copies.leaks:
         told = f"the same content is in the test as {shown(index.paths[other])}; {_LEAKS[policy]}"
@@ -277,9 +277,9 @@ def _remarks(index: DatasetIndex, copies: Copies, policy: str) -> list[Failure]:
 
 
 def fold_warnings(index: DatasetIndex, folds: int, kinds: Sequence[str] = ("auto",)) -> list[str]:
-    """Name the classes that have fewer images, or groups of images, on the training side than folds.
+    """Return warnings for classes with fewer training images, or groups of images, than folds.
 
-    Where the images do not allow so many folds at all, say how many they allow, which there are then.
+    If the images do not allow the requested number of folds, say how many are used instead.
     """
     lines = []
     for column, _, part in countable(index, kinds):
@@ -288,35 +288,35 @@ def fold_warnings(index: DatasetIndex, folds: int, kinds: Sequence[str] = ("auto
         few = sorted(name for name, count in zip(names, units.tolist(), strict=True) if count < folds)
         if (possible := _possible_folds(train, images)) < folds:
             lines.append(
-                f"{column}tuning.folds is {folds}, and the training images allow {possible}: heads are tuned on as many, some of them "
-                "without the smallest classes"
+                f"{column}tuning.folds is {folds}, but the training images allow {possible}: heads are tuned with {possible}, and some folds "
+                "lack the smallest classes"
             )
         elif few:
             lines.append(
-                f"{column}fewer training images, groups or distinct contents than the {folds} folds in {_some(few)}: some folds are "
-                "without; add images or set tuning.folds lower"
+                f"{column}fewer training images, groups or distinct contents than the {folds} folds in {_some(few)}: some folds lack "
+                "them; add images or set tuning.folds lower"
             )
     return lines
 
 
 def _sizes(index: DatasetIndex) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
-    """Return the k classes, and of each how many images there are, and how many groups or contents: int64 of shape (k,)."""
+    """Return the k classes, and for each its number of images and of groups or distinct contents: int64 of shape (k,)."""
     codes, names = encode(index.labels)
     pairs = np.unique(np.stack([codes, index.units()], axis=1), axis=0)
     return names, np.bincount(codes, minlength=len(names)), np.bincount(pairs[:, 0], minlength=len(names))
 
 
 def _possible_folds(train: DatasetIndex, images: NDArray[np.int64]) -> int:
-    """As many as the largest class has images, and as there are groups."""
+    """Return the largest number of folds: limited by the images of the largest class, and by the number of groups."""
     groups = train.fold_groups()
     largest = int(images.max(initial=0))
     return largest if groups is None else min(largest, len(np.unique(groups)))
 
 
 def missing_side(index: DatasetIndex, kinds: Sequence[str] = ("auto",)) -> str | None:
-    """Say what the data lack so that no head can be tuned, or none can be tested; None when they have both sides.
+    """Return why no head can be tuned on the data, or none tested; None if both are possible.
 
-    A test set that was to be made may be empty: no class had a group, or a content, to spare.
+    A generated test set may be empty if no class has a group, or a distinct content, to spare.
     """
     return next((column + lack for column, _, part in countable(index, kinds) if (lack := _missing_side(part))), None)
 
@@ -327,7 +327,7 @@ def _missing_side(index: DatasetIndex) -> str | None:
     if not (index.splits == "test").any():
         return (
             f"no image is left for the test, and every leaderboard needs some: no class has more than {units.max(initial=0)} distinct "
-            f"images, or groups that are never parted; add images, make groups smaller, raise dataset.test_fraction, or {_OTHER_SPLIT}"
+            f"images, or groups that must stay together; add images, make groups smaller, raise dataset.test_fraction, or {_OTHER_SPLIT}"
         )
     if len(classes) < 2:
         return f"the training images are of {len(classes)} class, and a classifier needs at least 2; {_OTHER_SPLIT}"
@@ -336,42 +336,42 @@ def _missing_side(index: DatasetIndex) -> str | None:
     return None
 
 
-# ---- what is told
+# ---- the result
 
 
 @dataclass(frozen=True, eq=False)
 class ScanResult:
-    """The index as it is now, and all that a user should know about how it came to be."""
+    """The updated index, and everything that a user should know about how it was made."""
 
     index: DatasetIndex
     unchanged: bool
-    """The index is the one that was there before, row for row."""
+    """Whether the index equals the previous one, row for row."""
     difference: Changes | None
-    """Images added, changed, removed and renamed since the last scan; None where there was no index before."""
+    """Images added, changed, removed and renamed since the last scan; None if there was no index."""
     read: int
     """Files whose bytes were read."""
     copies: Copies
     kinds: tuple[str, ...]
-    """What the columns of labels are, see `DatasetConfig.kinds`."""
+    """The kinds of the label columns, see `DatasetConfig.kinds`."""
     ignored: Mapping[str, int]
     entries: tuple[Failure, ...]
-    """Files not used, and remarks on others, as the scan found them."""
+    """The scan's entries for files that are not used, and remarks on others."""
     remembered: int
-    """Images known from earlier runs not to decode."""
+    """Number of images that failed to decode in earlier runs."""
     warnings: tuple[str, ...]
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """The entries that are failed images, for `check_failures`."""
+        """The entries of failed images, for `check_failures`."""
         return tuple(entry for entry in self.entries if entry.status not in REMARKS)
 
     @property
     def total(self) -> int:
-        """Images found, the failed ones included."""
+        """The number of images found, including failed ones."""
         return len(self.index) + len(self.failures)
 
     def summary_lines(self) -> list[str]:
-        """Return short plain lines: the whole, what changed, and a few examples of each thing worth a look."""
+        """Return a summary as short plain lines: totals, changes, and a few examples of each finding."""
         splits = ((np.count_nonzero(self.index.splits == split), split) for split in SPLITS)
         sides = ", ".join(f"{count:,} {split}" for count, split in splits if count)
         lines = [described(self.index, self.kinds) + f": {sides}" * (self.kinds != (NO_LABELS,))]
@@ -384,14 +384,14 @@ class ScanResult:
             lines.append(f"since the last scan: {self.difference}")
         lines += [f"warning: {warning}" for warning in self.warnings]
         if number := self.copies.duplicates:
-            lines.append(f"copies of another image on the same side, kept, and never parted by folds: {number:,}")
+            lines.append(f"copies of another image on the same side, kept, and never split across folds: {number:,}")
         if self.remembered:
             lines.append(f"images known not to decode, see failures.csv: {self.remembered:,}")
         return lines + passed_over_lines(self.entries, self.ignored)
 
 
 def class_counts(index: DatasetIndex) -> dict[str, dict[str, int]]:
-    """Return the images of each class in each split: class -> split -> number, zeros included."""
+    """Return the number of images per class and split: class -> split -> number, including zeros."""
     labels, names = encode(index.labels)
     splits, split_names = encode(index.splits)
     table = np.zeros((len(names), len(SPLITS)), dtype=np.int64)
@@ -407,7 +407,7 @@ def _in_words(index: DatasetIndex, kind: str) -> str:
 
 
 def described(index: DatasetIndex, kinds: Sequence[str]) -> str:
-    """Say how many images there are, and what is known of them, such as `1,797 images in 10 classes`."""
+    """Return the number of images and a description of their labels, such as `1,797 images in 10 classes`."""
     if tuple(kinds) == (NO_LABELS,):
         return f"{len(index):,} images without labels"
     labels = f"with {len(kinds)} labels each" if len(kinds) > 1 else _in_words(index, kinds[0])
@@ -429,7 +429,7 @@ def _class_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
 def passed_over_lines(
     entries: Sequence[Failure], ignored: Mapping[str, int], where: str = ", see failures.csv"
 ) -> list[str]:
-    """Return lines on what a walk passed over or remarked: a few examples of each status, and the counts."""
+    """Return lines on files that were passed over or have remarks: a few examples of each status, and the counts."""
     lines = []
     for status in sorted({entry.status for entry in entries}):
         same = [entry for entry in entries if entry.status == status]

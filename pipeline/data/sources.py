@@ -1,6 +1,6 @@
-"""The sources of images: how a `DatasetConfig` becomes a listing.
+"""The sources of images: turn a `DatasetConfig` into a listing.
 
-Data sets that come without files of their own are written out as PNG files once: scikit-learn's digits, torchvision's by name.
+Data sets without image files are written as PNG files once: scikit-learn's digits, and torchvision's by name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MANIFEST = "manifest.csv"
 
 
 def list_source(config: DatasetConfig, folder: Path) -> Listing:
-    """List the images of the configured source; `folder` is where the index is kept."""
+    """List the images of the configured source; `folder` is the folder of the index."""
     path = Path((config.path or "").removeprefix("file://")).expanduser()
     if config.source == "folder":
         return list_folder(path, config.target != NO_LABELS)
@@ -44,15 +44,15 @@ def list_source(config: DatasetConfig, folder: Path) -> Listing:
 
 
 def needs_download(config: DatasetConfig) -> bool:
-    """Whether listing the images means a download first."""
+    """Whether listing the images requires a download."""
     root = Path(config.path or "").expanduser()
     return config.source == "torchvision" and not _images_folder(config.name or "", root).exists()
 
 
 def written_once(root: Path, write: Callable[[Path], None]) -> Path:
-    """Return `root` after `write` has filled it, in a temporary folder that is renamed when it is complete.
+    """Return `root` after `write` has filled it, using a temporary folder that is renamed when complete.
 
-    A killed run leaves a folder that the next one replaces.
+    A killed run leaves a temporary folder, which the next run replaces.
     """
     if root.exists():
         return root
@@ -66,7 +66,7 @@ def written_once(root: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _write_png(path: Path, image: Image.Image) -> None:
-    """Write a file of an unfinished folder; `written_once` syncs all of them at once."""
+    """Write a file into an unfinished folder; `written_once` syncs all files together."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, "PNG")
 
@@ -76,20 +76,20 @@ def _write_digits(folder: Path) -> None:
     from sklearn.datasets import load_digits  # costs a second of imports, needed once
 
     bunch = load_digits()
-    grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # the sheets hold 0 to 16
+    grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # the source values are 0 to 16
     for number, (pixels, label) in enumerate(zip(grey, bunch.target, strict=True)):
         _write_png(folder / str(label) / f"{number:04d}.png", Image.fromarray(pixels))
 
 
 def _images_folder(name: str, root: Path) -> Path:
-    """Where the images of a data set are written to."""
+    """Return the folder for the images of a data set."""
     return root / f"{name}-images"
 
 
 def torchvision_manifest(name: str, root: Path) -> Path:
-    """Return the manifest of a torchvision data set below `root`, after downloading and writing it out if need be.
+    """Return the manifest of a torchvision data set below `root`; download and write its images first if needed.
 
-    DatasetError when there is no such data set, it is not one of images with one label each, or it cannot be downloaded.
+    DatasetError if there is no such data set, its samples are not images with one label each, or it cannot be downloaded.
     """
     images = _images_folder(name, root)
     if not images.exists():
@@ -98,7 +98,7 @@ def torchvision_manifest(name: str, root: Path) -> Path:
 
 
 def _write(folder: Path, name: str, root: Path) -> None:
-    """Write every image of a torchvision data set below a folder, then the manifest that says all of them are there."""
+    """Write every image of a torchvision data set below a folder, then the manifest, whose presence means that all are written."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "label", "split"])
@@ -119,7 +119,7 @@ def _write(folder: Path, name: str, root: Path) -> None:
 
 
 def _parts(name: str, root: Path) -> Iterator[tuple[str, Any]]:
-    """Give each split of a torchvision data set with its samples; the split is '' where it has none."""
+    """Yield each split of a torchvision data set with its samples; the split is '' if it has none."""
     from pipeline.io.vision import torchvision
 
     make: Any = getattr(torchvision.datasets, name, None)

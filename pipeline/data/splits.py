@@ -1,7 +1,7 @@
-"""Splits: a test set by seed, stratified, of whole groups, and stable; and copies across sides.
+"""Splits: a seeded, stratified, stable test set of whole groups; and copies across splits.
 
-Units (a group, or a content with its copies) are taken in the order of a seeded hash; one joins the test set while that brings the
-classes' test counts nearer to their targets. Units that were split before keep their side, so no image moves for another.
+Units (a group, or a content with its copies) are visited in the order of a seeded hash; a unit joins the test set if that brings the
+classes' test counts closer to their targets. Units that were assigned before keep their side, so new images never move old ones.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pipeline.data.targets import choose
 from pipeline.io.digests import Digests, content_digest
 
 Pair = tuple[int, int]
-"""Rows of two images of one content."""
+"""Rows of two images with the same content."""
 
 
 @dataclass(frozen=True, eq=False)
 class Copies:
-    """What is there more than once, as rows of an index.
+    """Duplicate contents, as rows of an index.
 
-    leaks : pairs on the two sides of the test, training first; every image of such a content is in one
-    conflicts : pairs under two labels
-    duplicates : how many images have a content that is there before on the same side; they are kept, and share a fold
-    leaking : bool of shape (n,): rows of the training side whose content is in the test set, and the reverse
+    leaks : pairs across training and test, training first; every image with such a content is in at least one pair
+    conflicts : pairs with different labels
+    duplicates : number of images that repeat a content on the same side; they are kept, and share a fold
+    leaking : bool of shape (n,): training rows whose content is in the test set, and vice versa
     """
 
     leaks: tuple[Pair, ...]
@@ -39,7 +39,7 @@ class Copies:
 
 
 def find_copies(index: DatasetIndex) -> Copies:
-    """Find copies among the images; splits are the ones before anything was excluded."""
+    """Find duplicate images; `index.splits` are those before any exclusion."""
     codes = content_codes(index.digests)
     test = np.asarray(index.splits == "test", dtype=bool)
     labels = index.labels
@@ -61,7 +61,7 @@ def find_copies(index: DatasetIndex) -> Copies:
 
 
 def apply_leaks(splits: Texts, leaking: NDArray[np.bool_], policy: str) -> Texts:
-    """Return splits, object (n,), with those of `leaking`, bool (n,), 'excluded' that are of the side that the policy drops."""
+    """Return splits, object (n,), with 'excluded' for the rows of `leaking`, bool (n,), on the side that the policy drops."""
     if policy not in ("drop_train", "drop_test"):
         return splits
     return np.where(leaking & ((splits == "test") == (policy == "drop_test")), "excluded", splits).astype(object)
@@ -72,15 +72,15 @@ def make_test_split(
 ) -> Texts:
     """Move whole units from 'train' to 'test' and return the splits, object array of shape (n,).
 
-    `prior`, int8 of shape (n,), is what each image was before: 1 test, 0 train, -1 not there. Images of split 'validation' stay, and so
-    do the units they belong to. `kinds` say what the columns of labels are, as `DatasetConfig.kinds` does. No class loses all its training images.
+    `prior`, int8 of shape (n,), is each image's previous side: 1 test, 0 train, -1 new. Images of split 'validation' stay, and so
+    do their units. `kinds` are those of the label columns, see `DatasetConfig.kinds`. No class loses all its training images.
     """
     splits, groups, digests = index.splits, index.groups, index.digests
     units = index.units()
     n_units = int(units.max(initial=-1)) + 1
     fixed = np.zeros(n_units, dtype=bool)
     fixed[units[splits != "train"]] = True
-    # Where a unit's images were on both sides, most of them decide, and training on a tie.
+    # If a unit's images were on both sides, the majority decides; ties go to training.
     was_test, was_train = (np.bincount(units, weights=prior == was, minlength=n_units) for was in (1, 0))
     side = np.where(was_test > was_train, 1, np.where(was_train > 0, 0, -1))
     codes = _strata(index, kinds, plan.test_fraction)
@@ -89,7 +89,7 @@ def make_test_split(
     in_test[fixed] = False
     held = _images_of(codes, in_test[units])
     starved = ((held >= counts)[codes] & (codes >= 0)).any(axis=1) & in_test[units]
-    if starved.any():  # only test images are left of a class: its units are drawn anew
+    if starved.any():  # a class has only test images left: its units are assigned again
         side[units[starved]] = -1
         in_test[units[starved]] = False
         held = _images_of(codes, in_test[units])
@@ -104,10 +104,10 @@ def make_test_split(
 
 
 def _strata(index: DatasetIndex, kinds: Sequence[str], fraction: float) -> NDArray[np.int64]:
-    """Return what is kept in proportion: int64 of shape (n, k), the strata that an image is of, -1 for none.
+    """Return the strata to stratify by: int64 of shape (n, k), the codes of each image's strata, -1 for none.
 
-    Those of each target, and where there are several one more for their combination, if it has enough images for a share of
-    them to be one.
+    These are the strata of each target and, with several targets, their combination if it has enough images for
+    at least one in the test set.
     """
     parts = [index] if len(kinds) == 1 else [index.only(name) for name in index.names]
     codes = np.zeros((len(index), 0), dtype=np.int64)
@@ -126,17 +126,17 @@ def _strata(index: DatasetIndex, kinds: Sequence[str], fraction: float) -> NDArr
 
 
 def _images_of(codes: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return how many of the chosen images, bool of shape (n,), are of each stratum."""
+    """Return the number of chosen images, `chosen` bool of shape (n,), in each stratum."""
     found = codes[chosen]
     return np.bincount(found[found >= 0], minlength=int(codes.max(initial=-1)) + 1)
 
 
 def prior_sides(before: DatasetIndex, index: DatasetIndex) -> NDArray[np.int8]:
-    """Return what each image was in an earlier index, by content or else by path: int8 (n,), 1 test, 0 train, -1 not there."""
+    """Return each image's side in an earlier index, matched by content or else by path: int8 (n,), 1 test, 0 train, -1 new."""
     rows = match_digests(before.digests, index.digests)
-    if before.root == index.root:  # below another root, the same path is another image
+    if before.root == index.root:  # with another root, the same path is another image
         by_path = match_texts(before.paths, index.paths)
-        # Where the old content has another path now, the image at its place is a new one and not a changed one.
+        # If the old content now has another path, the image at its old path is new, not changed.
         moved = match_digests(index.digests, before.digests) >= 0
         by_path[by_path >= 0] = np.where(moved[by_path[by_path >= 0]], -1, by_path[by_path >= 0])
         rows = np.where(rows >= 0, rows, by_path)
@@ -153,7 +153,7 @@ def _joining(
     held: NDArray[np.int64],
     fraction: float,
 ) -> list[int]:
-    """Return the units that join the test set, taken in `order`."""
+    """Return the units that join the test set, visited in `order`."""
     rows = np.argsort(units, kind="stable")
     starts = np.searchsorted(units[rows], np.arange(len(units) + 1))
     row_codes = codes[rows].tolist()
@@ -186,7 +186,7 @@ def _joining(
 def _unit_keys(
     units: NDArray[np.int64], n_units: int, groups: Texts | None, digests: Digests, seed: int
 ) -> NDArray[np.uint64]:
-    """A pseudo-random number for each unit, from its group's name or its content and from the seed, not from its place."""
+    """Return a pseudo-random number per unit, derived from its group's name or its content and the seed, not from its position."""
     keys = digests[:, 0]
     if groups is not None:
         codes, names = encode(groups)
@@ -199,7 +199,7 @@ def _unit_keys(
 
 
 def _splitmix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection of 64 bits that leaves no pattern."""
+    """SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection of 64 bits that mixes them well."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

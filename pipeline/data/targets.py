@@ -1,8 +1,8 @@
-"""Targets: what is to be said of an image, one frozen record for each kind, those of classes in `classes.py`, that of numbers here.
+"""Targets: the task to learn, one frozen record per kind; those of classes are in `classes.py`, that of numbers is here.
 
-A record knows how the columns of the index become y, what estimators are fitted on and what they say, what folds and the test
-split keep in proportion, and what predictions look like in a file. A new kind is a record with the same members and a row in
-`TARGETS`, in those of metrics and in those of heads; whoever holds a target asks it and never looks which kind it is.
+A record converts the index's columns to y, to the values that estimators are fitted on, and back from their predictions; it defines the
+strata of folds and of the test split, and the format of predictions in files. A new kind is a record with the same members and a row in
+`TARGETS`, in the metrics and in the heads; callers use the members and never check the kind.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.errors import DatasetError, first
 Numbers = NDArray[np.float64]
 
 LEVEL = 0.9
-"""How often the interval around a prediction has the true number."""
+"""The coverage of a prediction interval."""
 
 MOST_STRATA, IMAGES_PER_STRATUM = 10, 20
 
@@ -34,12 +34,11 @@ QUARTERS = 4
 
 @dataclass(frozen=True)
 class Regression:
-    """One number for each image, or several: the label columns of the index. Heads are fitted on standardised numbers, so that penalties
-    and learning rates mean the same whatever the unit is.
+    """One or several numbers per image, from the label columns of the index.
 
-    `centre` and `scale` are what the numbers of the training images are standardised by, `low` and `high` their range, `half` half
-    of the width of a prediction's interval; each with an entry per column, () where it is not known yet. Where not told otherwise
-    y is float64 of shape (n,), of several columns (n, k).
+    Heads are fitted on standardised numbers, so that penalties and learning rates do not depend on the unit. `centre` and `scale` are the
+    parameters of the standardisation, `low` and `high` the range of the training images, `half` half the width of a prediction interval;
+    each has an entry per column, () if not yet known. Unless stated otherwise, y is float64 of shape (n,), or (n, k) for several columns.
     """
 
     columns: tuple[str, ...] = ("label",)
@@ -56,13 +55,13 @@ class Regression:
 
     @staticmethod
     def of(index: DatasetIndex) -> Regression:
-        """Return the target of an index, with the numbers of its training images; DatasetError where some are no finite numbers."""
+        """Return the target of an index, fitted on its training images; DatasetError if some labels are no finite numbers."""
         bare = Regression(index.names)
         train = index.select("train", "validation")
         return bare.fitted(bare.encode(train if len(train) else index))
 
     def fitted(self, y: Numbers) -> Regression:
-        """Return the target with what the numbers of some images tell: where they lie and how far apart."""
+        """Return the target with the range and the standardisation of some images' numbers."""
         if not len(y):
             return self
         flat = self._flat(y)
@@ -76,12 +75,12 @@ class Regression:
 
     @property
     def width(self) -> int:
-        """How many numbers are said of an image."""
+        """The number of outputs per image."""
         return len(self.columns)
 
     @staticmethod
     def as_classes(index: DatasetIndex) -> DatasetIndex:
-        """Return the images under texts that a person would count them by: the quarter of the range of numbers they lie in."""
+        """Return the index with labels to count images by: the quarters of the numbers' range."""
         target = Regression.of(index)
         y = target._flat(target.encode(index))
         ends = np.linspace(target.low, target.high, QUARTERS + 1)
@@ -95,7 +94,7 @@ class Regression:
 
     @staticmethod
     def in_words(index: DatasetIndex) -> str:
-        """Return what the images are told apart by, such as `with a number from 0 to 9`."""
+        """Describe the labels, such as `with a number from 0 to 9`."""
         target = Regression.of(index)
         ranges = [f"{low:.4g} to {high:.4g}" for low, high in zip(target.low, target.high, strict=True)]
         if target.width == 1:
@@ -103,7 +102,7 @@ class Regression:
         return "with " + ", ".join(f"{name} from {told}" for name, told in zip(target.columns, ranges, strict=True))
 
     def encode(self, index: DatasetIndex) -> NDArray[Any]:
-        """Return y; DatasetError for labels that are no finite numbers."""
+        """Return y; DatasetError for labels that are not finite numbers."""
         try:
             y = index.labels.astype(np.float64)
         except ValueError:
@@ -120,24 +119,24 @@ class Regression:
         return y
 
     def decode(self, y: Numbers) -> Numbers:
-        """Return the numbers as users have them: as they are."""
+        """Return the numbers unchanged."""
         return y
 
     def restored(self, stored: NDArray[np.float64]) -> Numbers:
-        """Return the numbers that a file has: as they are."""
+        """Return the numbers from a file unchanged."""
         return stored
 
     def strata(self, y: Numbers) -> NDArray[np.int64]:
-        """Return what folds and the test split keep in proportion, int64 (n,): to which of up to ten quantiles each image belongs.
+        """Return the strata of folds and of the test split, int64 (n,): the quantile of each image, of up to ten.
 
-        Of several numbers it is the quantile of their sum, each measured in its standard deviations.
+        With several numbers it is the quantile of the sum of the standardised numbers.
         """
         order = np.argsort(np.argsort(self.fitted(y).learned(y).reshape(len(y), -1).sum(axis=1), kind="stable"))
         count = max(2, min(MOST_STRATA, len(y) // IMAGES_PER_STRATUM))
         return np.asarray(order * count // max(len(y), 1), dtype=np.int64)
 
     def problem(self, y_train: Numbers) -> str | None:
-        """Say why no head can be fitted on these training images; None where one can."""
+        """Return why no head can be fitted on these training images; None if one can."""
         flat = self._flat(y_train)
         same = [name for name, column in zip(self.columns, flat.T, strict=True) if not len(flat) or np.ptp(column) == 0]
         return (
@@ -145,70 +144,70 @@ class Regression:
         )
 
     def narrowed(self, y: Numbers) -> tuple[Regression, Numbers, NDArray[np.int64]]:
-        """Return the target that y is of, and y; in place of classes there is int64 of shape (0,)."""
+        """Return the target of y, y, and an empty int64 array in place of classes."""
         return (self if self.scale else self.fitted(y)), y, np.empty(0, np.int64)
 
     def anew(self, y: Numbers) -> tuple[Regression, Numbers]:
-        """Return the target of other numbers y, and what an estimator is fitted on."""
+        """Return a target for other numbers y, and the y to fit an estimator on."""
         names = self.columns if y[:1].size == self.width else tuple(map(str, range(y.shape[1])))
         target = Regression(names).fitted(y)
         return target, target.learned(y)
 
     def learned(self, y: Numbers) -> Numbers:
-        """Return what an estimator is fitted on: the standardised numbers."""
+        """Return the y to fit an estimator on: the standardised numbers."""
         return ((self._flat(y) - self.centre) / self.scale).reshape(y.shape)
 
     def decided(self, y: Any, y_pred: Any, scores: Any, by: str, folds: Any = None) -> Any:
-        """Return what is said of images as it is."""
+        """Return the predictions unchanged."""
         return y_pred
 
     def settled(self, y: Numbers, y_pred: Numbers, probabilities: Any = None, by: str = "") -> Regression:
-        """Return the target with intervals that are as wide as predictions out of fold say.
+        """Return the target with the width of prediction intervals, fitted on out-of-fold predictions.
 
-        Of n residuals the (n + 1) * 0.9-th smallest: a new image's lies within with a probability of 90 % (split conformal
-        prediction, Vovk et al. 2005; with folds in place of a split, Vovk 2015).
+        Half the width is the (n + 1) * 0.9-th smallest of n residuals, so that an interval has 90 % coverage (split conformal
+        prediction, Vovk et al. 2005; cross-conformal with folds, Vovk 2015).
         """
         residuals = np.sort(np.abs(self._flat(y) - self._flat(y_pred)), axis=0)
         place = int(np.ceil((len(residuals) + 1) * LEVEL)) - 1
         return replace(self, half=tuple(residuals[min(place, len(residuals) - 1)].tolist()))
 
     def only(self, y: Numbers, n: int) -> tuple[Numbers, None, None] | None:
-        """Return all that can be said of n images where all of y are the same; None where a head can be fitted on it."""
+        """Return constant predictions for n images if all of y are equal; None if a head can be fitted on y."""
         return None if (y != y[0]).any() else (np.repeat(y[:1], n, axis=0), None, None)
 
     def answers(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Numbers, None, ScoreKind | None]:
-        """Return what an estimator of standardised numbers says of n vectors; no scores."""
+        """Return an estimator's predictions for n vectors in the unit of y; there are no scores."""
         return self.told(estimator.predict(X)), None, None
 
     def told(self, standardised: NDArray[np.floating]) -> Numbers:
-        """Return y for what an estimator says: standardised numbers, of any float dtype and the shape of y."""
+        """Return an estimator's predictions, standardised numbers of any float dtype and the shape of y, in the unit of y."""
         whole = self._flat(np.asarray(standardised, dtype=np.float64)) * self.scale + self.centre
         return np.asarray(whole[:, 0] if self.width == 1 else whole)
 
     def recalled(self, estimator: Any, X: NDArray[np.float32]) -> tuple[Numbers, None]:
-        """Return what an estimator says of the rows that it was fitted on."""
+        """Return an estimator's predictions for the rows that it was fitted on."""
         return self.answers(estimator, X)[:2]
 
     def predict(self, estimator: Any, X: NDArray[np.float32], calibrate: Calibrate) -> tuple[Numbers, None]:
-        """Return numbers; there are no probabilities."""
+        """Return the predicted numbers; there are no probabilities."""
         return self.answers(estimator, X)[:2]
 
     def inside(self, y: Numbers, y_pred: Numbers) -> NDArray[np.bool_]:
-        """Return which numbers lie within the interval around their prediction, bool of shape (n, k)."""
+        """Return which numbers are within their prediction interval, bool of shape (n, k)."""
         return np.asarray(np.abs(self._flat(y) - self._flat(y_pred)) <= self.half)
 
     def counted_as(self, label: Any) -> str:
-        """Return what predictions are counted by: whether they are outside of the training images' range; '' within."""
+        """Return the key that predictions are counted by: outside the training images' range, on which side; '' if within."""
         notes = {self.note(place, number) for place, number in enumerate(np.atleast_1d(label).tolist())}
         return " and ".join(sorted(notes - {""}))
 
     def csv_columns(self, top: int) -> list[str]:
-        """Return the names of a prediction's cells: of each number itself, the ends of its interval, and a remark."""
+        """Return the CSV columns of a prediction: each number, the ends of its interval, and a note."""
         names = ["prediction"] if self.width == 1 else list(self.columns)
         return [f"{name}{end}" for name in names for end in ("", "_low", "_high", "_note")]
 
     def csv_cells(self, label: Any, probabilities: Sequence[float] | NDArray[Any] | None, top: int) -> list[str]:
-        """Return the cells of one prediction, `label`, a number or float64 of shape (k,); empty ones where there is none."""
+        """Return the CSV cells of one prediction, `label`, a number or float64 of shape (k,); empty if there is none."""
         if label is None:
             return [""] * (4 * self.width)
         cells = []
@@ -218,7 +217,7 @@ class Regression:
         return cells
 
     def note(self, place: int, number: float) -> str:
-        """Say of a predicted number that no training image had one so low or so high; nothing of the others."""
+        """Return a note for a prediction outside the training images' range; '' if it is within."""
         if not self.low or self.low[place] <= number <= self.high[place]:
             return ""
         side = "below" if number < self.low[place] else "above"
@@ -226,7 +225,7 @@ class Regression:
 
 
 def as_number(text: str) -> float:
-    """Return the number that a text says; not a number where it says none."""
+    """Return the number in a text; NaN if it is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -237,10 +236,10 @@ Target = Classification | MultiLabel | Regression
 """Any kind of target."""
 
 TARGETS: Mapping[str, type[Target]] = {target.kind: target for target in (Classification, MultiLabel, Regression)}
-"""By the name that `dataset.target` and the rows of metrics and heads have for it."""
+"""The kinds of targets, by their name in `dataset.target` and in the rows of metrics and heads."""
 
 CONSTANT_GUESSES = frozenset(target.constant for target in TARGETS.values())
-"""What the guesses that look at no image are called."""
+"""The names of the constant baselines, which look at no image."""
 
 
 _NOTHING_TO_LEARN = (
@@ -250,13 +249,13 @@ _NOTHING_TO_LEARN = (
 
 
 def record_of(target: Target) -> dict[str, Any]:
-    """Return all there is to know of a target as plain values for JSON; of classes the kind is not told."""
+    """Return a target as plain values for JSON; classification has no `kind` field."""
     kind = {} if target.kind == Classification.kind else {"kind": target.kind}
     return kind | {name: list(value) for name, value in vars(target).items()}
 
 
 def target_of(record: Mapping[str, Any]) -> Target:
-    """Return the target that `record_of` wrote down; KeyError, TypeError or ValueError for what is none."""
+    """Restore the target stored by `record_of`; KeyError, TypeError or ValueError for an invalid record."""
     kind = TARGETS[record.get("kind", Classification.kind)]
     for field in fields(kind):
         if not isinstance(record[field.name], list | tuple):
@@ -268,20 +267,20 @@ def target_of(record: Mapping[str, Any]) -> Target:
 
 
 def countable(index: DatasetIndex, kinds: Sequence[str]) -> Iterator[tuple[str, str, DatasetIndex]]:
-    """Yield what `DatasetIndex.by_target` does, the images under texts that a person would count them by."""
+    """Yield the parts of `DatasetIndex.by_target`, with labels to count images by."""
     for column, kind, part in index.by_target(kinds):
         yield column, kind, TARGETS[kind_of(kind)].as_classes(part)
 
 
 def kind_of(asked: str) -> str:
-    """Return the kind of target that `dataset.target` means: of `auto` classes; DatasetError where it says that there are no labels."""
+    """Return the kind of target for a value of `dataset.target`: `auto` is classification; DatasetError if there are no labels."""
     if asked == NO_LABELS:
         raise DatasetError(_NOTHING_TO_LEARN)
     return Classification.kind if asked == "auto" else asked
 
 
 def choose(index: DatasetIndex, asked: str) -> Target:
-    """Return the target of an index, of the kind that `dataset.target` asks for; DatasetError where no image has a label."""
+    """Return the target of an index for a value of `dataset.target`; DatasetError if no image has a label."""
     if len(index) and not (index.labels != "").any():
         raise DatasetError(_NOTHING_TO_LEARN)
     return TARGETS[kind_of(asked)].of(index)

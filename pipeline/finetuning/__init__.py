@@ -1,10 +1,10 @@
-"""Training a network end to end: stage three, which starts from a fitted head. Its result is one more backbone.
+"""Training a network end to end: stage three, which starts from a fitted head. Its result is a new backbone.
 
-material.py    which embedding, head and images
+material.py    the embedding, head and images of a run
 handover.py    the network with stage two's head as its last layer
-plan.py        which stages of a network are trained when, and how what stays is made cheap
-batches.py     which images a step sees, augmentation, the loss
-trainer.py     steps, evaluations, the choice of weights, the checkpoint
-pilot.py       a few steps, for the advice
-result.py      the way back to the hand-over, the weights file, the verdict
+plan.py        when each stage of a network is trained, and how frozen stages are made cheap
+batches.py     the images of each step, augmentation, the loss
+trainer.py     steps, evaluations, model selection, the checkpoint
+pilot.py       a few trial steps, for the advice
+result.py      interpolation towards the hand-over, the weights file, the verdict
 """

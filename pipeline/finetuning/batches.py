@@ -1,4 +1,4 @@
-"""Batches: which images a step sees and how they are changed, as functions of the seed and the step, and the loss on them."""
+"""Batches: the images and the augmentation of each step, as functions of the seed and the step; and the loss."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pipeline.config import FinetuneConfig
 from pipeline.io.vision import torchvision
 
 SMALLEST_CROP = 0.5
-"""Of an image's area."""
+"""The smallest crop, as a fraction of an image's area."""
 
 Score = tuple[float, float]
-"""Accuracy on the validation images, and minus the loss, which decides between equal ones: higher is better."""
+"""Accuracy on the validation images, and minus the loss as a tie-breaker: higher is better."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class LabelledImages:
     """Images with their labels, in memory or mapped from a file.
 
     pixels : ndarray of shape (n, height, width, 3), uint8
-    y : ndarray of shape (n,), int64, places in the classes
-    entering : what enters the lowest trained stage, of shape (n, ...), where that was kept; it is then used in place of the pixels
+    y : ndarray of shape (n,), int64, class codes
+    entering : cached inputs of the lowest trained stage, of shape (n, ...), or None; used in place of the pixels
     """
 
     pixels: NDArray[np.uint8]
@@ -40,24 +40,24 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class Data:
-    """Images to learn from, images to choose weights on, and how pixels become numbers."""
+    """Training images, validation images to choose weights on, and the normalisation of pixels."""
 
     train: LabelledImages
     validation: LabelledImages
     width: int
-    """Numbers that the network gives for an image, one for each class."""
+    """Outputs of the network per image, one per class."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     below: tuple[nn.Module, ...] = ()
-    """Modules that are left out for images with `entering`, as their work is done."""
+    """Modules skipped for images with `entering`, which holds their output."""
     balanced: bool = False
-    """Whether each class counts as much as another, however many images it has."""
+    """Whether classes are weighted equally, regardless of their number of images."""
 
 
 def rows_at(position: int, count: int, images: int, seed: int) -> NDArray[np.int64]:
-    """Return the rows at places `position` to `position + count` of an endless row of shuffled epochs: int64 of shape (count,).
+    """Return rows `position` to `position + count` of an endless sequence of shuffled epochs: int64 of shape (count,).
 
-    Every epoch holds every image once, and no image waits for a batch that would be short.
+    Every epoch contains every image once, and batches may span two epochs, so that none is short.
     """
     first, last = position // images, (position + count - 1) // images
     epochs = [np.random.default_rng([seed, epoch]).permutation(images) for epoch in range(first, last + 1)]
@@ -65,22 +65,22 @@ def rows_at(position: int, count: int, images: int, seed: int) -> NDArray[np.int
 
 
 def to_float(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Turn uint8 (n, h, w, 3) into normalised float32 (n, 3, h, w), channels last in memory."""
+    """Convert uint8 (n, h, w, 3) to normalised float32 (n, 3, h, w), channels last in memory."""
     shift = torch.tensor(mean, device=pixels.device) * 255
     scale = 1.0 / (torch.tensor(std, device=pixels.device) * 255)
     return ((pixels.float() - shift) * scale).permute(0, 3, 1, 2)
 
 
 def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch.device, data: Data) -> Tensor:
-    """Return the training view of images, uint8 (n, h, w, 3), from torch's global random state: float32 (n, 3, height, width).
+    """Return augmented training images, uint8 (n, h, w, 3), using torch's global random state: float32 (n, 3, height, width).
 
-    Height and width are the images' own, or with `size` as much smaller as makes the shorter that long.
+    Height and width are the images' own, or scaled so that the shorter is `size`.
     """
     images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
     whole: tuple[int, int] = pixels.shape[1:3]
     shape = tuple(round(side * (settings.size or min(whole)) / min(whole)) for side in whole)
     if settings.augment != "none" or shape != whole:
-        v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")  # which its own import leaves out
+        v2 = importlib.import_module(f"{torchvision.__name__}.transforms.v2")  # torchvision does not import it
         flip, smaller = v2.RandomHorizontalFlip(), v2.Resize(shape)
         crop = v2.RandomResizedCrop(shape, scale=(SMALLEST_CROP, 1.0))
         ways = {
@@ -100,7 +100,7 @@ def augmented(pixels: NDArray[np.uint8], settings: FinetuneConfig, device: torch
 def loss_of(logits: Tensor, y: Tensor, data: Data) -> Tensor:
     """Return the mean cross-entropy for classes, int64 (n,).
 
-    Where classes are balanced, each weighs n / (n_classes * n_class), as in scikit-learn.
+    If classes are balanced, each has weight n / (n_classes * n_class), as in scikit-learn.
     """
     weights = None
     if data.balanced:

@@ -1,6 +1,6 @@
 """Hand-over: a fitted scikit-learn head becomes the last layer of the network that made its features, exactly.
 
-Fine-tuning then starts where stage two ended, and not from a random layer whose first gradients would tear at the
+Fine-tuning then starts where stage two ended, not from a random layer whose first gradients would distort the
 pretrained weights (Kumar et al. 2022, "Fine-tuning can distort pretrained features": LP-FT).
 """
 
@@ -34,18 +34,18 @@ from pipeline.heads.tuning import FeatureMatrix, blocks, limited, make_folds, me
 from pipeline.store import FeatureStore, StoredRows
 
 PROBES = 32
-"""Stored vectors that are computed again, to see that they are what enters the last layer."""
+"""Number of stored vectors computed again to check that they are the inputs of the last layer."""
 TOLERANCE = 0.05
-"""Their largest distance relative to their length; bf16 against fp32 stays below 0.016, another layer or pooling is far above."""
+"""Their largest relative distance; bf16 against fp32 stays below 0.016, another layer or pooling is far above."""
 TEMPERATURE_FOLDS = 3
 UNSEEN_MARGIN = 10.0
-"""By how much a class that the head never saw is less likely than the least likely other."""
+"""The bias of a class that the head never saw is lower than the lowest other bias by this margin."""
 
 
 def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> Network:
-    """Load the network behind an embedding, and check that the stored vectors are what enters its last layer.
+    """Load the network behind an embedding, and check that the stored vectors are the inputs of its last layer.
 
-    TrainingError where they are not, BackboneError where the weights or a library have changed since.
+    TrainingError if they are not, BackboneError if the weights or a library have changed since.
     """
     record = choice.record
     trusted = record.section in config.sections
@@ -66,15 +66,15 @@ def open_network(config: Config, choice: Choice, store: FeatureStore, parts: Par
         off = np.linalg.norm(found - stored, axis=1) / np.maximum(np.linalg.norm(stored, axis=1), 1e-12)
     if off.max() > TOLERANCE:
         raise TrainingError(
-            f"{record.name}: {int((off > TOLERANCE).sum())} of {len(rows)} stored vectors are not what enters the network's last layer; "
-            "heads on that layer alone can be handed over: set finetune.start to an embedding of the penultimate layer, or, if "
+            f"{record.name}: {int((off > TOLERANCE).sum())} of {len(rows)} stored vectors are not the inputs of the network's last layer; "
+            "only heads on that layer can be handed over: set finetune.start to an embedding of the penultimate layer, or, if "
             "this is one, run `manyheads features` again"
         )
     return network
 
 
 def put_head(network: nn.Module, layer: Layer) -> None:
-    """Replace the network's last linear layer by weights (width, dim) and biases (width,), float64; it becomes float32."""
+    """Replace the network's last linear layer, given weights (width, dim) and biases (width,), float64; the layer is float32."""
     name, (weights, bias) = last_linear(network), layer
     device = next(network.parameters()).device
     new = nn.Linear(weights.shape[1], len(weights), device=device)
@@ -84,24 +84,24 @@ def put_head(network: nn.Module, layer: Layer) -> None:
     network.set_submodule(name, new)
 
 
-# ---- the layer to start from
+# ---- the initial last layer
 
 
 def starting_layer(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> tuple[Layer, str]:
-    """Return the last layer to start from, weights (width, dim) and biases (width,), float64, and what it is in words.
+    """Return the initial last layer, weights (width, dim) and biases (width,), float64, and its description in words.
 
-    The head is fitted anew, with stage two's parameters, on the images that stage three learns from: stage two's own has
-    seen the validation images, on which it would look better than it is.
-    TrainingError where the head was fitted for another target than the data have.
+    The head is refitted, with stage two's parameters, on the training images of stage three: stage two's own head has
+    also seen the validation images, on which it would look better than it is.
+    TrainingError if the head was fitted for a different target than the data's.
     """
     linear, bundle, width = choice.linear, choice.head, parts.target.width
     if linear is None or bundle is None:
-        bound, rng = store.dim**-0.5, np.random.default_rng(config.seed)  # as torch would start
+        bound, rng = store.dim**-0.5, np.random.default_rng(config.seed)  # torch's initialisation
         random = rng.uniform(-bound, bound, (width, store.dim)), rng.uniform(-bound, bound, width)
         return random, "a random last layer"
     if bundle.target != parts.target:
         raise TrainingError(
-            f"{linear.bundle}: tells {bundle.target.width} classes apart, the data have {width} others; run `manyheads heads` again"
+            f"{linear.bundle}: was fitted on {bundle.target.width} classes, but the data have {width} different ones; run `manyheads heads` again"
         )
     limit, needed = limited(config.tuning).memory_bytes, memory_needed((len(parts.train), store.dim))
     stays = limit is not None and needed > limit
@@ -111,26 +111,26 @@ def starting_layer(config: Config, choice: Choice, store: FeatureStore, parts: P
     layer = as_layer(pipeline)
     if not hasattr(pipeline, "predict_proba"):
         layer = _tempered(layer, bundle.estimator, linear.head, X, y, config.seed)
-    # A class that the head never saw has a row too, far below the others.
+    # A class that the head never saw gets a row too, with a far lower bias.
     weights, bias = np.zeros((width, store.dim)), np.full(width, layer[1].min() - UNSEEN_MARGIN)
     weights[pipeline.classes_], bias[pipeline.classes_] = layer
     return (weights, bias), f"{linear.head} of stage two ({linear.cv_mean:.2%} in cross-validation)"
 
 
 def _fitted(estimator: Any, name: str, X: FeatureMatrix, y: NDArray[np.int64], seed: int) -> Pipeline:
-    """Fit stage two's head anew, as stage two would: with fewer components where rows are fewer, on features that may stay on disk."""
+    """Refit stage two's head as stage two would: with fewer components if there are fewer rows, on features that may stay on disk."""
     pca = dict(estimator.steps).get("pca")
     if not isinstance(pca, PCA):
         head = Head(name, lambda seed: clone(estimator), {}, {}, evaluator=HEADS[name].evaluator)
         return refit(head, {}, X, y, seed)
-    head = Head(name, lambda seed: clone(estimator[2:]), {}, {})  # behind the scaler and the PCA
+    head = Head(name, lambda seed: clone(estimator[2:]), {}, {})  # the steps after the scaler and the PCA
     return refit(head, {}, X, y, seed, pca.n_components)
 
 
 def _tempered(layer: Layer, estimator: Any, name: str, X: FeatureMatrix, y: NDArray[np.int64], seed: int) -> Layer:
-    """Scale margins to logits by one temperature fitted on out-of-fold scores; no predicted label changes.
+    """Scale margins to logits by a single temperature fitted on out-of-fold scores; no predicted label changes.
 
-    Cross-entropy on raw margins of a ridge (which lie around +-1) would start far too unsure.
+    With the raw margins of a ridge (around +-1), cross-entropy would start with far too low confidence.
     """
     classes, codes = np.unique(y, return_inverse=True)
     columns = np.empty((len(y), len(classes)), dtype=np.float32)
@@ -143,20 +143,20 @@ def _tempered(layer: Layer, estimator: Any, name: str, X: FeatureMatrix, y: NDAr
     return layer[0] * slope, layer[1] * slope
 
 
-# ---- all that a training needs
+# ---- the training task
 
 
 def make_task(
     config: Config, choice: Choice, network: Network, layer: Layer, parts: Parts, folder: Path | None = None
 ) -> tuple[TrainingTask, Data]:
-    """Bring network, head, plan and pixels together; with a folder, pixels that are too many for memory lie in it.
+    """Combine network, head, plan and pixels into a task; with a folder, pixels that do not fit in memory are stored there.
 
-    TrainingError where the plan cannot be followed or an image cannot be read.
+    TrainingError if the plan is invalid or an image cannot be read.
     """
     settings, prepared, device = config.finetune, network.preprocessing, resolve_device(config.extraction.device)
     put_head(network.module, layer)
     stages = stages_of(network.module, prepared.size)
-    assert settings.unfreeze != "auto"  # as advised by now
+    assert settings.unfreeze != "auto"  # replaced by the advice before
     plan = check_plan(settings.unfreeze, stages)
     train, validation = (
         LabelledImages(read_pixels(config, own, prepared, folder and folder / f"{name}.npy"), parts.target.encode(own))

@@ -1,4 +1,4 @@
-"""What stage three works on: which embedding and head, which images learn, choose and judge, and their pixels."""
+"""The material of stage three: the embedding and head, the training, validation and test images, and their pixels."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from pipeline.io import process
 from pipeline.store import FeatureStore
 
 MEMORY = 2 << 30
-"""Bytes of pixels kept in memory; more go to a file beside the checkpoint."""
+"""Limit of pixels kept in memory, in bytes; larger arrays are stored in a file next to the checkpoint."""
 
 BATCH = 64
-"""Images that are read at a time."""
+"""Images read per batch."""
 
 SHOWN = 20
 
@@ -42,23 +42,23 @@ LINEAR = tuple(name for name, head in HEADS.items() if head.linear)
 
 @dataclass(frozen=True)
 class Choice:
-    """What is fine-tuned, from which head, and what the result is compared with."""
+    """The embedding to fine-tune, the head to start from, and the rows to compare the result with."""
 
     record: EmbeddingRecord
     linear: LeaderboardRow | None
-    """The row whose head is handed over; none for a random start."""
+    """The row whose head is handed over; None for a random start."""
     head: ModelBundle | None
-    """That head, as it was saved."""
+    """The bundle of that head."""
     winner: LeaderboardRow
-    """The best row of all."""
+    """The best row of the leaderboard."""
     frozen: LeaderboardRow | None
-    """The same network frozen: the row that is handed over, after a random start the best linear one."""
+    """The best row of the same network frozen: the row that is handed over, or the best linear one for a random start."""
     floor: LeaderboardRow | None = None
-    """The best row that has learned from no other images: a baseline's, or an untrained network's."""
+    """The best row without pretraining: a baseline's, or an untrained network's."""
 
     @property
     def balanced(self) -> bool:
-        """Whether each class counts as much as another, as in the head that is handed over."""
+        """Whether classes are weighted equally, as in the head that is handed over."""
         return self.head is not None and self.head.estimator[-1].get_params().get("class_weight") == "balanced"
 
 
@@ -75,8 +75,8 @@ class Parts:
 def choose(config: Config, files: Artifacts) -> Choice:
     """Return the embedding to fine-tune and the head to start from, both by cross-validation only.
 
-    PipelineError where stages one and two have not been run, the leaderboard has no such embedding, or no linear head on it, or its
-    target is of a kind that cannot be fine-tuned.
+    PipelineError if stages one and two have not been run, the leaderboard has no such embedding, or no linear head on it, or its
+    target's kind is not supported.
     """
     each = files.each_target()
     if "" not in each:
@@ -87,7 +87,7 @@ def choose(config: Config, files: Artifacts) -> Choice:
     records = {record.name: record for record in read_asked_records(files.features, config)}
     board = read_leaderboard(files.root)
     if board.target.kind != SERVED:
-        raise TrainingError(f"finetune serves {SERVED}, and the target is {board.target.kind}")
+        raise TrainingError(f"finetune supports only {SERVED} targets, but the target is {board.target.kind}")
     _require_of(board, config, files)
     require_index(files.features, DatasetIndex.read(files.dataset).fingerprint())
     start = config.finetune.start
@@ -98,10 +98,10 @@ def choose(config: Config, files: Artifacts) -> Choice:
     if wanted != "best":
         able = [row for row in able if row.embedding == wanted]
     elif last := [row for row in able if records[row.embedding].layer.startswith("penultimate")]:
-        able = last  # heads on what enters the last layer alone can be handed over
+        able = last  # only heads on the last layer's input can be handed over
     if not able:
         raise TrainingError(
-            f"finetune.start: {wanted!r} is no backbone's embedding of the leaderboard; there are {', '.join(names) or 'none'}"
+            f"finetune.start: {wanted!r} is not a backbone's embedding on the leaderboard; there are {', '.join(names) or 'none'}"
         )
     embedding = able[0].embedding
     floor = next((row for row in board.rows if row.baseline or row.untrained), None)
@@ -120,7 +120,7 @@ def choose(config: Config, files: Artifacts) -> Choice:
 
 
 def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:
-    """See that a leaderboard was made for this config's images and backbones; PipelineError with what is another."""
+    """Raise PipelineError, with the differences, if a leaderboard was made for other images or backbones than this config's."""
     try:
         made = configuration.parse(board.provenance.get("config", {}), str(files.leaderboard))
     except ConfigError:
@@ -134,11 +134,11 @@ def _require_of(board: Leaderboard, config: Config, files: Artifacts) -> None:
 
 
 def divide(config: Config, files: Artifacts, store: FeatureStore, parent: Lineage = lineage.NONE) -> Parts:
-    """Divide stage two's images: its training images into those learned from and those that choose.
+    """Divide stage two's training images into training and validation images of stage three.
 
-    The data's own validation split chooses where there is one; otherwise a stratified share, in which groups and copies of
-    one image stay together. What the network to be tuned has learned from before chooses nothing.
-    TrainingError where one of the three parts would be empty.
+    The data's own validation split is used if there is one; otherwise a stratified share, in which groups and copies of
+    an image stay together. Images that the network was trained on before are removed from validation.
+    TrainingError if one of the three parts would be empty.
     """
     index = DatasetIndex.read(files.dataset).select("train", "validation", "test")
     usable = index.rows(~store.missing(index.digests))
@@ -151,7 +151,7 @@ def divide(config: Config, files: Artifacts, store: FeatureStore, parent: Lineag
     for name, part in (("training", learned), ("validation", validation), ("test", test)):
         if len(part) == 0:
             raise TrainingError(
-                f"there are no {name} images with features; fine-tuning needs some to learn, choose and judge"
+                f"there are no {name} images with features; fine-tuning needs training, validation and test images"
             )
     return Parts(targets.choose(usable, *config.dataset.kinds), learned, validation, test)
 
@@ -159,9 +159,9 @@ def divide(config: Config, files: Artifacts, store: FeatureStore, parent: Lineag
 def read_pixels(
     config: Config, index: DatasetIndex, preprocessing: images.Preprocessing, scratch: Path | None = None
 ) -> NDArray[np.uint8]:
-    """Decode and prepare images: uint8 (n, height, width, 3), in the file `scratch` when that is too much for memory.
+    """Decode and preprocess images: uint8 (n, height, width, 3), in the file `scratch` if they do not fit in memory.
 
-    TrainingError with the images that cannot be read any more.
+    TrainingError with the images that can no longer be read.
     """
     shape = (len(index), *preprocessing.size, 3)
     pixels: NDArray[np.uint8] = (

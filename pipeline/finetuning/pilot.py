@@ -1,7 +1,7 @@
-"""Pilot: a few steps of fine-tuning from the handed-over head, on two small parts of the training images.
+"""Pilot: a few fine-tuning steps from the handed-over head, on two small parts of the training images.
 
-It answers cheaply whether the network gives way at all: what the loss on the same held-out images falls by, whether more images
-help, and what a step takes. A pilot costs at most `SHARE` of the whole run, counted in passes of an image through the network.
+It measures cheaply whether fine-tuning can help: how much the loss on the same held-out images falls, whether more images
+help, and how long a step takes. A pilot costs at most `SHARE` of the whole run, counted in passes of an image through the network.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from pipeline.finetuning.trainer import (
 )
 
 SHARE = 0.045
-"""Of the passes of a whole run; the rest of five hundredths is left for what surrounds them."""
+"""Of the passes of a whole run; overhead may bring this to 0.05."""
 PASSES = 3
-"""What a step costs for each image, in passes: one forward, and about two backward."""
+"""Cost of a training step per image, in passes: one forward, and about two backward."""
 MOST_HELD_OUT = 128
-"""Held-out images that judge a pilot."""
+"""Largest number of held-out images to evaluate a pilot on."""
 GENTLER = 0.1
-"""Of the run's rate: its first steps are taken within the warm-up, and a pilot has no others."""
+"""Fraction of the run's rate: a pilot stands for the run's first steps, which are within the warm-up."""
 PART = 4
-"""The smaller part is the larger one divided by this."""
+"""Ratio of the larger to the smaller part."""
 STATISTICS = 64
-"""Images whose statistics are held against those that the network's normalisation has stored."""
+"""Number of images whose statistics are compared with the network's stored BatchNorm statistics."""
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """What some steps on two parts of the training images brought, judged on the same held-out images."""
+    """Results of some steps on two parts of the training images, evaluated on the same held-out images."""
 
     sizes: tuple[int, int]
     steps: int
@@ -59,20 +59,20 @@ class Pilot:
     losses: tuple[float, float]
     """Loss after the steps on each part."""
     shift: float | None
-    """How far the images' statistics lie from those that BatchNorm has stored, in its standard deviations; None without any."""
+    """Distance of the images' statistics from the stored BatchNorm statistics, in stored standard deviations; None without BatchNorm."""
     step_seconds: tuple[float, float]
-    """What a step takes that trains the last stage, and one that trains everything."""
+    """Duration of a step that trains the last stage, and of one that trains everything."""
     image_seconds: float
-    """What it takes to judge an image."""
+    """Duration of evaluating an image."""
     seconds: float
 
     def share(self, config: Config, parts: Parts) -> float:
-        """Return how many passes the pilot takes, as a share of those of a whole run."""
+        """Return the pilot's number of passes as a fraction of a whole run's."""
         trained, judged = config.finetune.batch_size * (2 * self.steps + 2), 3 * self.held_out
         return (PASSES * trained + judged) / full_passes(config, parts)
 
     def minutes(self, config: Config, parts: Parts) -> tuple[float, float]:
-        """Return how many minutes a whole run should take: training the last stage, and training everything."""
+        """Return the expected minutes of a whole run: training the last stage, and training everything."""
         steps = steps_of(config.finetune, len(parts.train))
         judged = _judged(parts) * self.image_seconds
         last, everything = ((steps * each + judged) / 60 for each in self.step_seconds)
@@ -80,27 +80,27 @@ class Pilot:
 
 
 def full_passes(config: Config, parts: Parts) -> int:
-    """Return how many passes of an image through the network a run takes that trains everything."""
+    """Return the number of passes of an image through the network in a run that trains everything."""
     settings = config.finetune
     trained = steps_of(settings, len(parts.train)) * settings.batch_size
     return trained * PASSES + _judged(parts) + len(parts.test)
 
 
 def _judged(parts: Parts) -> int:
-    """Return how many passes a whole run takes for judging validation images."""
+    """Return the number of passes for validation images in a whole run."""
     return (EVALUATIONS + RETURN_EVALUATIONS) * len(parts.validation)
 
 
 def pilot(config: Config, choice: Choice, network: Network, layer: Layer, parts: Parts) -> Pilot:
-    """Train for a few steps on two parts of the training images, each time from the handed-over head; `network` is left trained.
+    """Train for a few steps on each of two parts of the training images, starting from the handed-over head; changes `network`.
 
-    TrainingError where an image cannot be read, or the loss is no number.
+    TrainingError if an image cannot be read, or the loss is not finite.
     """
     began, target, settings = time.perf_counter(), parts.target, config.finetune
     held_out = parts.validation.rows(stratified_order(target.encode(parts.validation), config.seed)[:MOST_HELD_OUT])
     each = settings.batch_size
     budget = SHARE * full_passes(config, parts) - 3 * len(held_out) - STATISTICS
-    steps = max(2, int(budget / (PASSES * each * 2)) - 1)  # one more is spent on timing the last stage
+    steps = max(2, int(budget / (PASSES * each * 2)) - 1)  # the remaining step times the last stage
     learned = parts.train.rows(stratified_order(target.encode(parts.train), config.seed)[: steps * each])
     gentle = {"rate": GENTLER * settings.rate, "steps": steps, "unfreeze": ((0.0, "all"),)}
     config = config.model_copy(update={"finetune": settings.model_copy(update=gentle)})
@@ -117,7 +117,7 @@ def pilot(config: Config, choice: Choice, network: Network, layer: Layer, parts:
     image_seconds = (time.perf_counter() - clock) / len(held_out)
     some = torch.from_numpy(whole.train.pixels[:STATISTICS])
     shift = statistics_shift(network.module, to_float(some, whole.mean, whole.std))
-    prepare(task, whole)  # behind the look at what its norms are given
+    prepare(task, whole)  # after the shift was measured, as this folds the norms
     sizes = (max(2, len(learned) // PART), len(learned))
     losses, spent = list[float](), list[float]()
     for size in sizes:
@@ -135,14 +135,14 @@ def pilot(config: Config, choice: Choice, network: Network, layer: Layer, parts:
         start=start,
         losses=(losses[0], losses[1]),
         shift=shift,
-        step_seconds=(min(last, everything), everything),  # it does less, whatever else the machine did meanwhile
+        step_seconds=(min(last, everything), everything),  # it does less work: a longer time is noise
         image_seconds=image_seconds,
         seconds=time.perf_counter() - began,
     )
 
 
 def _steps(task: TrainingTask, data: Data, count: int) -> list[float]:
-    """Do some steps at the full rates and return what each took in seconds."""
+    """Do some steps at the full rates and return their durations in seconds."""
     optimizer, scaler = make_optimizer(task), torch.amp.GradScaler(task.device.type, enabled=task.precision == "fp16")
     spent = []
     for step in range(count):
@@ -153,7 +153,7 @@ def _steps(task: TrainingTask, data: Data, count: int) -> list[float]:
 
 
 def statistics_shift(network: nn.Module, images: torch.Tensor) -> float | None:
-    """Return how far images lie from what a network's BatchNorm layers expect; None where it has none.
+    """Return the distance of images from the stored statistics of a network's BatchNorm layers; None if it has none.
 
     The distance of a layer is the root mean square, over its channels, of the difference of the means in stored standard
     deviations; the result is the mean over layers. After Maharana et al. 2021 (arXiv 2107.00191).

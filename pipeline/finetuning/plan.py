@@ -1,4 +1,4 @@
-"""Which stages of a network are trained when, and which really stay as they are; the last linear layer is the head."""
+"""The plan: when each stage of a network is trained, and which stages stay frozen; the last linear layer is the head."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from pipeline.embed.graph import Stage, find_stages
 from pipeline.errors import TrainingError
 
 SAME = 1e-5
-"""How far a network's outputs may move, as a share of the largest, when its norms are folded: what rounding does."""
+"""Largest relative change of a network's outputs by folding norms, due to rounding."""
 
 Plan = tuple[tuple[float, int], ...]
-"""From which share of the steps on, which stage is the lowest that is trained."""
+"""(fraction of the steps, lowest stage trained from then on), in order."""
 
 
 def stages_of(network: nn.Module, size: tuple[int, int]) -> tuple[Stage, ...]:
     """Return the stages of a classification network for images of `size`, height and width in pixels, the stem first.
 
-    TrainingError where the network has no linear layer at its end.
+    TrainingError if the network has no linear layer at its end.
     """
     return find_stages(network, size, last_linear(network))
 
 
 def last_linear(network: nn.Module) -> str:
-    """Return the name of the linear layer that gives what a network says: the one it names itself, as timm's do, or the last."""
+    """Return the name of the linear layer with the network's outputs: its own classifier, as timm names it, or the last linear layer."""
     named = getattr(network, "get_classifier", None)
     own = None if named is None else named()
     found: list[str] = [
@@ -47,7 +47,7 @@ def last_linear(network: nn.Module) -> str:
 
 
 def stage_of_parameters(network: nn.Module, stages: Sequence[Stage]) -> dict[str, str]:
-    """Return the stage of every parameter; what stands outside all modules (a class token) belongs to the stem."""
+    """Return the stage of every parameter; parameters outside all modules (a class token) belong to the stem."""
     owners = {name: stages[0].name for name, _ in network.named_parameters()}
     for stage in stages:
         for module in stage.modules:
@@ -56,9 +56,9 @@ def stage_of_parameters(network: nn.Module, stages: Sequence[Stage]) -> dict[str
 
 
 def check_plan(plan: Sequence[tuple[float, str]], stages: Sequence[Stage]) -> Plan:
-    """Return a plan of (share of the steps, scope) with the lowest stage that each scope trains.
+    """Return a plan of (fraction of the steps, scope) with the lowest stage that each scope trains.
 
-    TrainingError where a step closes a stage that one before opened, or names one the network does not have.
+    TrainingError if a step freezes a stage trained by an earlier step, or names an unknown stage.
     """
     top = len(stages) - 1
     known = {"head": top, "last_stage": top - 1, "all": 0, **{stage.name: place for place, stage in enumerate(stages)}}
@@ -69,7 +69,7 @@ def check_plan(plan: Sequence[tuple[float, str]], stages: Sequence[Stage]) -> Pl
     ]
     resolved = tuple((start, known[scope]) for start, scope in plan if scope in known)
     problems += [
-        f"freezes {stages[lowest].name} again at {start:g}; expected each step to open the same stages or more"
+        f"freezes {stages[lowest].name} again at {start:g}; expected each step to train the same stages or more"
         for (_, lowest), (start, below) in pairwise(resolved)
         if below > lowest
     ]
@@ -79,7 +79,7 @@ def check_plan(plan: Sequence[tuple[float, str]], stages: Sequence[Stage]) -> Pl
 
 
 def describe_plan(plan: Plan, stages: Sequence[Stage], network: nn.Module, steps: int) -> list[str]:
-    """Return one line for each step of a plan: when, what is trained, how many parameters."""
+    """Return a line for each step of a plan: its start, the stages and the number of parameters trained."""
     owners = stage_of_parameters(network, stages)
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     lines = []
@@ -93,7 +93,7 @@ def describe_plan(plan: Plan, stages: Sequence[Stage], network: nn.Module, steps
 
 
 def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int) -> None:
-    """Put the network into training, but for BatchNorm and all stages below `lowest`, which get no gradient and drop nothing out."""
+    """Put the network into training mode, except for BatchNorm and stages below `lowest`, which get no gradient and no dropout."""
     owners = stage_of_parameters(network, stages)
     trained = {stage.name for stage in stages[lowest:]}
     for name, parameter in network.named_parameters():
@@ -106,16 +106,16 @@ def set_trainable(network: nn.Module, stages: Sequence[Stage], lowest: int) -> N
         norm.eval().requires_grad_(False)
 
 
-# ---- frozen norms, which need no pass of their own
+# ---- folding of frozen norms
 
 
 def fold_norms(network: nn.Module, images: Tensor) -> int:
-    """Let convolutions do the work of the BatchNorm right behind them, and return how many do; the network's state stays as it is.
+    """Fold each BatchNorm into the convolution right before it, and return the number folded; the network's state does not change.
 
-    A frozen norm is a scale and a shift for each channel, which a convolution takes into its weights and its bias as it runs, so
-    that neither way goes through the activations once more. Where the network then says something else, nothing is changed.
+    A frozen norm is a scale and a shift per channel, which a convolution applies to its weights and bias as it runs, so
+    that neither pass visits the activations again. If the network's outputs would change, nothing is folded.
 
-    images : some, float32 of shape (n, 3, h, w), as the network takes them
+    images : examples, float32 of shape (n, 3, h, w), normalised
     """
     made, behind = list[tuple[Tensor, nn.Conv2d]](), dict[nn.Conv2d, nn.BatchNorm2d]()
 
@@ -134,7 +134,7 @@ def fold_norms(network: nn.Module, images: Tensor) -> int:
         for hook in hooks:
             hook.remove()
         for conv, norm in behind.items():
-            conv.norm = (norm,)  # type: ignore[assignment]  # a tuple is no part of the network
+            conv.norm = (norm,)  # type: ignore[assignment]  # in a tuple, so that it is not registered as a submodule
             conv.forward, norm.forward = MethodType(_normed, conv), MethodType(_passed, norm)  # type: ignore[method-assign]
         if _same(network(images), expected):
             return len(behind)
@@ -158,13 +158,13 @@ def _same(found: Tensor, expected: Tensor) -> bool:
     return bool(found.shape == expected.shape and (found - expected).abs().max() <= SAME * expected.abs().max())
 
 
-# ---- stages that stay, which need to run once
+# ---- frozen stages, which need to run only once
 
 
 def modules_below(network: nn.Module, stage: Stage, images: Tensor) -> tuple[nn.Module, ...]:
-    """Return the modules that run before a stage begins; none where the outputs would change if these were left out.
+    """Return the modules that run before a stage; empty if skipping them would change the outputs.
 
-    images : some, float32 of shape (n, 3, h, w), as the network takes them
+    images : examples, float32 of shape (n, 3, h, w), normalised
     """
     order, entering = dict[nn.Module, None](), list[Tensor]()  # a module may run more than once
     entry = network.get_submodule(stage.modules[0])
@@ -178,13 +178,13 @@ def modules_below(network: nn.Module, stage: Stage, images: Tensor) -> tuple[nn.
         try:
             with passing(tuple(order)):
                 return tuple(order) if _same(network(entering[0]), expected) else ()
-        except Exception:  # what lies between the modules, which may be any code, does not take it
+        except Exception:  # arbitrary code between the modules may not accept the skipped shapes
             return ()
 
 
 @contextmanager
 def passing(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let modules return what they are given, as long as the block lasts."""
+    """Make modules return their input unchanged within the block."""
     own = [vars(module).pop("forward", None) for module in modules]
     for module in modules:
         module.forward = MethodType(_passed, module)

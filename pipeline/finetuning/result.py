@@ -1,4 +1,4 @@
-"""What a run gives: the weights that validation chose on the way back, their file, and the comparison with stage two."""
+"""The result of a run: the interpolated weights that validation chose, their file, and the comparison with stage two."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ FORMAT = "manyheads weights"
 VERSION = 1
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Of the return path; then half as far on either side of the best."""
+"""Interpolation coefficients tried first; then half a step on either side of the best."""
 RETURN_EVALUATIONS = len(ALPHAS) + 1
-"""At most: two more, and the end has been judged in training."""
+"""Largest number of evaluations: two more for the refinement, minus the end, which was evaluated in training."""
 
 
-# ---- the way back: the line from hand-over to result, of which the validation images choose a point
+# ---- interpolation between hand-over and result, chosen on the validation images
 
 
 @dataclass(frozen=True)
 class ReturnPath:
-    """Validation scores between hand-over (alpha 0) and result (alpha 1), and the alpha that was chosen."""
+    """Validation scores between hand-over (alpha 0) and result (alpha 1), and the chosen alpha."""
 
     alphas: tuple[float, ...]
     scores: tuple[Score, ...]
@@ -49,12 +49,12 @@ class ReturnPath:
 def return_path(
     task: TrainingTask, data: Data, start: Weights, end: Weights, end_score: Score | None = None
 ) -> ReturnPath:
-    """Score the weights on the line between two states of a network, closer around the best, and put the best into it.
+    """Evaluate weights interpolated between two states of a network, more finely around the best, and load the best into the network.
 
-    The smallest alpha wins a tie, so training has to earn every step away from the hand-over, and what is chosen is never
-    below the hand-over on these images. Wortsman et al. 2022, "Robust fine-tuning" (WiSE-FT), there for CLIP.
+    The smallest alpha wins ties, so weights move away from the hand-over only for a better score, and the chosen weights are never
+    worse than the hand-over on these images. Wortsman et al. 2022, "Robust fine-tuning" (WiSE-FT), there for CLIP.
 
-    end_score : the end's, where it is known
+    end_score : the score of `end`, if known
     """
     scores: dict[float, Score] = {} if end_score is None else {1.0: end_score}
 
@@ -73,14 +73,14 @@ def return_path(
 
 
 def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> Weights:
-    """Return `(1 - alpha) * start + alpha * end` of each tensor, in its shape and dtype; counters, which do not move, as they are."""
+    """Return `(1 - alpha) * start + alpha * end` of each tensor, in its shape and dtype; integer buffers are those of `start`."""
     return {
         name: torch.lerp(tensor, end[name], alpha) if tensor.is_floating_point() else tensor.clone()
         for name, tensor in start.items()
     }
 
 
-# ---- the weights file, which `embed` loads by itself
+# ---- the weights file, which `embed` can load
 
 
 def write_weights(
@@ -95,9 +95,9 @@ def write_weights(
     lineage: Lineage | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Write a weights file in one move, and return the description in it: how to build its network, where the weights come from.
+    """Write a weights file atomically, and return the description in it: how to build its network, and the origin of the weights.
 
-    `preprocessing` has the keys of that section of a config; `lineage` names the images that the weights have learned from, on
+    `preprocessing` has the keys of that section of a config; `lineage` names the images that the weights were trained on, on
     which their features must not be cross-validated. Shapes and dtypes of tensors stay as they are.
     """
     description = {
@@ -119,7 +119,7 @@ def write_weights(
     return description
 
 
-# ---- the verdict: one comparison with stage two on the untouched test images
+# ---- the verdict: a comparison with stage two on the untouched test images
 
 
 def judge(
@@ -127,7 +127,7 @@ def judge(
 ) -> dict[str, Any]:
     """Compare the fine-tuned network with stage two's best row, and with itself frozen, on the same test images.
 
-    said : what the network says of the test images, as the target encodes it, int64 of shape (n_test,)
+    said : the network's predictions for the test images, encoded by the target, int64 of shape (n_test,)
     """
     tuned = Predictions(parts.target.encode(parts.test), said, units=parts.test.fold_groups())
     images, found = counted(len(tuned), tuned.units, "test images"), {}
@@ -154,9 +154,9 @@ def judge(
 
 
 def transfer(files: Artifacts, choice: Choice, seed: int, held_out: bool = False) -> str:
-    """Say whether pretraining helps, or hurts: the frozen features against the best row without any on the same images.
+    """Return whether pretraining helps or hurts: compares the frozen features with the best row without pretraining on the same images.
 
-    The images are the test's, or `held_out` the training images as they were predicted out of fold. '' where the network itself
+    The images are those of the test, or with `held_out` the training images, predicted out of fold. '' if the network itself
     is untrained or there is no such row.
     """
     if choice.frozen is None or choice.floor is None or choice.frozen.untrained:
@@ -176,7 +176,7 @@ def transfer(files: Artifacts, choice: Choice, seed: int, held_out: bool = False
 def verdict(paired: Paired, minutes: float, images: str) -> str:
     """Say in one sentence whether fine-tuning was worth it: worth it, not worth it, or no evidence.
 
-    As in the leaderboard, the interval and the exact test must both show it. images : how many, such as `360 test images`
+    As on the leaderboard, the interval and the exact test must both show it. images : their number, such as `360 test images`
     """
     words = {1: "worth it", -1: "not worth it", 0: "no evidence that it helps"}[paired.shown]
     return f"{words}: {_told(paired, images)} for {minutes:.1f} minutes of training"
@@ -188,7 +188,7 @@ def _told(paired: Paired, images: str) -> str:
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:
-    """Return the result in the words a user needs: a line for each comparison, one where both are with the same row."""
+    """Return the result as lines for the user: one per comparison, or a single one if both are with the same row."""
     validation, comparisons = result["validation"], result["comparisons"]
     named = {"best": "the best row", "frozen": "the same network frozen"}
     if "frozen" in comparisons and comparisons["frozen"]["row"] == comparisons["best"]["row"]:
@@ -205,5 +205,5 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     if result["transfer"]:
         found.append(f"transfer   {result['transfer']}")
     if not result["alpha"]:
-        found.append("           nothing that was learned helped on the validation images: the network is the start")
+        found.append("           training did not help on the validation images: the result equals the start")
     return found

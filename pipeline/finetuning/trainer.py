@@ -1,7 +1,7 @@
-"""The trainer: labelled images in, the weights that did best on the validation images out.
+"""The trainer: takes labelled images and returns the weights with the best validation score.
 
-Everything random in a step comes from (seed, step), so that a step is the same whatever was done before in this process: a run
-continued from its checkpoint gives on the CPU, bit for bit, the weights of a run that was never stopped.
+All randomness of a step is derived from (seed, step), so a step does not depend on what was done before in this process: a run
+continued from its checkpoint yields, on the CPU, bit for bit the weights of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ logger = logging.getLogger(__name__)
 FORMAT, VERSION = "manyheads checkpoint", 4
 
 EVALUATIONS = 10
-"""How often a run is evaluated."""
+"""Evaluations per run."""
 KEPT = 2 << 30
-"""Bytes of what enters the lowest trained stage that are kept of the training images."""
+"""Limit of the cached inputs of the lowest trained stage, in bytes."""
 BLOCK = 32
-"""Images that are scored at a time."""
+"""Images evaluated at a time."""
 SAVE_SECONDS = 30.0
-"""A checkpoint is written after this time at the latest, because an evaluation may be minutes away."""
+"""Longest time between checkpoints, because evaluations may be minutes apart."""
 RATE_DECAY, RATE_SPREAD = 0.5, 100
-"""What each stage has of the rate of the one above it, and how much larger than any the head's may be."""
+"""Ratio of each stage's rate to that of the stage above, and the largest ratio of the head's rate to any other."""
 WARMUP = 0.1
-"""Share of the steps in which the rate rises; then it falls along a cosine."""
+"""Fraction of the steps in which the rate rises; then it falls along a cosine."""
 WEIGHT_DECAY = 0.01
-"""Of AdamW; norms and biases have none."""
+"""Weight decay of AdamW; norms and biases have none."""
 PROFILED_STEPS, PROFILE_ROWS = 5, 40
 
 Weights = dict[str, Tensor]
-"""A network's state by name, detached copies on the CPU."""
+"""A network's state by name, as detached copies on the CPU."""
 
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """A network to train in place, and how; `settings` are the user's."""
+    """A network to train in place, with all parameters of the training; `settings` are the user's."""
 
     network: nn.Module
     stages: tuple[Stage, ...]
@@ -72,30 +72,30 @@ class TrainingTask:
 
     @property
     def evaluate_every(self) -> int:
-        """Steps between two evaluations."""
+        """Steps between evaluations."""
         return max(1, self.steps // self.evaluations)
 
 
 @dataclass
 class State:
-    """How far a run is, and at its end what it gave: all of a checkpoint but the states of network, optimizer and the like."""
+    """The progress of a run and its result so far: a checkpoint's content except the states of network, optimizer and the like."""
 
     step: int = 0
     """Steps done."""
     seconds: float = 0.0
-    """Spent in training, over all pieces of a run that was stopped."""
+    """Time spent in training, over all parts of an interrupted run."""
     losses: list[float] = field(default_factory=list)
-    """Of every step since the last evaluation."""
+    """The loss of every step since the last evaluation."""
     score: Score | None = None
-    """The best so far on the validation images."""
+    """The best validation score so far."""
     weights: Weights = field(default_factory=dict)
-    """Those that had it."""
+    """The weights with that score."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """A record for each evaluation."""
+    """A record of each evaluation."""
 
 
 def steps_of(settings: FinetuneConfig, images: int) -> int:
-    """Return the number of steps of a run: what is asked for, or by the number of images after BiT's rule.
+    """Return the number of steps of a run: the setting, or BiT's rule based on the number of images.
 
     500 below 20,000 images, then 10,000, from 500,000 on 20,000: Kolesnikov et al. 2020, "Big Transfer", section 3.3.
     """
@@ -110,10 +110,10 @@ def copy_weights(network: nn.Module) -> Weights:
 
 
 def train(task: TrainingTask, data: Data, folder: Path, identity: str) -> State:
-    """Train a network in place, put the weights into it that did best on the validation images, and return how it went.
+    """Train a network in place, load the weights with the best validation score into it, and return the run's final state.
 
-    `folder` gets the checkpoint and the log; a checkpoint in it of the same `identity` is continued.
-    TrainingError where the loss is no number, the precision is not to be had on the device, or the folder holds another run.
+    The checkpoint and the log are written to `folder`; a checkpoint there with the same `identity` is continued.
+    TrainingError if the loss is not finite, the device does not support the precision, or the folder holds another run.
     """
     _check(task, data)
     prepare(task, data)
@@ -147,7 +147,7 @@ def train(task: TrainingTask, data: Data, folder: Path, identity: str) -> State:
             if due or state.seconds - saved >= SAVE_SECONDS:
                 _save(folder, identity, state, parts)
                 saved = state.seconds
-    task.network.load_state_dict(state.weights)  # there are some: the last step is followed by an evaluation
+    task.network.load_state_dict(state.weights)  # set by the evaluation after the last step
     task.network.eval()
     return state
 
@@ -158,15 +158,13 @@ def _check(task: TrainingTask, data: Data) -> None:
         problems.append("precision: 'fp16' needs a GPU; use 'bf16' or 'fp32' on the CPU")
     side = min(data.train.pixels.shape[1:3])
     if task.settings.size is not None and task.settings.size > side:
-        problems.append(
-            f"finetune.size: {task.settings.size} is more than the {side} pixels that images are prepared to have"
-        )
+        problems.append(f"finetune.size: {task.settings.size} is larger than the {side} pixels of the prepared images")
     if problems:
         raise TrainingError("training: cannot start", problems)
 
 
 def prepare(task: TrainingTask, data: Data) -> None:
-    """Put the network on its device, as the fastest steps need it: channels last, norms folded, freed memory kept."""
+    """Move the network to its device and make its steps fast: channels last, folded norms, freed memory kept."""
     process.keep_freed_memory()
     task.network.to(device=task.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     some = torch.from_numpy(data.validation.pixels[:2]).to(task.device)
@@ -174,9 +172,9 @@ def prepare(task: TrainingTask, data: Data) -> None:
 
 
 def keep_below(task: TrainingTask, data: Data) -> Data:
-    """Run what lies below the lowest trained stage once for each image, and return data that hold what it gives.
+    """Run the modules below the lowest trained stage once for each image, and return data with their outputs.
 
-    Of training images only where they are shown as they are. Nothing is kept of a network whose lower part cannot be left out.
+    Training images are included only without augmentation. If the modules cannot be skipped, the data are returned unchanged.
     """
     prepare(task, data)
     lowest = task.stages[task.plan[-1][1]]
@@ -200,17 +198,17 @@ def keep_below(task: TrainingTask, data: Data) -> Data:
     return replace(data, below=below, **parts)
 
 
-# ---- what changes from step to step
+# ---- optimizer and schedule
 
 
 def make_optimizer(task: TrainingTask) -> torch.optim.Optimizer:
-    """Return the optimizer with one group per stage and decay, at their full rates."""
+    """Return the optimizer with a parameter group per stage and decay, at their full rates."""
     rate, groups = task.settings.rate, list[dict[str, Any]]()
     owners = stage_of_parameters(task.network, task.stages)
     for depth, stage in zip(reversed(range(len(task.stages))), task.stages, strict=True):
         own = max(rate * RATE_DECAY**depth, rate / RATE_SPREAD)
         inside = [parameter for name, parameter in task.network.named_parameters() if owners[name] == stage.name]
-        for decays in (True, False):  # norms and biases, which are vectors, do not
+        for decays in (True, False):  # norms and biases, which are vectors, have no decay
             members = [parameter for parameter in inside if (parameter.ndim > 1) == decays]
             decay = WEIGHT_DECAY if decays else 0.0
             if members:
@@ -234,10 +232,10 @@ def make_schedule(task: TrainingTask, optimizer: torch.optim.Optimizer) -> LRSch
 def train_step(
     task: TrainingTask, data: Data, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int
 ) -> float:
-    """Do one step at the optimizer's rates and return its loss; TrainingError where the loss is no number."""
+    """Do one step at the optimizer's rates and return its loss; TrainingError if the loss is not finite."""
     settings = task.settings
     torch.manual_seed(int(np.random.SeedSequence([task.seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-    # Also after an evaluation, which left the network in evaluation mode.
+    # At each step, because an evaluation leaves the network in evaluation mode.
     lowest = next(low for start, low in reversed(task.plan) if step >= round(start * task.steps))
     set_trainable(task.network, task.stages, lowest)
     optimizer.zero_grad(set_to_none=True)
@@ -261,7 +259,7 @@ def train_step(
 
 
 def _evaluate(task: TrainingTask, data: Data, state: State, rate: float) -> dict[str, Any]:
-    """Score the weights on the validation images, keep them where they are the best so far, and return the record of it."""
+    """Evaluate the weights on the validation images, keep them if they are the best so far, and return a record."""
     accuracy, minus_loss = score = evaluate(task.network, data.validation, data, task.device, task.precision)
     if state.score is None or score > state.score:
         state.score, state.weights = score, copy_weights(task.network)
@@ -285,7 +283,7 @@ def evaluate(
     device: torch.device,
     precision: str = "fp32",
 ) -> Score:
-    """Return the score of a network on images, and leave it in evaluation mode."""
+    """Return the score of a network on images; the network is left in evaluation mode."""
     kept = labelled.entering
     with passing(() if kept is None else data.below):
         images = labelled.pixels if kept is None else kept
@@ -303,7 +301,7 @@ def predict_logits(
 ) -> Tensor:
     """Return a network's outputs, float32 (n, width) on the CPU, for uint8 images (n, h, w, 3), in evaluation mode.
 
-    A tensor is given to the network as it is.
+    A tensor is passed to the network unchanged.
     """
     network.eval()
     parts = []
@@ -321,11 +319,11 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, kind, enabled=precision != "fp32")
 
 
-# ---- the checkpoint, and what watches a run
+# ---- the checkpoint, profiler and TensorBoard
 
 
 def _save(folder: Path, identity: str, state: State, parts: Mapping[str, Any]) -> None:
-    """Write the checkpoint and the log, each whole and in one move: a killed run finds the last ones intact."""
+    """Write the checkpoint and the log, each atomically: after a kill the previous ones are intact."""
     states = {name: part.state_dict() for name, part in parts.items()}
     content = {"format": FORMAT, "version": VERSION, "identity": identity, "state": vars(state), "parts": states}
     buffer = io.BytesIO()
@@ -336,9 +334,9 @@ def _save(folder: Path, identity: str, state: State, parts: Mapping[str, Any]) -
 
 
 def _load(folder: Path, identity: str, parts: Mapping[str, Any]) -> State:
-    """Return how far a run is, having put its parts into their states; the beginning where there is no checkpoint.
+    """Load a run's checkpoint into its parts and return its state; the initial state if there is no checkpoint.
 
-    TrainingError where it cannot be read or belongs to another run.
+    TrainingError if it cannot be read or belongs to another run.
     """
     path = folder / "checkpoint.pt"
     if not path.exists():
@@ -358,7 +356,7 @@ def _load(folder: Path, identity: str, parts: Mapping[str, Any]) -> State:
 
 
 def _profiler(path: Path) -> torch.profiler.profile:
-    """Return torch's profiler, which writes a table on some steps after the first."""
+    """Return torch's profiler, which writes a table of some steps after the first."""
 
     def write(profile: torch.profiler.profile) -> None:
         make_folder(path.parent)
@@ -369,11 +367,11 @@ def _profiler(path: Path) -> torch.profiler.profile:
 
 
 def _board(folder: Path) -> Any:
-    """Return a writer of TensorBoard's files."""
+    """Return a writer of TensorBoard files."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise TrainingError(
-            "finetune.watch: tensorboard is not installed; run `pip install tensorboard` or leave it out"
+            "finetune.watch: tensorboard is not installed; run `pip install tensorboard` or remove it"
         ) from None
     return SummaryWriter(str(folder))

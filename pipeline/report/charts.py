@@ -41,30 +41,32 @@ DASHED = (0, (4, 3))
 
 
 def score_chart(
-    palette: Palette, rows: Sequence[LeaderboardRow], group: Sequence[str], scoring: str, told: Metric = ACCURACY
+    palette: Palette, rows: Sequence[LeaderboardRow], group: Sequence[str], scoring: str, test_metric: Metric = ACCURACY
 ) -> Figure:
-    """Draw each row's test score in the metric `told` with its interval; the no-evidence group is in the accent colour.
+    """Draw each row's test score in the metric `test_metric` with its interval; the no-evidence group is in the accent colour.
 
     The cross-validation score is drawn too if it is in the same metric; otherwise only the tooltip has it.
     """
-    metric, shown, scale = METRICS[scoring], rows[:MOST_ROWS], abs(told.scale)
-    same = metric is told
-    made, axes = _of_rows(palette, f"Test {told.title} {'and cross-validation ' * same}of every row", shown)
-    tested = _tested(shown, told)
-    floor = scale * _floor([low for _, low, _ in tested.values()], told)
+    metric, shown, scale = METRICS[scoring], rows[:MOST_ROWS], abs(test_metric.scale)
+    same = metric is test_metric
+    made, axes = _of_rows(palette, f"Test {test_metric.title} {'and cross-validation ' * same}of every row", shown)
+    tested = _tested(shown, test_metric)
+    floor = scale * _floor([low for _, low, _ in tested.values()], test_metric)
     for place, row in enumerate(shown):
         seen = True
         if row.key in tested:
             value, low, high = tested[row.key]
-            ends, sign = (high, low) if told.lower_is_better else (low, high), told.percent
-            span = f"[{told.text(ends[0])}{sign}, {told.text(ends[1])}{sign}]"
-            text = f"{row.key}: test {_tuned(value, told)} {span}, cross-validation {_tuned(row.cv_mean, metric)}"
+            ends, sign = (high, low) if test_metric.lower_is_better else (low, high), test_metric.percent
+            span = f"[{test_metric.text(ends[0])}{sign}, {test_metric.text(ends[1])}{sign}]"
+            text = (
+                f"{row.key}: test {_tuned(value, test_metric)} {span}, cross-validation {_tuned(row.cv_mean, metric)}"
+            )
             colour = palette.accent if row.key in group else palette.muted
             seen = _dot(axes, place, scale * value, (scale * low, scale * high), floor, colour, text)
         if seen and same and scale * row.cv_mean >= floor:
             axes.plot(scale * row.cv_mean, place, "|", color=palette.ink, ms=9, mew=1.5)
-    _as_a_loss_is_known(axes.xaxis, told)
-    axes.set_xlabel(f"{told.header}:  ● test  — its 95 % interval{'  | cross-validation' * same}", loc="right")
+    _as_a_loss_is_known(axes.xaxis, test_metric)
+    axes.set_xlabel(f"{test_metric.header}:  ● test  — its 95 % interval{'  | cross-validation' * same}", loc="right")
     return made
 
 
@@ -276,29 +278,29 @@ def few_shot_chart(palette: Palette, result: FewShot) -> Figure:
     return made
 
 
-def priced(rows: Sequence[LeaderboardRow], told: Metric = ACCURACY) -> list[LeaderboardRow]:
+def priced(rows: Sequence[LeaderboardRow], test_metric: Metric = ACCURACY) -> list[LeaderboardRow]:
     """Return the rows that the cost chart shows: those with a score and a time, without outliers that would squeeze the others."""
-    tested = _tested(rows, told)
-    floor, timed = _floor([low for _, low, _ in tested.values()], told), any(row.embed_seconds for row in rows)
+    tested = _tested(rows, test_metric)
+    floor, timed = _floor([low for _, low, _ in tested.values()], test_metric), any(row.embed_seconds for row in rows)
     return [
         row for row in rows if row.key in tested and tested[row.key][0] >= floor and (row.embed_seconds or not timed)
     ]
 
 
-def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, told: Metric = ACCURACY) -> Figure:
+def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, test_metric: Metric = ACCURACY) -> Figure:
     """Draw the test score against time per image (embedding and head); the Pareto-optimal rows are joined."""
-    shown = priced(rows, told)
+    shown = priced(rows, test_metric)
     names = list(dict.fromkeys(row.head for row in shown))
     height = 3.3 + 0.21 * -(-len(names) // 2)
-    made, axes = figure(palette, f"Test {told.title} against time per image", height=height)
+    made, axes = figure(palette, f"Test {test_metric.title} against time per image", height=height)
     cost = [1000 * ((row.embed_seconds or 0.0) + row.predict_seconds / max(images, 1)) for row in shown]
-    tested, scale = _tested(shown, told), abs(told.scale)
+    tested, scale = _tested(shown, test_metric), abs(test_metric.scale)
     value = [tested[row.key][0] for row in shown]
     best = pareto(cost, value)
     edge = sorted((c, scale * v) for c, v, kept in zip(cost, value, best, strict=True) if kept)
     axes.step(*np.transpose(edge), where="post", color=palette.muted, lw=1, ls=DASHED)
     for row, c, v, kept in zip(shown, cost, value, best, strict=True):
-        text = f"{row.key}: {told.text(v)}{told.percent} at {c:.3g} ms per image, fit in {seconds(row.fit_seconds)} s{', on the edge' * kept}"
+        text = f"{row.key}: {test_metric.text(v)}{test_metric.percent} at {c:.3g} ms per image, fit in {seconds(row.fit_seconds)} s{', on the edge' * kept}"
         sign, size, alpha = "s" if row.baseline else "o", 8 if kept else 6, 1.0 if kept else 0.75
         colour = palette.category(names.index(row.head))
         axes.plot(c, scale * v, sign, color=colour, ms=size, alpha=alpha, gid=tip(text))
@@ -309,8 +311,8 @@ def cost_chart(palette: Palette, rows: Sequence[LeaderboardRow], images: int, to
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     what = "embedding and head" if any(row.embed_seconds for row in rows) else "head alone"
-    axes.set(xlabel=f"time per image, milliseconds: {what}", ylabel=f"test {told.header}")
-    _as_a_loss_is_known(axes.yaxis, told)
+    axes.set(xlabel=f"time per image, milliseconds: {what}", ylabel=f"test {test_metric.header}")
+    _as_a_loss_is_known(axes.yaxis, test_metric)
     made.legend(loc="outside lower center", ncols=2)
     return made
 
@@ -382,13 +384,13 @@ def _upright(
     axes.plot(x, 100 * share, sign, color=colour, ms=size, gid=tip(text))
 
 
-def _tested(rows: Sequence[LeaderboardRow], told: Metric) -> dict[str, tuple[float, float, float]]:
+def _tested(rows: Sequence[LeaderboardRow], test_metric: Metric) -> dict[str, tuple[float, float, float]]:
     """Return each row's test score and interval ends by key, higher being better; rows without a score are left out."""
     found = {}
     for row in rows:
-        value, span = (None, None) if row.test is None else row.test.of(told)
+        value, span = (None, None) if row.test is None else row.test.of(test_metric)
         if value is not None and span is not None:
-            found[row.key] = (-value, -span[1], -span[0]) if told.lower_is_better else (value, *span)
+            found[row.key] = (-value, -span[1], -span[0]) if test_metric.lower_is_better else (value, *span)
     return found
 
 

@@ -98,7 +98,7 @@ def _known(material: Material) -> dict[str, object]:
         "best": board.best,
         "title": sections.title(material),
         "metric": metric,
-        "told": board.test_metric,
+        "test_metric": board.test_metric,
         "unit": "%" if metric is ACCURACY else metric.header,
     }
 

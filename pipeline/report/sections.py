@@ -177,7 +177,7 @@ def _difference(material: Material) -> Shown:
     group = recommendation.no_evidence if recommendation else (board.best.key,)
     found = {
         "leaderboard": partial(
-            charts.score_chart, rows=board.ranked, group=group, scoring=board.scoring, told=board.test_metric
+            charts.score_chart, rows=board.ranked, group=group, scoring=board.scoring, test_metric=board.test_metric
         )
     }
     if recommendation and len(recommendation.differences) > 1:
@@ -321,13 +321,13 @@ def _labels(material: Material) -> Shown | None:
 
 
 def _growth(material: Material) -> Shown | None:
-    rows, told, found = material.leaderboard.rows, material.leaderboard.test_metric, dict[str, Chart]()
+    rows, test_metric, found = material.leaderboard.rows, material.leaderboard.test_metric, dict[str, Chart]()
     if material.curve is not None and len(material.curve.points) > 1:
         found["learning_curve"] = partial(charts.learning_chart, curve=material.curve, head=CURVE_HEAD.name)
-    shown = charts.priced(rows, told)
+    shown = charts.priced(rows, test_metric)
     if shown:
         found["cost"] = partial(
-            charts.cost_chart, rows=rows, images=max(row.test.n for row in shown if row.test), told=told
+            charts.cost_chart, rows=rows, images=max(row.test.n for row in shown if row.test), test_metric=test_metric
         )
     return (found, {"curve": material.curve, "unpriced": len(rows) - len(shown)}) if found else None
 

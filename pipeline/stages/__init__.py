@@ -1,1 +1,1 @@
-"""The verbs: each reads the files of the one before it, writes its own, skips what is finished, and returns what it wrote."""
+"""The stages: each reads the files of the previous one, writes its own, skips finished work, and returns what it wrote."""

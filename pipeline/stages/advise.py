@@ -1,7 +1,7 @@
-"""Advice: stop here, label more, take another layer or backbone, or fine-tune: each with its expected gain and its price.
+"""Advice: stop, label more, use another layer or backbone, or fine-tune; each option with its expected gain and price.
 
-Looks at what stages one and two left behind and makes a pilot, which together cost at most a twentieth of a whole fine-tuning. Test
-images play no part. What fine-tuning should bring comes from measured cells (`evaluation/advice.py`).
+Reads the results of stages one and two and runs a pilot, which together cost at most a twentieth of a whole fine-tuning. Test
+images are not used. The expected gain of fine-tuning is derived from measured cells (`evaluation/advice.py`).
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from pipeline.store import FeatureStore
 log = logging.getLogger(__name__)
 
 MOST_IMAGES = 1500
-"""Training images that the simple heads look at."""
+"""Largest number of training images for the simple heads."""
 FOLDS = 5
 EIGHTY = 1.2816 / 1.96
-"""The half width of an 80 % interval of a normal variable, over that of its 95 % interval."""
+"""Ratio of the half width of an 80 % normal interval to that of a 95 % interval."""
 
 
 def run(config: Config) -> Advice:
-    """Advise what to do next, or read the advice that was given on the same features and rows.
+    """Advise what to do next, or return earlier advice for the same features and rows.
 
-    PipelineError where stages one and two have not been run, or the target or embedding cannot be fine-tuned.
+    PipelineError if stages one and two have not been run, or the target or embedding cannot be fine-tuned.
     """
     files = Artifacts(config.output, config.store)
     choice = choose(config, files)
@@ -96,11 +96,11 @@ def run(config: Config) -> Advice:
     return made
 
 
-# ---- the signs
+# ---- the signs, which are the inputs of the rule
 
 
 def signs(config: Config, choice: Choice) -> tuple[dict[str, Any], Pilot, Parts]:
-    """Return what the rule looks at, `signs` and `pilot`, with the pilot and the division of the images."""
+    """Return the inputs of the rule, `signs` and `pilot`, with the pilot and the division of the images."""
     files = Artifacts(config.output, config.store)
     store = FeatureStore.open(files.find_store(choice.record.store), choice.record.fingerprint)
     parts = divide(config, files, store, lineage.of(choice.record.section, choice.record.spec.trained_on))
@@ -131,9 +131,9 @@ def signs(config: Config, choice: Choice) -> tuple[dict[str, Any], Pilot, Parts]
 def probes(
     X: NDArray[np.float32], y: NDArray[np.int64], groups: NDArray[np.int64] | None, seed: int
 ) -> dict[str, float]:
-    """Return the accuracies of simple heads out of fold, on the same folds; of the linear one also on its training rows.
+    """Return the out-of-fold accuracies of simple heads on the same folds; for the linear one also its training accuracy.
 
-    `half` is the linear head fitted on half of each fold's rows.
+    `half` is the linear head fitted on half of each fold's training rows.
 
     X : float32 of shape (n, dim); y : int64 of shape (n,); groups : int64 of shape (n,), whose members share a fold
     """
@@ -158,7 +158,7 @@ def probes(
     return {**{name: float(hits.mean()) for name, hits in right.items()}, "train": float(np.mean(train))}
 
 
-# ---- the ways
+# ---- the options
 
 
 def _label(curve: LearningCurve | None) -> Way:
@@ -173,7 +173,7 @@ def _label(curve: LearningCurve | None) -> Way:
 
 
 def _other(board: Leaderboard, files: Artifacts, choice: Choice) -> Way:
-    """Judge what other rows and layers have been shown to bring; both are measured already, so they cost nothing."""
+    """Return the option of using another row or layer; both are measured already, so they cost nothing."""
     best, ours = board.best, choice.linear or choice.winner
     layered = [
         one for one in read_profiles(files.layers) or () if one.nested_gain is not None and one.chosen != one.usual

@@ -1,4 +1,4 @@
-"""Backbones: what a config can embed with, what it costs to have, and under which licence. Nothing is loaded or fetched."""
+"""Backbones: the networks that a config can use, with size, availability and licence. Nothing is loaded or downloaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.embed.weights import FAMILIES, bundled, penultimate_dim
 from pipeline.errors import BackboneError
 
 MOST_BUILT = 40
-"""Networks of a list whose vector's length is found where they have to be built for it, which takes up to seconds each."""
+"""Longest list in which vector lengths are determined for networks that must be built, which takes up to seconds each."""
 
 HERE, FETCH, INSTALL = "here", "to fetch", "to install"
 
@@ -25,20 +25,20 @@ HEADERS = ("name", "weights", "family", "dim", "image", "MB", "licence", "")
 
 @dataclass(frozen=True)
 class NetworkRow:
-    """One network with one set of weights, as a config names them."""
+    """One network with one set of weights, under their names in a config."""
 
     name: str
     weights: str
     family: str
     dim: Callable[[], int | None]
     image: int
-    """Side of the images it is given, in pixels."""
+    """Side of the network's input images, in pixels."""
     megabytes: float
     license: str
     where: str
 
     def cells(self, with_dim: bool) -> tuple[str, ...]:
-        """Return what stands in the columns of `HEADERS`."""
+        """Return the cells of the columns in `HEADERS`."""
         size = f"{self.megabytes:.0f}" if self.megabytes >= 10 else f"{self.megabytes:.1f}"
         dim = self.dim() if with_dim else None
         return (
@@ -54,7 +54,7 @@ class NetworkRow:
 
 
 def run(word: str = "") -> list[str]:
-    """Return a table of the networks that have a word in their row; without a word of those that are here, and how many more there are."""
+    """Return a table of the networks whose row contains a word; without a word those available here, with the number of others."""
     found = rows()
     shown = [row for row in found if row.where == HERE]
     if word:
@@ -82,7 +82,7 @@ def run(word: str = "") -> list[str]:
 
 
 def rows(names: Collection[str] = ()) -> list[NetworkRow]:
-    """Return every network with every set of weights that there is; with `names` those networks alone, which is quicker."""
+    """Return every network with each of its sets of weights; with `names` only those networks, which is faster."""
     return [row for row in (*_published(names), *_here()) if not names or row.name in names]
 
 
@@ -105,7 +105,7 @@ def _published(names: Collection[str]) -> Iterator[NetworkRow]:
 
 
 def _here() -> Iterator[NetworkRow]:
-    """Yield what comes with the package."""
+    """Yield the networks and baselines that come with the package."""
     found = bundled()
     dim, crop = found["arguments"]["block_params"]["widths"][-1], found["preprocessing"]["crop"]
     size = BUNDLED.stat().st_size / 1e6

@@ -1,4 +1,4 @@
-"""Check: is the config right and are the data usable? Nothing is embedded, trained, downloaded or written."""
+"""Check the config and the data before a run. Nothing is embedded, trained, downloaded or written."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from pipeline.stages import targets
 
 
 def run(config: Config, place: Path | None = None) -> list[str]:
-    """Look at the heads, the backbones and the data, and return what was found.
+    """Check the heads, the backbones and the data, and return the findings.
 
-    `place` is where the index of the data is kept, for a run that is to follow; otherwise nothing is written. The error has every
+    `place` is the folder for the index if a run follows; without it nothing is written. The error lists every
     problem of every part, one line each.
     """
     lines, problems = list[str](), list[str]()
@@ -70,8 +70,8 @@ def _backbones(config: Config) -> list[str]:
             require_permitted(config.licenses, ((each.title, weights.license_of(each)) for each in [section]))
         except PipelineError as error:
             problems += error.problems or [error.message]
-    if not problems:  # else a name may be missing for what is wrong with its backbone
-        # What the run will add to a name that several embeddings have, the start of the fingerprint, is left out.
+    if not problems:  # otherwise a name may be missing because its backbone is wrong
+        # The run appends the start of the fingerprint to names shared by several embeddings; it is removed here.
         several = {name for name in names if names.count(name) > 1}
         plain = [[name[:-7] if name[:-7] in several else name for name in group] for group in config.concat]
         find_parts(plain, dict.fromkeys(names))
@@ -84,7 +84,7 @@ def _backbones(config: Config) -> list[str]:
 
 
 def _not_here(section: BackboneConfig) -> list[str]:
-    """Say which weights the next command will fetch or do without: where there is no network, this is the time to know."""
+    """Return a note on weights that the next command will download or replace, while the user can still provide them."""
     from pipeline.embed import weights
 
     if stand_in(section) is not None:
@@ -101,7 +101,7 @@ def _not_here(section: BackboneConfig) -> list[str]:
 
 
 def _machine(config: Config) -> list[str]:
-    """See that this machine has the devices and engines that the config insists on."""
+    """Raise PipelineError if this machine lacks a device or engine that the config requires."""
     try:
         require_arithmetic(config.extraction)
     except PipelineError as error:
@@ -114,7 +114,7 @@ def _data(config: Config, place: Path | None) -> list[str]:
     if needs_download(config.dataset):
         return [f"data set {config.dataset.name}: not looked at, because that means a download"]
     with tempfile.TemporaryDirectory() as folder:
-        # Into a folder of its own: a look at the data must not fix their splits.
+        # Into a temporary folder: a check must not fix the splits.
         found = scan(config.dataset, config.seed, place or Path(folder, "dataset"))
         if config.dataset.source in {"folder", "manifest"}:
             require_its_own(found.index.root, Artifacts(config.output).dataset, config.dataset)

@@ -1,6 +1,6 @@
-"""Clean: a manifest that proposes what to leave out and what to keep together, and says why; nothing is relabelled.
+"""Clean: a manifest that proposes which images to leave out and which to keep together, with reasons; nothing is relabelled.
 
-A row of split `excluded` is left out where the manifest goes back in; another split in that cell brings it back.
+Rows with split `excluded` are left out when the manifest is used; another split in that cell restores the row.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ LEFT_OUT, GROUPED = "left out", "grouped"
 
 @dataclass(frozen=True)
 class CleanRun:
-    """What is proposed, as numbers of images."""
+    """The proposed changes, as numbers of images."""
 
     output: Path
     images: int
     suspicious: int
     doubted: int
-    """Labels that look wrong too, but no more than would where all are right; these stay."""
+    """Labels that look wrong too, but no more of them than expected if all were right; these images stay."""
     alike: int
-    """Training images that are nearly the same as a test image."""
+    """Training images that are near-duplicates of a test image."""
     grouped: int
     outliers: int
     arguments: str
-    """What makes `manyheads` use the manifest."""
+    """The arguments of `manyheads` that use the manifest."""
 
     def summary_lines(self) -> list[str]:
-        """What is proposed, and how to go on."""
+        """Return the proposal, and the command to use it."""
         return [
             f"{number_of(self.images, 'image')}; no label is changed, and `reason` says why of each that is touched:",
             f"  left out      {self.suspicious:,} training images whose label is likely wrong, {self.alike:,} nearly the same as a test image",
@@ -58,7 +58,7 @@ class CleanRun:
 
 
 def run(config: Config, output: Path) -> CleanRun:
-    """Write the manifest of an experiment whose heads are tuned; never over one that is there, which somebody may have edited."""
+    """Write the manifest of an experiment with tuned heads; an existing file, which may have been edited, is never overwritten."""
     if output.exists():
         raise DatasetError(f"{output}: is there already, and may have been edited; name another file with --output")
     require_place(output)
@@ -72,7 +72,7 @@ def run(config: Config, output: Path) -> CleanRun:
     labels = [index.column(name) for name in index.names]
     reasons = map("; ".join, rows.reasons)
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")  # with no sign before formulas: who reads it takes a cell as it is
+    writer = csv.writer(text, lineterminator="\n")  # without `to_cell`: readers of manifests take cells literally
     writer.writerow(header)
     writer.writerows(
         zip(index.paths, *labels, rows.splits, rows.groups, *origin.values(), rows.changes, reasons, strict=True)
@@ -89,7 +89,7 @@ def run(config: Config, output: Path) -> CleanRun:
 
 @dataclass
 class ManifestCells:
-    """The cells of the manifest that may be other than those of the index; a list each, with an item for every image."""
+    """The manifest's cells that may differ from the index: lists with an item per image."""
 
     splits: list[str]
     groups: list[str]
@@ -126,7 +126,7 @@ class ManifestCells:
         return found
 
     def _name_groups(self, pairs: list[tuple[int, int]]) -> None:
-        """Put images that are nearly the same, and the groups they are of, into one group."""
+        """Put near-duplicate images, and the groups they belong to, into one group."""
         first: dict[str, int] = {}
         same = [(first.setdefault(name, row), row) for row, name in enumerate(self.groups) if name]
         touched = {row for pair in pairs for row in pair}
@@ -141,7 +141,7 @@ class ManifestCells:
         self.reasons[row].append(why)
 
     def _take_apart(self, rows: list[int], index: DatasetIndex) -> int:
-        """Leave the training images out of some that are nearly the same, where one is a test image; return how many."""
+        """Leave out the training images among near-duplicates of a test image; return their number."""
         tested = next((row for row in rows if index.splits[row] == "test"), None)
         left = 0
         for row in rows:
@@ -157,7 +157,7 @@ class ManifestCells:
 
 
 def _joined(n: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
-    """Return the rows of n that chains of pairs join, each set in order."""
+    """Return the sets of rows, of n, connected by pairs, each sorted."""
     ends = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     names = connected_components(coo_array((np.ones(len(pairs)), (ends[0], ends[1])), shape=(n, n)), directed=False)[1]
     order = np.argsort(names, kind="stable")

@@ -1,4 +1,4 @@
-"""Saved heads for Python code: `Classifier.load(folder).predict_proba(images)`, and the best of an experiment as a pipeline."""
+"""Saved heads for Python code: `Classifier.load(folder).predict_proba(images)`, and an experiment's best head as a pipeline."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ FROM_EXPERIMENT = "experiment"
 
 
 class Classifier:
-    """A saved head for classes, or for several labels of an image, as a fitted pipeline from images to them."""
+    """A saved head for classes or for several labels per image, as a fitted pipeline from images to labels."""
 
     @staticmethod
     def load(folder: str | Path, *, device: str = "auto", trust: bool = False) -> Pipeline:
-        """Load a bundle's folder, or the best head of an output folder; of images that it is given it keeps nothing.
+        """Load a bundle's folder, or the best head of an output folder; no images are stored.
 
-        It has `predict`, `predict_proba` and `classes_`, for a path, a PIL image or an array, or a sequence of these. `trust` allows
-        what can run code of whoever made it: a joblib bundle, or a network of code. BundleError for a head that says numbers.
+        It has `predict`, `predict_proba` and `classes_`, and takes a path, a PIL image or an array, or a sequence of these. `trust` allows
+        files that can run arbitrary code: a joblib bundle, or a network defined by code. BundleError for a head that predicts numbers.
         """
         return _load(folder, "Regressor", True, device, trust)
 
@@ -41,7 +41,7 @@ class Regressor:
 
     @staticmethod
     def load(folder: str | Path, *, device: str = "auto", trust: bool = False) -> Pipeline:
-        """Load as `Classifier.load` does; BundleError for a head that says classes."""
+        """Load as `Classifier.load` does; BundleError for a head that predicts classes."""
         return _load(folder, "Classifier", False, device, trust)
 
 
@@ -55,11 +55,11 @@ def _load(folder: str | Path, other: str, classes: bool, device: str, trust: boo
 def best_estimator(
     folder: str | Path, *, store: str | Path | None = FROM_EXPERIMENT, device: str = "auto", trust: bool = False
 ) -> Pipeline:
-    """Return the best head of an output folder, or a bundle, as a fitted pipeline of images: `Embedder`, then the head.
+    """Return the best head of an output folder, or a bundle, as a fitted pipeline from images: `Embedder`, then the head.
 
-    Fitted anew, as on each fold of `cross_val_score`, it learns from images and their labels; the head's parameters stay. Several
-    embeddings side by side are a `FeatureUnion`. `store` : as that of `Embedder`; "experiment" is where the experiment keeps its
-    vectors, None for a bundle alone. Of several targets one must be chosen. A network is loaded at the first image.
+    When refitted, as on each fold of `cross_val_score`, it learns from images and labels with the same hyperparameters. Several
+    concatenated embeddings are a `FeatureUnion`. `store` : as in `Embedder`; "experiment" is the experiment's own folder of
+    vectors, None for a bundle alone. With several targets one must be chosen. Networks are loaded at the first image.
     """
     folders = find_bundles(Path(folder))
     if len(folders) > 1:
@@ -81,9 +81,9 @@ def best_estimator(
 
 
 def embedder_of(record: EmbeddingRecord, store: str | Path | None, device: str, trust: bool) -> Embedder:
-    """Return the transformer that makes the vectors of a record, and refuses to make others.
+    """Return the transformer that reproduces the vectors of a record; it refuses to make different ones.
 
-    BackboneError for vectors that were made elsewhere, and for a network of code that is not trusted.
+    BackboneError for vectors computed elsewhere, and for an untrusted network defined by code.
     """
     spec, section = record.spec, record.section
     if section is not None and names_vectors(section.name):

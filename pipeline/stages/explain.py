@@ -1,4 +1,4 @@
-"""Explain: which parts of an image speak for its label, and which training images speak for it and against it."""
+"""Explain: the image parts that support a label, and the nearest training images with that label and with others."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ if TYPE_CHECKING:
     from pipeline.stages.predict import LoadedHead
 
 MOST = 200
-"""Images that are explained, the first ones: each is a page, and by occlusion takes as long as fifty others."""
+"""Largest number of explained images, taken in order: each gets a page, and occlusion takes as long as labelling fifty images."""
 NEIGHBOURS = 6
-"""Training images that speak for a label, and as many that speak against it."""
+"""Number of nearest training images with the label, and as many with other labels."""
 PATCHES = 7
-"""Parts along each side of an image; each is covered with those around it, one after another."""
+"""Number of patches along each side of an image; each is covered in turn, with its neighbours."""
 SIDE = 448
-"""Pixels of the longer side of an image that is covered in parts."""
+"""Longer side of an image for occlusion, in pixels."""
 
 
 @dataclass(frozen=True)
 class ExplainRun:
-    """What was found, and the page that leads to the pages on it."""
+    """The explanations, and the page that links to their pages."""
 
     found: Sequence[Explained]
-    """An image that has several labels is there once for each."""
+    """The explanations; an image with several labels has one per label."""
     total: int
-    """Images that were labelled."""
+    """Number of labelled images."""
     index: Path
     no_neighbours: str
-    """Why there are none, if so."""
+    """The reason why no neighbours are shown; '' if they are."""
 
     def summary_lines(self) -> list[str]:
-        """How many images are explained by what, and where."""
+        """Return the number of explained images, the methods, and the page."""
         ways = " and ".join(sorted({each.way for each in self.found}))
         of_all = f", the first of {self.total:,}" if self.total > MOST else ""
         count = len({each.path for each in self.found})
@@ -60,7 +60,7 @@ class ExplainRun:
 
 
 def require(heads: Mapping[str, ModelBundle], folder: Path) -> None:
-    """See that labels can be explained, before the work; ConfigError or OSError where they cannot."""
+    """Check before the work that labels can be explained; ConfigError or OSError if not."""
     if len(heads) > 1:
         raise ConfigError(
             f"--explain explains one target at a time; name the output folder of one, targets/NAME: {', '.join(heads)}"
@@ -74,9 +74,9 @@ def require(heads: Mapping[str, ModelBundle], folder: Path) -> None:
 def run(
     folder: Path, place: Path, model: LoadedHead, lanes: Sequence[Lane], paths: Sequence[str], total: int, limit: int
 ) -> ExplainRun:
-    """Write a page for each label of some images, the first of `total`, and one that leads to them.
+    """Write a page for each label of some images, the first of `total`, and an index page.
 
-    `place` is the bundle's folder, `model` what is in it, and `limit` an image's most pixels. Images that cannot be read are left out.
+    `place` is the bundle's folder, `model` its content, and `limit` the largest number of pixels. Unreadable images are left out.
     """
     target, found, vectors = model.bundle.target, list[Explained](), list[NDArray[np.float32]]()
     items = (Item(number, absolute(path), None, tuple(range(len(lanes)))) for number, path in enumerate(paths))
@@ -94,7 +94,7 @@ def run(
                 if maps is not None:
                     pixels = batch.pixels[model.places[0][0][0]][row].copy()
                     cells = [maps[number][code] for code in codes]
-                    if target.exclusive:  # by how much the label leads the best other one
+                    if target.exclusive:  # the margin over the second-best label
                         cells[0] = cells[0] - np.delete(maps[number], codes[0], axis=0).max(axis=0)
                 else:
                     pixels = _shrunk(path, limit)
@@ -113,7 +113,7 @@ def run(
 
 
 def mistakes(output: Path) -> list[str]:
-    """Explain the worst mistakes of an experiment's best row, for its page, and say how many, or what is missing."""
+    """Explain the worst mistakes of an experiment's best row for its page; return lines on the result, or on why there is none."""
     from pipeline.stages import predict  # which imports this module
 
     files, shown = Artifacts(output), material.gather(output)
@@ -127,7 +127,7 @@ def mistakes(output: Path) -> list[str]:
         made = predict.run(output / str(row.bundle), images, output=folder / "labels.csv", explain=folder).explained
     except (PipelineError, OSError) as error:
         return [f"mistakes   none is explained: {error}"]
-    assert made is not None  # as asked
+    assert made is not None  # because `explain` was given
     explained.keep(files, row.key, {paths[absolute(each.path)]: each for each in made.found})
     return [f"mistakes   {line}" for line in made.summary_lines()]
 
@@ -136,9 +136,9 @@ def mistakes(output: Path) -> list[str]:
 
 
 def _codes(said: Any, sure: NDArray[np.float64] | None) -> list[int]:
-    """Return the places in the classes of the labels that are said of an image; where none is, of the likeliest.
+    """Return the codes of an image's predicted labels; if there are none, the code of the likeliest label.
 
-    said : of one label a place, of several bool of shape (n_classes,); sure : float64 of shape (n_classes,)
+    said : a code for a single label, bool of shape (n_classes,) for several; sure : float64 of shape (n_classes,)
     """
     if np.ndim(said) == 0:
         return [int(said)]
@@ -148,9 +148,10 @@ def _codes(said: Any, sure: NDArray[np.float64] | None) -> list[int]:
 def _activation(
     model: LoadedHead, lanes: Sequence[Lane], pixels: Sequence[NDArray[np.uint8]], rows: NDArray[np.int64]
 ) -> NDArray[np.float64] | None:
-    """Return what each place adds to the score of each class, float64 of shape (n, n_classes, rows, columns); the mean is the score.
+    """Return each location's contribution to the score of each class, float64 of shape (n, n_classes, rows, columns); its mean is the
+    score.
 
-    None where the head is not linear on one map. A class that the head has not seen is nowhere.
+    None if the head is not linear on a single map. A class that the head has not seen gets -inf.
     """
     bundle, (blocks, *others) = model.bundle, model.places
     lane, output = blocks[0]
@@ -169,7 +170,7 @@ def _activation(
 
 
 def _shrunk(path: str, limit: int) -> NDArray[np.uint8]:
-    """Return an image, uint8 of shape (height, width, 3), no side longer than `SIDE`."""
+    """Return an image, uint8 of shape (height, width, 3), scaled so that no side is longer than `SIDE`."""
     pixels = decode(open_file(Path("/"), absolute(path)), max_pixels=limit)
     scale = min(1.0, SIDE / max(pixels.shape))
     height, width = (max(1, round(scale * length)) for length in pixels.shape[:2])
@@ -179,7 +180,7 @@ def _shrunk(path: str, limit: int) -> NDArray[np.uint8]:
 def _occlusion(
     model: LoadedHead, lanes: Sequence[Lane], pixels: NDArray[np.uint8], places: Sequence[int]
 ) -> NDArray[np.float64]:
-    """Return by how much covering each part of an image and those around it lowers the log odds of k labels: float64 of shape (k, PATCHES, PATCHES).
+    """Return how much covering each patch and its neighbours lowers the log-odds of k labels: float64 of shape (k, PATCHES, PATCHES).
 
     pixels : uint8 of shape (height, width, 3). Source: Zeiler and Fergus 2014.
     """
@@ -189,16 +190,16 @@ def _occlusion(
     odds: list[NDArray[np.float64]] = []
     for _, parts in embed(lanes, items, Path("/"), pixels.size):
         _, probabilities = model.bundle.said(*model.vectors([part for part in parts if part is not None]))
-        assert probabilities is not None  # else nobody asks
+        assert probabilities is not None  # checked by the caller
         odds.append(logit(np.clip(probabilities[:, places], SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)))
     whole, covered = np.split(np.concatenate(odds), [1])
     return (whole - covered).T.reshape(-1, PATCHES, PATCHES)
 
 
 def _covered(pixels: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    """Yield an image, and it with each part and those around it covered, row by row.
+    """Yield an image, and then a copy for each patch with that patch and its neighbours covered, row by row.
 
-    A part alone would often change nothing: what is left of a thing is enough for a sure head.
+    Covering a single patch often changes nothing, because the rest of the object is enough for a confident head.
     """
     yield pixels
     colour = pixels.mean(axis=(0, 1)).round().astype(np.uint8)
@@ -218,9 +219,9 @@ def _covered(pixels: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
 def _neighbours(
     place: Path, bundle: ModelBundle, found: Sequence[Explained], vectors: Sequence[NDArray[np.float32]]
 ) -> list[tuple[Near, Near]] | str:
-    """Return for each image the nearest training images of its label and of others, or in words why there are none.
+    """Return for each image the nearest training images with its label and with others, or a message why there are none.
 
-    Of a soft vote the vectors, float32 of shape (dim,) each, are its first member's.
+    For a soft vote the vectors, float32 of shape (dim,) each, are those of its first member.
     """
     files = experiment_around(place)
     if files is None:

@@ -1,4 +1,4 @@
-"""Export: a saved head with its network as one file for other programs, proven on images to say what `predict` says."""
+"""Export: a saved head with its network as one file for other programs, verified on images to give the results of `predict`."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from pipeline.stages import settings
 from pipeline.stages.predict import experiment_around, find_bundles, records_of
 
 MOST_IMAGES = 256
-"""Test images that an export is proven on; of more they are evenly spread."""
+"""Largest number of test images to verify an export on; they are evenly spread."""
 EXAMPLES = 5
 ODD_SIZES = ((0, 0), (0.01, 0.02), (0.03, 2), (2, 0.03), (1, 1), (0.99, 1.01), (1.01, 0.99), (0.3, 0.17), (2.71, 3.14))
-"""Height and width of cuttings, in sides of what the network sees; at least one pixel."""
+"""Height and width of crops with unusual sizes, relative to the network's input; at least one pixel."""
 
 
 def run(experiment: Path, files: Mapping[str, Path], row: str | None = None, trust_code: bool = False) -> list[str]:
-    """Write a head with its network into files of some kinds, by the names of `EXPORTS`; return lines on each.
+    """Write a head with its network into files of some formats, named as in `EXPORTS`; return lines on each.
 
-    `experiment` is an output folder, its config, or a bundle's folder, of several targets the best head of each; `row` names another, as
-    `embedding/head`. Each file is proven on the experiment's test images before it is written, or is not written.
+    `experiment` is an output folder, its config, or a bundle's folder; the best head of each target is exported, or `row`, given as
+    `embedding/head`. Each file is verified on the experiment's test images, and written only if it passes.
     """
     if not files:
         raise PipelineError(f"say what to export: {', '.join(f'--{name} FILE' for name in EXPORTS)}")
@@ -60,7 +60,7 @@ def run(experiment: Path, files: Mapping[str, Path], row: str | None = None, tru
 
 
 def _rows(experiment: Path, row: str) -> dict[str, Path]:
-    """Return the bundle of a row of the leaderboard, of each target by its name."""
+    """Return the bundle of a leaderboard row for each target, by the target's name."""
     found = {}
     for target, folder in Artifacts(experiment).each_target().items():
         rows = read_leaderboard(folder).rows
@@ -72,7 +72,7 @@ def _rows(experiment: Path, row: str) -> dict[str, Path]:
 
 
 def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
-    """Open the networks of some heads, each once; those that `predict` runs in bf16 or by OpenVINO also in torch's float32."""
+    """Open each network of some heads once; those that `predict` runs in bf16 or with OpenVINO also in torch's float32."""
     records = records_of(heads, dict.fromkeys(heads, Path("this head")))
     if any(record.kind == VIEW for own in records.values() for record in own):
         raise BundleError(
@@ -86,13 +86,13 @@ def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
 
 
 def _in_torch(record: EmbeddingRecord) -> EmbeddingRecord:
-    """Return an embedding as torch's float32 makes it, so its parts where it has some; a baseline as it is."""
+    """Return an embedding, including its parts, as computed by torch in float32; a baseline is unchanged."""
     spec = replace(record.spec, precision="fp32", engine="torch") if record.kind == "backbone" else record.spec
     return replace(record, spec=spec, parts=tuple(map(_in_torch, record.parts)))
 
 
 def test_images(bundle: Path) -> DatasetIndex:
-    """Return the test images of the experiment that a bundle is of."""
+    """Return the test images of the experiment that a bundle belongs to."""
     if files := experiment_around(bundle):
         return DatasetIndex.read(files.dataset).select("test")
     raise BundleError(
@@ -101,13 +101,13 @@ def test_images(bundle: Path) -> DatasetIndex:
 
 
 def photos(index: DatasetIndex, ways: Collection[Preprocessing]) -> Iterator[Photo]:
-    """Yield the images that can be read, and then cuttings of them that have unusual sizes."""
+    """Yield the readable test images, and then crops of them with unusual sizes."""
     read, problems, limit = list[Photo](), list[str](), DatasetConfig().max_pixels
     for row in np.unique(np.linspace(0, len(index) - 1, min(len(index), MOST_IMAGES)).astype(int)):
         try:
             data = open_file(index.root, str(index.paths[row]))
             pixels = decode(data, max_pixels=limit)
-            # As `predict` prepares them, which may decode less of a large one.
+            # As `predict` does, which may decode large images at reduced size.
             small = {way: decode(data, max_pixels=limit, at_least=way.at_least) for way in ways if way.at_least}
         except ImageProblem as problem:
             problems.append(f"{index.paths[row]}: {problem.status}: {problem.reason}")

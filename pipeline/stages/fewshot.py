@@ -1,4 +1,4 @@
-"""Few examples: episodes on the stored features, every method on the same ones; needs no leaderboard and changes none."""
+"""Few-shot evaluation: episodes on the stored features, the same for every method; independent of the leaderboard."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ SHOTS = (1, 2, 5, 10, 20)
 WAYS = 5
 LEAST_EPISODES = 20
 VERSION = 1
-"""Of the protocol: what was measured by another is measured again."""
+"""Version of the protocol; results of other versions are measured again."""
 
 
 @dataclass(frozen=True)
 class FewShotRun:
-    """What the stage wrote."""
+    """The result of the stage, and its files."""
 
     result: FewShot
     files: Artifacts
 
     def summary_lines(self) -> list[str]:
-        """The table, what it says, and where it is."""
+        """Return the table, its conclusions, and the path of the results."""
         return [self.result.to_text(), "", f"results  {self.files.few_shot}"]
 
 
@@ -46,7 +46,7 @@ def run(
     episodes: int = 600,
     embedding: str | None = None,
 ) -> FewShotRun:
-    """Measure every method on episodes of the stored features, or read what was measured of the same."""
+    """Evaluate every method on episodes of the stored features, or return stored results of the same evaluation."""
     if episodes < LEAST_EPISODES:
         raise ConfigError(f"{episodes} episodes give no interval; expected {LEAST_EPISODES} at least, set --episodes")
     files = Artifacts(config.output)
@@ -56,7 +56,7 @@ def run(
     require_index(files.features, made_of)
     store = FeatureStore.open(files.find_store(record.store), record.fingerprint)
     used, known = index.select("train", "validation", "test"), lineage.of(record.section, record.spec.trained_on)
-    # What the network's weights have learned from or were chosen by tells nothing of new classes.
+    # Images that the network was trained on or chosen by say nothing about new classes.
     used = used.rows(~store.missing(used.digests) & ~known.learned(used.digests) & ~known.chose(used.digests))
     target = Classification.of(used)
     plan = EpisodePlan(ways or min(WAYS, target.width), queries, episodes, config.seed)

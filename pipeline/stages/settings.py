@@ -1,4 +1,4 @@
-"""Settings: a config whose heads, baselines and scores are those of their tables, which no other place names."""
+"""Settings: a config whose heads, baselines and metrics are checked against their tables."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pipeline.experiment import Artifacts
 from pipeline.heads import FOR_PHOTOS, TABLES
 
 MOST_LISTED = 10_000
-"""Names beside one that is not there among which the one that was meant is looked for."""
+"""Largest number of neighbouring file names to search for a similar one."""
 
 OF_PHOTOS = {
     "backbones": [DEFAULT.model_dump(mode="json", exclude_defaults=True)],
     "heads": list(FOR_PHOTOS),
 }
-"""What the config of a folder of photos has besides their path."""
+"""The config of a folder of photos, except for their path."""
 
 
 def names() -> Names:
-    """Return the names of heads, baselines, scores and targets that a config may use."""
+    """Return the names of heads, baselines, metrics and targets that a config may use."""
     guesses = tuple(target.constant for target in TARGETS.values())
     return {
         "head": tuple(dict.fromkeys(name for table in TABLES.values() for name in table.known)),
@@ -38,26 +38,26 @@ def names() -> Names:
 
 
 def load(given: str | Path | Config, overrides: Overrides = ()) -> Config:
-    """Read and validate a config with overrides applied, and every name in it.
+    """Read and validate a config, including the names in it, with overrides applied.
 
-    `given` may be a config file, a `Config`, the output folder of an experiment, whose config is in it, or images: a folder of
-    class folders, an archive of them or a manifest, whose config is `configs/folder.yaml`'s. ConfigError, with every problem.
+    `given` may be a config file, a `Config`, the output folder of an experiment, which contains its config, or images: a folder of
+    class folders, an archive of them or a manifest, with the config of `configs/folder.yaml`. ConfigError with all problems.
     """
     if not isinstance(given, Config):
         given = Path(given).expanduser()
         require_there(given)
-        if Artifacts(given).features.exists():  # which may have been moved since
+        if Artifacts(given).features.exists():  # it may have been moved since
             given = config.load(Artifacts(given).config, (), names()).model_copy(update={"output": str(given)})
     return config.load(given, overrides, names(), OF_PHOTOS)
 
 
-OF_CONFIG = "a config file, or images: a folder that holds a folder for each class, an archive of one, or a manifest (.csv, .parquet)"
+OF_CONFIG = "a config file, or images: one folder per class, an archive of it, or a manifest (.csv, .parquet)"
 
 
 def require_there(path: Path, commands: Sequence[str] = (), expected: str = OF_CONFIG) -> None:
-    """See that there is something at a path; ConfigError, with what is called alike, where there is not.
+    """Raise ConfigError, with a similar name, if nothing is at a path.
 
-    Archives and what is remote are looked for by their readers. `commands` are what might have been meant too.
+    Archives and remote paths are checked by their readers. `commands` are alternatives that the user may have meant.
     """
     if os.path.lexists(path) or source_of(str(path)) is not None:
         return

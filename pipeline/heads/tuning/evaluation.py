@@ -7,6 +7,7 @@ optimum with work shared.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 import warnings
@@ -301,7 +302,7 @@ def _count(message: Warning | str, category: type[Warning], *place: Any, **more:
     # What a library plans to change is said to programmers, and is no news of a fit.
     if counts is not None and not issubclass(category, (FutureWarning, DeprecationWarning)):
         vague = category in (UserWarning, RuntimeWarning)
-        text = str(message).split("\n")[0].partition(". ")[0].removesuffix(".")[:80]
+        text = re.split(r"\.?(?:\n|$)|\.(?= |[A-Z])", str(message), maxsplit=1)[0][:80]  # its first sentence
         counts[f"{category.__name__}: {text}" if vague else category.__name__] += 1
 
 
