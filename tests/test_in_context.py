@@ -58,8 +58,8 @@ def test_without_a_fitting_file_a_line_says_which_is_expected(
 ) -> None:
     for name, content, message in (
         ("missing.ckpt", None, r"there is no file .*missing\.ckpt; get a checkpoint of TabICL's classifier"),
-        ("text.ckpt", b"no weights", r"text\.ckpt is no checkpoint of TabICL's \("),
-        ("numbers.ckpt", write(tmp_path / "n", max_classes=0).read_bytes(), "is a checkpoint for numbers"),
+        ("text.ckpt", b"no weights", r"text\.ckpt is not a TabICL checkpoint \("),
+        ("numbers.ckpt", write(tmp_path / "n", max_classes=0).read_bytes(), "is a checkpoint for regression"),
     ):
         if content is not None:
             (tmp_path / name).write_bytes(content)
@@ -81,7 +81,7 @@ def test_a_file_that_would_run_code_is_not_run(tmp_path: Path, monkeypatch: pyte
 
     torch.save({"config": Trap(), "state_dict": {}}, tmp_path / "trap.ckpt")
     monkeypatch.setenv(in_context.VARIABLE, str(tmp_path / "trap.ckpt"))
-    with pytest.raises(HeadError, match="is no checkpoint"):
+    with pytest.raises(HeadError, match="is not a TabICL checkpoint"):
         resolve(CONFIG[0])
     assert not (tmp_path / "ran").exists()
 

@@ -385,7 +385,7 @@ def test_the_network_starts_with_the_heads_scores(data: Data, vectors: tuple[np.
 
 def test_heads_that_are_no_layer_are_refused(vectors: tuple[np.ndarray, np.ndarray]) -> None:
     X, y = vectors
-    with pytest.raises(HeadError, match="a KNeighborsClassifier is no linear layer; heads that are: ridge"):
+    with pytest.raises(HeadError, match="a KNeighborsClassifier cannot become a linear layer; heads that can: ridge"):
         as_layer(make_pipeline(KNeighborsClassifier()).fit(X, y))
 
 

@@ -103,7 +103,7 @@ def test_without_room_for_kernels_each_trial_is_fitted_by_itself(
         said = [record.getMessage() for record in caplog.records if "leaves no room" in record.getMessage()]
         assert said == (
             [
-                "head rbf_svm: tuning.memory leaves no room for the 1 MB that trials share on a fold; each is fitted by itself"
+                "head rbf_svm: tuning.memory leaves no room for the 1 MB that trials share on a fold; each is fitted separately"
             ]
             if memory == "1MB"
             else []

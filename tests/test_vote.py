@@ -153,4 +153,4 @@ def test_without_a_second_embedding_that_helps_the_leaderboard_says_so(voted):
     accuracy = config.tuning.model_copy(update={"scoring": "accuracy"})
     alone = config.model_copy(update={"baselines": (), "tuning": accuracy})
     notes = train_heads.run(alone).leaderboard.provenance["notes"]
-    assert "No soft vote: it takes rows with probabilities on two embeddings at least, on the same images." in notes
+    assert "No soft vote: it needs rows with probabilities on at least two embeddings of the same images." in notes

@@ -1,4 +1,4 @@
-"""Heads: the classifiers that are put on frozen features, one row each in a table, or one of your own (docs/adding-a-head.md)."""
+"""Heads: the models fitted on frozen features, one row each in a table, or your own (docs/adding-a-head.md)."""
 
 from pipeline.heads.choosing import held_at, resolve, resolve_all
 from pipeline.heads.head import (

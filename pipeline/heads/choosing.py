@@ -1,4 +1,4 @@
-"""From a config's words to a head, built-in or the user's own: its space narrowed, widened or held at one point, its class weights set."""
+"""Resolve a config's head, built-in or the user's own, with its search space narrowed, widened or fixed, and its class weights set."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pipeline.io.process import users_module
 
 
 def resolve(config: HeadConfig, kind: str = "classification") -> Head:
-    """Return the head a config names for a kind of target, with its space narrowed or widened and its class weights set.
+    """Return the head that a config names for a kind of target, with the config's search space and class weights.
 
-    A range is `[low, high]` and keeps its prior, a categorical parameter takes the list of its choices, and a list of
-    one value fixes the parameter. Defaults outside a new range move to its nearest end. A HeadError has one line for every problem.
+    A range `[low, high]` keeps its prior, a categorical parameter takes a list of choices, and a list of one value fixes the
+    parameter. Defaults outside a new range move to its nearest end. HeadError with one line per problem.
     """
     heads = TABLES[kind].known
     if ":" not in config.name and config.name not in heads:
@@ -68,7 +68,7 @@ def resolve(config: HeadConfig, kind: str = "classification") -> Head:
 
 
 def serving(configs: Sequence[HeadConfig] | None, kind: str) -> tuple[HeadConfig, ...] | None:
-    """Return those of a config's heads that serve a kind of target, and those that nobody knows, which `resolve` tells; None for none."""
+    """Return a config's heads that serve a kind of target, and unknown ones, which `resolve` reports; None if none are left."""
     kept = []
     for config in configs or ():
         kinds = [name for name, table in TABLES.items() if config.name in table.known] or [kind]
@@ -78,7 +78,7 @@ def serving(configs: Sequence[HeadConfig] | None, kind: str) -> tuple[HeadConfig
 
 
 def resolve_all(configs: Sequence[HeadConfig] | None, kind: str = "classification") -> tuple[Head, ...]:
-    """Resolve every head of a config for a kind of target, None being all; a `HeadError` lists the problems of all of them."""
+    """Resolve every head of a config for a kind of target, None for all built-in ones; HeadError lists the problems of all heads."""
     if configs is None:
         return tuple(TABLES[kind].heads.values())
     heads: list[Head] = []
@@ -97,14 +97,14 @@ def resolve_all(configs: Sequence[HeadConfig] | None, kind: str = "classificatio
 
 
 def weighted(build: Callable[[int], Pipeline], class_weight: str | None, seed: int) -> Pipeline:
-    """Build a pipeline whose last step weights classes so."""
+    """Build a pipeline whose last step has this `class_weight`."""
     pipeline = build(seed)
     pipeline[-1].set_params(class_weight=class_weight)
     return pipeline
 
 
 def _mismatch(dimension: Dimension, values: Sequence[Scalar]) -> str | None:
-    """Say why the config's values cannot replace a dimension, or None."""
+    """Return why the config's values cannot replace a dimension, or None if they can."""
     given = list(values)
     if isinstance(dimension, Categorical):
         choices = list(dimension.categories)
@@ -129,7 +129,7 @@ def _mismatch(dimension: Dimension, values: Sequence[Scalar]) -> str | None:
 
 
 def held_at(head: Head, params: Params) -> Head:
-    """Return a head whose space is one point, as a leaderboard has it; HeadError where the head has other parameters now."""
+    """Return a head whose search space is the single point stored in a leaderboard; HeadError if the head's parameters have changed."""
     if set(params) != set(head.space):
         raise HeadError(
             f"head {head.name}: its stored parameters are {', '.join(params) or 'none'}, and it is searched over "
@@ -139,7 +139,7 @@ def held_at(head: Head, params: Params) -> Head:
     for key, value in params.items():
         dimension = head.space[key]
         choices = dimension.categories if isinstance(dimension, Categorical) else ()
-        point[key] = next((choice for choice in choices if plain(choice) == plain(value)), value)  # JSON has made lists
+        point[key] = next((choice for choice in choices if plain(choice) == plain(value)), value)  # JSON has no tuples
     return replace(head, space={key: Categorical((value,)) for key, value in point.items()}, defaults=point)
 
 

@@ -1,4 +1,4 @@
-"""Votes by cosine: of the nearest training images, as DINO's protocol has it, or of one prototype per class."""
+"""Cosine-weighted voting by the nearest training images, as in DINO's protocol, or by one prototype per class."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from pipeline.evaluation.strangeness import directions
 
 BLOCK_NUMBERS = 1 << 22
-"""Cosines that are held at once."""
+"""Maximum number of cosines in memory."""
 
 
 class CosineVote(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """The `n_neighbors` references nearest by cosine (None: all) vote for their class with exp(cosine / temperature).
 
-    References are the training rows, or with `prototypes` the mean of each class's rows. With `centre` the mean of the training
-    rows is taken off first. Source: Caron et al. 2021 (DINO), Wu et al. 2018; prototypes: Chen et al. 2019.
+    References are the training rows, or with `prototypes` the mean of each class's rows. With `centre`, the mean of the training
+    rows is subtracted first. Source: Caron et al. 2021 (DINO), Wu et al. 2018; prototypes: Chen et al. 2019.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class CosineVote(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sciki
         self.prototypes = prototypes
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> CosineVote:
-        """Keep the references of rows X, shape (n, dim), and classes y, shape (n,)."""
+        """Store the references of rows X, shape (n, dim), and classes y, shape (n,)."""
         rows = np.asarray(X, dtype=np.float32)
         self.classes_, self.codes_ = np.unique(np.asarray(y), return_inverse=True)
         self.n_features_in_ = rows.shape[1]
@@ -62,5 +62,5 @@ class CosineVote(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sciki
         return made
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the class with most votes for each row of X, of the dtype of `classes_`, shape (n,)."""
+        """Return the class with the most votes for each row of X, of the dtype of `classes_`, shape (n,)."""
         return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])

@@ -1,4 +1,4 @@
-"""The record of a head, the dimensions of its search space, how it becomes a pipeline, and a linear one a layer."""
+"""The definition of a head, the dimensions of its search space, and its conversion to a pipeline or a linear layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Layer = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Real:
-    """A number from `low` to `high`, both included, evenly likely on its own scale or on a logarithmic one."""
+    """A number from `low` to `high`, both included, uniform on a linear or a logarithmic scale."""
 
     low: float
     high: float
@@ -50,7 +50,7 @@ class Integer:
 
 @dataclass(frozen=True)
 class Categorical:
-    """One of some choices, which may be of any type."""
+    """A choice among values of any type."""
 
     categories: Sequence[Any]
 
@@ -63,34 +63,34 @@ Dimension = Real | Integer | Categorical
 
 @dataclass(frozen=True)
 class Head:
-    """A classifier for features: what it is called, how it is built, where its parameters are searched."""
+    """A model on features: its name, how to build it, and the search space of its parameters."""
 
     name: str
     build: Callable[[int], Pipeline]
     """Seed -> an unfitted scikit-learn Pipeline, the classifier as its last step."""
     space: Mapping[str, Dimension]
-    """Parameter of the last step (or `step__parameter` of any) -> the dimension it is searched in."""
+    """Parameter of the last step (or `step__parameter` of any step) -> its search dimension."""
     defaults: Params
     """A value for each parameter of the space: the first trial."""
     simplicity: float = 100
-    """Rank from simple and cheap (0) up: of heads that score alike, the lowest rank is recommended."""
+    """Rank, starting from simple and cheap (0): of heads with similar scores, the one with the lowest rank is recommended."""
     probabilities: bool = False
     """Whether the fitted head has `predict_proba`."""
     linear: bool = False
     """Whether `as_layer` can write the fitted head as one linear layer."""
     takes_class_weight: bool = False
     targets: tuple[str, ...] = ("classification",)
-    """The kinds of target it serves, as `pipeline.data.targets` names them."""
+    """The supported kinds of target, as named in `pipeline.data.targets`."""
     evaluator: Evaluator | None = None
-    """How trials share work, such as that of another head; without one each fold is fitted from scratch."""
+    """The method by which trials share work, its own or another head's; without one, every fit starts from scratch."""
     fixed: Params = field(default_factory=dict)
-    """Parameters that the config holds at one value."""
+    """Parameters that the config fixes at one value."""
     fit: Callable[[Pipeline, Any, Any], Pipeline] = Pipeline.fit
-    """(its pipeline, X, y) -> the pipeline, fitted."""
+    """(pipeline, X, y) -> the fitted pipeline."""
 
 
 def configure(head: Head, params: Params, seed: int) -> Pipeline:
-    """Build a head's unfitted pipeline with its parameters set; `C` means the last step's `C`."""
+    """Build a head's unfitted pipeline with its parameters set; a name without `__`, such as `C`, belongs to the last step."""
     pipeline = head.build(seed)
     last = pipeline.steps[-1][0]
     named = {key if "__" in key else f"{last}__{key}": value for key, value in {**head.fixed, **params}.items()}
@@ -98,9 +98,9 @@ def configure(head: Head, params: Params, seed: int) -> Pipeline:
 
 
 def identity(head: Head, seed: int) -> dict[str, Any]:
-    """Return what determines a head's results, as texts without the memory addresses that change from run to run."""
+    """Return everything that determines a head's results, as text without memory addresses, which change from run to run."""
     params = head.build(seed).get_params(deep=True)
-    told = {
+    parts = {
         "pipeline": {key: params[key] for key in sorted(params) if key != "steps"},
         "space": dict(head.space),
         "defaults": dict(head.defaults),
@@ -108,24 +108,24 @@ def identity(head: Head, seed: int) -> dict[str, Any]:
         "evaluator": head.evaluator and head.evaluator.name,
         "fit": head.fit,
     }
-    return {"name": head.name, **{key: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for key, value in told.items()}}
+    return {"name": head.name, **{key: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for key, value in parts.items()}}
 
 
 def as_layer(pipeline: Pipeline) -> Layer:
-    """Write a fitted pipeline of scalers, PCA and a linear classifier as one layer on the raw features.
+    """Convert a fitted pipeline of scalers, PCA and a linear classifier into one linear layer on the raw features.
 
-    Weights (n_classes, dim) and biases (n_classes,), float64, have the order of `classes_`; two classes get two rows, -w/2 and
-    w/2, whose softmax is the same probability.
+    Weights (n_classes, dim) and biases (n_classes,), float64, are in the order of `classes_`; two classes get two rows, -w/2 and
+    w/2, whose softmax gives the same probability.
 
-    HeadError where a step is not linear.
+    HeadError if a step is not linear.
     """
     classifier = pipeline[-1]
     if not hasattr(classifier, "coef_"):
-        from pipeline.heads.table import HEADS  # whose rows are made of this module's
+        from pipeline.heads.table import HEADS  # imported here, as the table imports this module
 
         able = ", ".join(name for name, row in HEADS.items() if row.linear)
-        raise HeadError(f"a {type(classifier).__name__} is no linear layer; heads that are: {able}")
-    # Of two classes a ridge keeps one dimension less than the other linear classifiers.
+        raise HeadError(f"a {type(classifier).__name__} cannot become a linear layer; heads that can: {able}")
+    # For two classes, the coefficients of a ridge have one dimension less than those of the other linear classifiers.
     weights = np.asarray(classifier.coef_, dtype=np.float64).reshape(-1, classifier.n_features_in_)
     bias = np.zeros(len(weights)) + np.asarray(classifier.intercept_, dtype=np.float64)
     for _, step in reversed(pipeline.steps[:-1]):

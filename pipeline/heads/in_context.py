@@ -1,4 +1,4 @@
-"""TabICL as a head: a network that reads the training rows when it is asked, and is not fitted; its weights are the user's file."""
+"""TabICL as a head: a network that reads the training rows at prediction time instead of being fitted; the user provides its weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pipeline.errors import HeadError, first_line
 from pipeline.io.digests import file_digest
 
 VARIABLE = "TABICL_CHECKPOINT"
-"""The environment variable that names the file of weights."""
+"""The environment variable with the path of the weights."""
 
 
 class InContext(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """The training rows are kept, and TabICL's network says what the others are beside them. Source: Qu et al. 2025.
+    """Classify rows by TabICL's network with the stored training rows as context. Source: Qu et al. 2025.
 
-    `checkpoint` is the digest of the file of weights, without which, and with another, it predicts nothing.
+    `checkpoint` is the digest of the weights; predicting with a missing or different file raises HeadError.
     """
 
     def __init__(self, checkpoint: str = "", random_state: int = 0) -> None:
@@ -31,7 +31,7 @@ class InContext(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         self.random_state = random_state
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> InContext:
-        """Keep rows X, shape (n, dim), and classes y, shape (n,)."""
+        """Store rows X, shape (n, dim), and classes y, shape (n,)."""
         self.X_, self.y_ = np.asarray(X, dtype=np.float32), np.asarray(y)
         self.classes_, self.n_features_in_ = np.unique(self.y_), self.X_.shape[1]
         return self
@@ -50,17 +50,17 @@ class InContext(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the likeliest class of each row of X, of the dtype of `classes_`, shape (n,)."""
+        """Return the most probable class of each row of X, of the dtype of `classes_`, shape (n,)."""
         return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
 
 
 def build(seed: int) -> Pipeline:
-    """Return the unfitted pipeline; a `HeadError` says what has to be installed, or put where, before it can be."""
+    """Return the unfitted pipeline; HeadError, with what to do, if the package or the weights are missing."""
     return Pipeline([("head", InContext(_checkpoint()[1], seed))])
 
 
 def _checkpoint() -> tuple[Path, str]:
-    """Return the file of weights and its digest; nothing is fetched."""
+    """Return the path and the digest of the weights, without any download."""
     if importlib.util.find_spec("tabicl") is None:
         raise HeadError("head tabicl: the package is not installed here; run `pip install 'manyheads[tabicl]'`")
     named = os.environ.get(VARIABLE, "")
@@ -69,20 +69,20 @@ def _checkpoint() -> tuple[Path, str]:
         found = f"there is no file {named}" if named else f"{VARIABLE} is not set"
         raise HeadError(
             f"head tabicl: {found}; get a checkpoint of TabICL's classifier, tabicl-classifier-v2-20260212.ckpt, which is not "
-            f"fetched from here, and set {VARIABLE}=FILE"
+            f"downloaded for you, and set {VARIABLE}=FILE"
         )
     return path, _digest(path, path.stat().st_mtime_ns)
 
 
 @cache
 def _digest(path: Path, changed: int) -> str:
-    """Return the digest of a file of weights that is one; read as tensors and plain data, it can run no code."""
+    """Check a file of weights and return its digest; it is read as tensors and plain data, so it cannot run code."""
     import torch
 
     try:
         classes = torch.load(path, map_location="cpu", weights_only=True)["config"].get("max_classes", 10)
-    except Exception as error:  # whatever a file may hold
-        raise HeadError(f"head tabicl: {path} is no checkpoint of TabICL's ({first_line(error)})") from None
+    except Exception as error:  # a file may hold anything
+        raise HeadError(f"head tabicl: {path} is not a TabICL checkpoint ({first_line(error)})") from None
     if classes < 1:
-        raise HeadError(f"head tabicl: {path} is a checkpoint for numbers; take that of the classifier")
+        raise HeadError(f"head tabicl: {path} is a checkpoint for regression; use that of the classifier")
     return file_digest(path)

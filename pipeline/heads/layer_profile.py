@@ -1,8 +1,8 @@
-"""Layer profile: which layers of a network hold the signal, and whether several side by side hold clearly more.
+"""Layer profile: comparison of a network's layers, single and concatenated.
 
-Each layer, and layers side by side, is judged by ridge on the folds of all heads, its penalty found within the fold. What is
-chosen is the network's usual layer, unless another choice is better beyond doubt; and the choice itself is judged by being
-made anew within every fold, on images that then judge nothing.
+Each candidate is scored by ridge on the folds of all heads, with the penalty chosen within the training rows. The network's default
+layer is chosen unless another candidate is shown to be better. The choice itself is scored by nested cross-validation: it is repeated
+within every fold, on images that do not score it.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from pipeline.experiment import LAYERS, from_plain, read_document
 from pipeline.heads.tuning.folds import Folds
 
 PENALTIES = np.logspace(0, 6, 7)
-"""For standardised columns; within a fold one is chosen by leaving out one image at a time, which ridge does in one fit."""
+"""Ridge penalties for standardised columns; each fit chooses one by leave-one-out validation, which ridge computes in closed form."""
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer, or several side by side, as ridge found it."""
+    """The ridge result of one layer, or of several concatenated ones."""
 
     name: str
     embeddings: tuple[str, ...]
@@ -54,38 +54,38 @@ class LayerRow:
     tied: bool
     """Whether there is no evidence that it is worse than the best row."""
     gain: Paired | None
-    """Over the usual layer, its interval for all rows at once; None for that one."""
+    """The gain over the default layer, with an interval that holds for all rows simultaneously; None for the default layer."""
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """What the layers of one network hold, out of fold."""
+    """The out-of-fold results of the layers of one network."""
 
     network: str
     task: str
-    """The key of the question, as leaderboard rows have it."""
+    """The task's key, as in leaderboard rows."""
     metric: str
     images: int
     labelled: int
-    """Training images there are, of which `images` were looked at."""
+    """Number of all training images, of which `images` were used."""
     folds: int
     usual: str
-    """The layer that is taken where none is named."""
+    """The default layer, used if the config names none."""
     chosen: str
     rows: tuple[LayerRow, ...]
-    """Single layers from the image to the answer, then those side by side."""
+    """Single layers from input to output, then concatenated ones."""
     nested: float | None
-    """What choosing so within every fold scores; None of two folds, which leave too little to choose by."""
+    """The score when the choice is repeated within every fold; None for two folds, which leave too few images to choose by."""
     nested_gain: Paired | None
-    """Of that over the usual layer."""
+    """The gain of this nested choice over the default layer."""
 
     def row(self, name: str) -> LayerRow:
-        """Return a row by name; KeyError where there is none."""
+        """Return a row by name; KeyError if there is none."""
         return {row.name: row for row in self.rows}[name]
 
 
 def read_profiles(path: Path, key: str | None = None) -> tuple[LayerProfile, ...] | None:
-    """Read the profiles of `layers.json`; None where there are none, they are damaged, or of another `key`."""
+    """Read the profiles of `layers.json`; None if it is missing or damaged, or has another `key`."""
     try:
         document = read_document(path, LAYERS)
         found = tuple(from_plain(LayerProfile, one) for one in document["profiles"])
@@ -97,20 +97,20 @@ def read_profiles(path: Path, key: str | None = None) -> tuple[LayerProfile, ...
 
 
 Candidates = Mapping[str, tuple[str, ...]]
-"""What is compared: name -> the layers that are side by side."""
+"""The candidates: name -> the layers that are concatenated."""
 Fit = Callable[[tuple[str, ...], NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
-"""Layers, training rows and other rows -> the classes of the others."""
+"""(layers, training rows, other rows) -> the predicted classes of the other rows."""
 
 
 def answers(
     groups: Candidates, fit: Fit, held_out: Sequence[NDArray[np.int64]], n: int
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[NDArray[np.int64]]]]:
-    """Return each candidate's classes of n images out of fold, and what to choose by within each fold.
+    """Return each candidate's out-of-fold predictions of n images, and for each fold its inner predictions, to choose by.
 
-    Within fold k an image of fold j is labelled by a fit on all other folds, -1 where the image is in k: the fit that leaves
-    both out serves both.
+    The inner predictions of fold k label an image of fold j by a fit on the folds other than j and k, and images of k itself -1. One
+    fit without j and k serves both folds.
 
-    held_out : row numbers of each fold, int64 of shape (k,); returned are int64 of shape (n,)
+    held_out : row numbers of each fold, int64 of shape (k,); returns classes, int64 of shape (n,)
     """
     outer = {name: np.full(n, -1, dtype=np.int64) for name in groups}
     inner = {name: [np.full(n, -1, dtype=np.int64) for _ in held_out] for name in groups}
@@ -126,18 +126,20 @@ def answers(
     return outer, inner
 
 
-def gains(said: Mapping[str, Predictions], usual: str, folds: int, seed: int, metric: Metric) -> dict[str, Paired]:
-    """Return what each candidate is better than the usual one by, intervals and p-values for all of them at once.
+def gains(
+    predictions: Mapping[str, Predictions], usual: str, folds: int, seed: int, metric: Metric
+) -> dict[str, Paired]:
+    """Return each candidate's gain over the default layer, with simultaneous intervals and p-values.
 
-    By Bonferroni, and as folds share what they learn from: `comparison.shared_training`.
+    Bonferroni-corrected, and widened for the training rows that folds share, see `comparison.shared_training`.
     """
-    others = [name for name in said if name != usual]
-    units = said[usual].units
-    spare = len(said[usual]) - 1 if units is None else freedom(units)
+    others = [name for name in predictions if name != usual]
+    units = predictions[usual].units
+    spare = len(predictions[usual]) - 1 if units is None else freedom(units)
     z = stats.t.ppf(1 - LEVEL / 2 / len(others), spare) * np.sqrt(shared_training(folds, metric))
     found = {}
     for name in others:
-        a, b = said[name], said[usual]
+        a, b = predictions[name], predictions[usual]
         difference = metric.score(a) - metric.score(b)
         if metric is ACCURACY:
             interval = paired_interval(a, b, z)
@@ -151,22 +153,22 @@ def gains(said: Mapping[str, Predictions], usual: str, folds: int, seed: int, me
 
 
 def choose(
-    said: Mapping[str, Predictions],
+    predictions: Mapping[str, Predictions],
     over: Mapping[str, Paired],
     groups: Candidates,
     usual: str,
     seed: int,
     metric: Metric,
 ) -> str:
-    """Return the usual layer where nothing is shown to be better.
+    """Return the default layer, unless candidates are shown to be better.
 
-    Else of what is, the candidate of fewest layers that is not shown to be worse than the best one.
+    Of these, return the one with the fewest layers among those not shown to be worse than the best.
     """
     better = [name for name, gain in over.items() if gain.shown == 1]
     if not better:
         return usual
     best = max(better, key=lambda name: over[name].difference)
-    near = [name for name in better if paired_answers(metric, said[best], said[name], seed).shown != 1]
+    near = [name for name in better if paired_answers(metric, predictions[best], predictions[name], seed).shown != 1]
     return min(near, key=lambda name: (len(groups[name]), -over[name].difference))
 
 
@@ -180,23 +182,23 @@ def profile(
     about: Mapping[str, Any],
     metric: Metric = ACCURACY,
 ) -> LayerProfile:
-    """Judge the layers of one network.
+    """Compare the layers of one network.
 
-    blocks : layer -> ndarray of shape (n, dim), float32, from the image to the answer
-    embeddings : layer -> what its embedding is called
-    truth : the classes of the n images, and which are not independent; what is predicted does not matter
+    blocks : layer -> ndarray of shape (n, dim), float32, ordered from input to output
+    embeddings : layer -> name of its embedding
+    truth : the true classes of the n images, and their units if not independent; its predictions are not used
     about : `network`, `task` and `labelled` of the profile
     """
 
     def fit(layers: tuple[str, ...], train: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        if (truth.y_true[train] == truth.y_true[train[0]]).all():  # a rare class is in no fold but one
+        if (truth.y_true[train] == truth.y_true[train[0]]).all():  # all others are held out
             return np.full(len(rows), truth.y_true[train[0]])
         X = np.concatenate([blocks[layer] for layer in layers], axis=1)
         ridge = make_pipeline(StandardScaler(), RidgeClassifierCV(PENALTIES))
         found: NDArray[np.int64] = ridge.fit(X[train], truth.y_true[train]).predict(X[rows])
         return found
 
-    def said(labels: NDArray[np.int64], rows: NDArray[np.int64]) -> Predictions:
+    def predictions_of(labels: NDArray[np.int64], rows: NDArray[np.int64]) -> Predictions:
         units = None if truth.units is None else truth.units[rows]
         return Predictions(truth.y_true[rows], labels[rows], units=units, target=truth.target)
 
@@ -206,7 +208,7 @@ def profile(
     sets += [tuple(blocks)] if len(blocks) > 2 else []
     groups, every = {"+".join(layers): layers for layers in sets}, np.arange(n)
     outer, inner = answers(groups, fit, held_out, n)
-    found = {name: said(labels, every) for name, labels in outer.items()}
+    found = {name: predictions_of(labels, every) for name, labels in outer.items()}
     best = max(found, key=lambda name: metric.score(found[name]))
     tied = {gap.key for gap in compare(found, best, seed=seed, metric=metric) if gap.no_evidence}
     over = gains(found, usual, len(held_out), seed, metric)
@@ -225,10 +227,10 @@ def profile(
         mixed = outer[usual].copy()
         for k, out in enumerate(held_out):
             rest = np.setdiff1d(every, out)
-            within = {name: said(parts[k], rest) for name, parts in inner.items()}
+            within = {name: predictions_of(parts[k], rest) for name, parts in inner.items()}
             over_it = gains(within, usual, len(held_out) - 1, seed, metric)
             mixed[out] = outer[choose(within, over_it, groups, usual, seed, metric)][out]
-        selection = said(mixed, every)
+        selection = predictions_of(mixed, every)
         nested, gain = metric.score(selection), paired_answers(metric, selection, found[usual], seed)
     return LayerProfile(
         **about,
@@ -244,7 +246,7 @@ def profile(
 
 
 def table(found: LayerProfile) -> list[str]:
-    """Return a profile as lines: every layer with its score, then what to take."""
+    """Return a profile as lines of text: every layer with its score, then the recommendation."""
     metric, width = METRICS[found.metric], max(len(row.name) for row in found.rows)
     of = f" of {found.labelled:,}" if found.images < found.labelled else ""
     lines = [
@@ -259,13 +261,13 @@ def table(found: LayerProfile) -> list[str]:
 
 
 def gap(metric: Metric, gain: Paired) -> str:
-    """Write a difference with its interval."""
+    """Format a difference with its interval."""
     low, high = map(metric.gap_text, gain.interval)
     return f"{metric.gap_text(gain.difference)} [{low}, {high}]"
 
 
 def what_to_take(found: LayerProfile) -> list[str]:
-    """Return what to take, and how that way of choosing does on images that chose nothing."""
+    """Return the recommended layers, and the nested score of choosing them in this way, as lines of text."""
     row, lines = found.row(found.chosen), [f"take {found.usual}: nothing else is shown to be better"]
     if found.chosen != found.usual:
         lines = [f"take {found.chosen}, which is shown to be better than {found.usual}"]
@@ -275,7 +277,7 @@ def what_to_take(found: LayerProfile) -> list[str]:
     if found.nested is not None and found.nested_gain is not None:
         metric = METRICS[found.metric]
         lines.append(
-            "chosen so within every fold, by other images than those it is scored on: "
+            "this choice repeated within every fold, on images other than those that score it: "
             f"{metric.text(found.nested)}, {gap(metric, found.nested_gain)} over {found.usual}"
         )
     return lines

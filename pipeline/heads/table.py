@@ -164,7 +164,7 @@ _ROWS = (
     ),
     Head(
         name="rbf_svm",
-        # Of classes with equally many votes libsvm takes the first; the scores, and probabilities made of them, know better.
+        # Without break_ties, libsvm picks the first of classes with equal votes, against the scores and the probabilities.
         build=partial(_scaled, SVC(cache_size=500, break_ties=True)),
         space={"C": _log(1e-1, 1e3), "gamma": _log(1e-5, 1e-1)},
         # Scaled features have a mean squared norm of their dimension; 0.002 is scikit-learn's "scale" at 512.
@@ -175,7 +175,7 @@ _ROWS = (
     ),
     Head(
         name="mlp",
-        # A thousandth of a nat per image is less than any score shows, and waiting for less took half of the time.
+        # A thousandth of a nat per image changes no score; a smaller tolerance doubled the time.
         build=partial(_scaled, MLPClassifier(max_iter=100, tol=1e-3)),
         space={
             "hidden_layer_sizes": Integer(32, 512, prior="log-uniform"),
@@ -193,22 +193,22 @@ _ROWS = (
 HEADS: Mapping[str, Head] = {row.name: row for row in _ROWS}
 """The built-in heads for classes by name."""
 FOR_PHOTOS = ("logistic_regression", "linear_svm", "rbf_svm", "random_forest", "ridge", "knn")
-"""Those that a folder of photos without a config is tuned on."""
+"""The heads that are tuned for a folder of photos without a config."""
 
 
 def constant_guess(y: NDArray[Any], width: int) -> Head:
-    """The guess that needs no image: the most frequent class of all training images, or how many have each label, in every fold the same.
+    """The constant guess: the most frequent class of all training images, or the frequency of each label, equal in every fold.
 
-    Fitted fold by fold it would change with which class the fold happens to leave most of, and be wrong on just the rest.
+    Fitted per fold, it could pick another class in each: the one that the fold holds out least, and so be wrong most often.
 
-    y : of all training images, places in `width` classes, int64 of shape (n,), or which labels each has, bool of shape (n, width)
+    y : of all training images, indices of `width` classes, int64 of shape (n,), or the labels of each, bool of shape (n, width)
     """
     several = y.ndim > 1
     learned = y.astype(np.int64) if several else np.unique(y, return_inverse=True)[1]
 
     def build(seed: int) -> Pipeline:
         guess = DummyClassifier(strategy="prior", random_state=seed)
-        if several or learned.max() + 1 == width:  # else folds and the last fit number the classes differently
+        if several or learned.max() + 1 == width:  # otherwise class indices would differ between folds and the last fit
             guess = FrozenEstimator(guess.fit(np.zeros((len(y), 1)), learned))
         return Pipeline([("head", guess)])
 
@@ -217,7 +217,7 @@ def constant_guess(y: NDArray[Any], width: int) -> Head:
 
 
 def _like(name: str, kind: str, evaluator: Evaluator | None = None, **more: Any) -> Head:
-    """Return the head of another kind of target that goes by the name of one of classes, with its space but for what is given."""
+    """Return the head for another kind of target with the name and search space of a classification head, unless given in `more`."""
     bare = {"linear": False, "takes_class_weight": False, "fit": Pipeline.fit, "probabilities": kind == "multilabel"}
     return replace(HEADS[name], targets=(kind,), evaluator=evaluator, **{**bare, **more})
 
@@ -233,7 +233,7 @@ OF_NUMBERS: Mapping[str, Head] = {
             build=partial(_alone, RandomForestRegressor(n_estimators=200)),
             evaluator=screened.FOREST_OF_NUMBERS,
         ),
-        # Numbers are learned in standard deviations, so that C and epsilon mean the same whatever the unit is.
+        # The target is scaled to unit standard deviation, so that C and epsilon do not depend on its unit.
         _of_numbers(
             "rbf_svm",
             build=partial(_scaled, SVR(cache_size=500)),
@@ -252,7 +252,6 @@ OF_NUMBERS: Mapping[str, Head] = {
 }
 """The built-in heads for numbers by name."""
 
-
 OF_LABELS: Mapping[str, Head] = {
     row.name: row
     for row in (
@@ -268,26 +267,25 @@ OF_LABELS: Mapping[str, Head] = {
 }
 """The built-in heads for several labels by name."""
 
-
 MEAN = Head("constant", partial(_alone, DummyRegressor()), {}, {}, simplicity=-1, targets=("regression",))
-"""The guess that needs no image: the mean of the training images, fold by fold."""
+"""The constant guess for numbers: the mean of the training images, fold by fold."""
 TABICL = Head("tabicl", in_context.build, space={}, defaults={}, simplicity=9, probabilities=True)
 
 
 @dataclass(frozen=True)
 class HeadTable:
-    """The heads of one kind of target, by name; the one that baselines are judged by; and the guess that looks at no image."""
+    """The heads of one kind of target by name, the head for baseline embeddings, and the constant guess."""
 
     heads: Mapping[str, Head]
     baseline: Head
     guess: Callable[[NDArray[Any], int], Head]
-    """(y of all training images, the target's width) -> the guess."""
+    """(y of all training images, the target's width) -> the constant guess."""
     optional: Mapping[str, Head] = field(default_factory=dict)
-    """Further heads, which need an extra: tuned only where a config names them. Their `build` says what is lacking."""
+    """Heads that need an optional package and are tuned only if a config names them; `build` raises HeadError if it is missing."""
 
     @property
     def known(self) -> Mapping[str, Head]:
-        """All that a config can name."""
+        """All heads that a config can name."""
         return {**self.heads, **self.optional}
 
 
@@ -296,11 +294,11 @@ TABLES: Mapping[str, HeadTable] = {
     "multilabel": HeadTable(OF_LABELS, OF_LABELS["logistic_regression"], constant_guess),
     "regression": HeadTable(OF_NUMBERS, OF_NUMBERS["ridge"], lambda y, width: MEAN),
 }
-"""By the kind of target, as `pipeline.data.targets` names them."""
+"""The tables by kind of target, as named in `pipeline.data.targets`."""
 
 
 def listed() -> list[str]:
-    """Return a table of the heads of each kind of target; in the column `photos` those that a folder of photos is tuned on."""
+    """Return a text table of the heads of each kind of target; the column `photos` marks those tuned for a folder of photos."""
     headers, lines = ("head", "probabilities", "photos", "tuned"), list[str]()
     for kind, table in TABLES.items():
         cells = []
@@ -312,7 +310,7 @@ def listed() -> list[str]:
         lines += [f"== {kind} ==", *tabulate(cells, headers, "simple", disable_numparse=True).splitlines(), ""]
     return [
         *lines,
-        "probabilities: of its own; others are given some by calibration. photos: what `manyheads photos/` tunes.",
+        "probabilities: native ones; other heads get theirs by calibration. photos: tuned by `manyheads photos/`.",
         "In a config: heads: [ridge, {name: knn, space: {n_neighbors: [1, 20]}}]; a head of your own is module:NAME.",
     ]
 

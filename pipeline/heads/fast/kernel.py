@@ -1,4 +1,4 @@
-"""Evaluator of the RBF SVM, of classes, numbers and labels: one matrix of squared distances per fold, from which every kernel follows."""
+"""Evaluator of the RBF SVM for all kinds of target: every kernel of a fold is computed from one matrix of squared distances."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ from pipeline.heads.tuning.features import Array
 log = logging.getLogger(__name__)
 
 KERNEL_BYTES = 2 << 30
-"""A fold's kernel in float64, as libsvm wants it, may take this much; larger problems are fitted from the features."""
-
+"""Maximum size of a fold's kernel in float64, the dtype of libsvm; larger problems are fitted from the features."""
 
 KERNEL_ROWS = 256
-"""Rows of a kernel computed at once, few enough to stay in the processor's cache."""
+"""Rows of a kernel computed at once, few enough to fit into the processor's cache."""
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Squared distances of scaled features, the training rows in the order of their classes.
+    """Squared distances of scaled features, with the training rows sorted by class.
 
-    libsvm solves one pair of classes after the other, and finds neighbours in memory faster than scattered rows.
+    libsvm solves the pairs of classes one by one, and reads adjacent rows faster than scattered ones.
 
     within : ndarray of shape (n, n), float32
     across : ndarray of shape (n_held_out, n), float32: held-out rows to training rows
     y : ndarray of shape (n,), int64, or numbers, float64, of shape (n,) or (n, k)
-    order : ndarray of shape (n,), int64: their places in the fold's training rows
+    order : ndarray of shape (n,), int64: the sorted rows' indices in the fold's training rows
     """
 
     within: Array
@@ -47,12 +46,12 @@ class Distances:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes in memory."""
         return self.within.nbytes + self.across.nbytes
 
 
 def prepare_distances(problem: Problem, fold: int) -> Distances:
-    """Scale a fold once and measure all its distances."""
+    """Scale a fold's features once and compute all distances."""
     y = problem.learned(fold)
     order = np.argsort(y.reshape(len(y), -1)[:, 0], kind="stable")
     train, held_out = standardised(problem, fold)
@@ -64,7 +63,7 @@ def prepare_distances(problem: Problem, fold: int) -> Distances:
 
 @one_by_one
 def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -> FoldOutcome:
-    """Fit support vector machines on the kernel exp(-gamma * squared distance), of numbers and labels one for each."""
+    """Fit a support vector machine on the kernel exp(-gamma * squared distance), for numbers and labels one per column."""
     start, target = time.perf_counter(), problem.target
     machine = configure(problem.head, params, problem.seed)[-1].set_params(kernel="precomputed")
     within, across = (_kernel(part, np.float32(machine.gamma)) for part in (distances.within, distances.across))
@@ -72,22 +71,22 @@ def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -
     if problem.judge_training:
         judged, places = [across, within], np.append(places, len(across) + np.argsort(distances.order))
 
-    def said(fitted: Any) -> NDArray[np.float64]:
+    def decisions(fitted: Any) -> NDArray[np.float64]:
         tell = getattr(fitted, "decision_function", fitted.predict)
         return np.concatenate([tell(rows) for rows in judged])[places]
 
     if target.exclusive:
         fitted = machine.set_params(decision_function_shape="ovr").fit(within, distances.y)
-        seconds, scores, present = time.perf_counter() - start, said(fitted), fitted.classes_
+        seconds, scores, present = time.perf_counter() - start, decisions(fitted), fitted.classes_
         likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
         full = expand_scores(scores, present, target.width, "decision")
         return FoldOutcome(present[likeliest], full, "decision", seconds, time.perf_counter() - start - seconds)
     scores = np.empty((len(places), target.width))
     for column, y in enumerate(distances.y.reshape(len(distances.y), -1).T):
         if target.kind == "multilabel" and not np.ptp(y):
-            scores[:, column] = y[0] - 0.5  # what all rows say is said of all
+            scores[:, column] = y[0] - 0.5  # a constant label is predicted for all rows
         else:
-            scores[:, column] = said(clone(machine).fit(within, y))
+            scores[:, column] = decisions(clone(machine).fit(within, y))
     seconds = time.perf_counter() - start
     if target.kind == "regression":
         return FoldOutcome(target.told(scores), fit_seconds=seconds)
@@ -95,7 +94,7 @@ def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -
 
 
 def fit_each(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.float64]) -> Pipeline:
-    """Fit a pipeline whose last step takes one number; a copy of that for each where y is of shape (n, k).
+    """Fit a pipeline whose last step predicts one number; for y of shape (n, k), a copy of that step is fitted per column.
 
     X : float32 of shape (n, dim); y : float64 of shape (n,) or (n, k)
     """
@@ -105,7 +104,7 @@ def fit_each(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.float64])
 
 
 def _kernel(distances: Array, gamma: np.float32) -> NDArray[np.float64]:
-    """exp(-gamma * squared distance), computed in float32 and given in float64, as libsvm wants it."""
+    """Return exp(-gamma * squared distance), computed in float32 and returned in float64, the dtype of libsvm."""
     kernel = np.empty(distances.shape)
     for start in range(0, len(distances), KERNEL_ROWS):
         block = slice(start, start + KERNEL_ROWS)
@@ -136,7 +135,7 @@ def _fits_in_memory(problem: Problem) -> bool:
 
 
 def _work_bytes(problem: Problem) -> int:
-    """Return what a fold takes: distances in float32 and kernels in float64, and what libsvm keeps of two classes."""
+    """Return the memory of a fold's work: distances in float32, kernels in float64, and libsvm's cache for two classes."""
     cache = configure(problem.head, problem.head.defaults, problem.seed)[-1].cache_size
     pair = int(np.sort(np.bincount(problem.y))[-2:].sum()) if problem.target.exclusive else len(problem.y)
     kernels = max(12 * len(train) * (len(train) + len(held_out)) for train, held_out in problem.folds)

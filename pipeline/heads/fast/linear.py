@@ -1,6 +1,6 @@
-"""Evaluators of the linear heads: one decomposition per fold, from which all penalties of a round follow or are solved together.
+"""Evaluators of the linear heads: one decomposition per fold, after which all penalties of a round are solved together.
 
-All but discriminant analysis work on features in memory and on disk alike: there every product with the features is one pass over
+All but discriminant analysis work on features both in memory and on disk: on disk, every product with the features is one pass over
 blocks of rows (`solvers.Turned`), and only sums over rows are kept.
 """
 
@@ -42,18 +42,19 @@ from pipeline.heads.tuning.room import SPARE_BYTES, problem_bytes
 
 LOGISTIC_TOLERANCE = 1e-4
 HINGE_TOLERANCE = 2e-4
-"""Largest derivative per row at which a problem counts as solved; scikit-learn's logistic regression has the same rule
-and value, and on preconditioned axes it ends nearer to the optimum."""
+"""Largest derivative per row at which a problem counts as solved; scikit-learn's logistic regression uses the same rule
+and value, which on preconditioned axes stops nearer to the optimum."""
 
 BATCH_BYTES = 64 << 20
-"""Scores of the problems solved at once may take this much, or as much as the fold's features if that is more."""
+"""Maximum size of the scores of problems solved together, or the size of the fold's features if larger."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Training rows for one linear head: their features on their axes, their classes, the solutions so far.
+    """The shared work of a fold for one linear head: rotated features, classes, and the solutions so far.
 
-    present : ndarray of int64, or of labels: the classes of the rows; of numbers one row's; of several labels none and all
+    present : y of the fewest rows with which scikit-learn's model is valid: the classes that occur; for regression one row's
+        numbers; for several labels one row with none and one with all
     products : ndarray of shape (rank + 1, columns): the features' products with targets of -1 and 1, or with numbers
     """
 
@@ -66,11 +67,11 @@ class Prepared:
 
 
 Make = Callable[[Array, Array, bool], ProblemFamily]
-"""(targets of -1 and 1, float32 of shape (n, k), weights of the rows, whether a row has one label) -> the family of problems."""
+"""(targets of -1 and 1, float32 of shape (n, k); row weights; whether each row has exactly one label) -> the family of problems."""
 
 
 def logistic_family(targets: Array, weights: Array, exclusive: bool) -> ProblemFamily:
-    """Return logistic regression: multinomial on several classes, else binomial for each column by itself."""
+    """Return logistic regression: multinomial for more than two exclusive classes, otherwise binomial for each column."""
     width = targets.shape[1]
     if exclusive and width > 1:
         y = targets.argmax(axis=1)
@@ -83,9 +84,9 @@ def logistic_family(targets: Array, weights: Array, exclusive: bool) -> ProblemF
 
 
 def hinge_family(targets: Array, weights: Array, exclusive: bool) -> ProblemFamily:
-    """Return the squared hinge loss of each column by itself; as in LIBLINEAR the intercept is penalised."""
+    """Return the squared hinge loss of each column separately; as in LIBLINEAR, the intercept is penalised."""
     width = targets.shape[1]
-    # With more than two classes LIBLINEAR weights the rows of the one class and not those of the rest.
+    # With more than two classes, LIBLINEAR weights only the rows of the positive class, not those of the rest.
     costs = weights[:, None] if width == 1 else np.where(targets > 0, weights[:, None], 1)
 
     def loss(problems: NDArray[np.int64]) -> Loss:
@@ -95,14 +96,14 @@ def hinge_family(targets: Array, weights: Array, exclusive: bool) -> ProblemFami
 
 
 def prepare(make: Make | None, problem: Problem, fold: int) -> Prepared:
-    """Share the axes of a fold, and the path of solutions along the penalty or the products it follows from."""
+    """Return the shared work of a fold: its axes, and the path of solutions along the penalty, or the products for ridge."""
     train, held_out = problem.folds[fold]
     axes = turn_blocks(problem.X, train, held_out) if problem.on_disk else turn(*standardised(problem, fold))
     return _shared(make, problem, axes, problem.learned(fold))
 
 
 def _shared(make: Make | None, problem: Problem, axes: Axes, y: NDArray[Any]) -> Prepared:
-    """Return what all candidates share; y : what is learned of the rows. Without a family a ridge follows from products."""
+    """Return the work that all candidates share, for y as `Target.learned` returns it; without `make`, the head is a ridge."""
     weights, kind = np.ones(len(y), np.float32), problem.target.kind
     if kind == "regression":
         present, targets = y[:1], y.reshape(len(y), -1).astype(np.float32)
@@ -116,7 +117,7 @@ def _shared(make: Make | None, problem: Problem, axes: Axes, y: NDArray[Any]) ->
         class_weight = model.get_params().get("class_weight")
         weights = weights if class_weight is None else compute_sample_weight(class_weight, places).astype(np.float32)
     columns = targets.shape[1]
-    # On disk the features are no part of what is held, and what a solver holds of the rows is most of it.
+    # On disk, the features are not in memory, and the solver's arrays over the rows dominate.
     held = problem_bytes(len(problem.X), problem.X.shape[1], columns) if problem.on_disk else targets.nbytes
     held += axes.train.nbytes + axes.held_out.nbytes
     if make is None:
@@ -125,7 +126,7 @@ def _shared(make: Make | None, problem: Problem, axes: Axes, y: NDArray[Any]) ->
 
 
 def _solve(problem: Problem, prepared: Prepared, batch: Sequence[Params], once: bool = False) -> Array:
-    """Return the weights of candidates, shape (rank + 1, len(batch), columns); with `once` of one that no other follows."""
+    """Return the weights of candidates, shape (rank + 1, len(batch), columns); `once` solves a single one without the path."""
     models = [configure(problem.head, params, problem.seed)[-1] for params in batch]
     if prepared.path is not None:
         penalties = np.array([1 / float(model.C) for model in models])
@@ -141,7 +142,7 @@ def _solve(problem: Problem, prepared: Prepared, batch: Sequence[Params], once: 
 
 
 def likely(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
-    """Fit a head of classes whose scores are log-odds at every C."""
+    """Fit a classifier whose scores are log-odds, at every C of the candidates."""
     present, outcomes = prepared.present, []
     for scores, seconds in _scores(problem, prepared, candidates):
         if len(present) == 2:
@@ -155,7 +156,7 @@ def likely(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence
 
 
 def decided(problem: Problem, fold: int, prepared: Prepared, candidates: Sequence[Params]) -> list[FoldOutcome]:
-    """Fit a head at every penalty: the highest score decides between classes, its sign each label, and numbers are as they are."""
+    """Fit a head at every penalty: the highest score is the class, the signs are the labels, or the scores are the numbers."""
     present, target, outcomes = prepared.present, problem.target, []
     for scores, seconds in _scores(problem, prepared, candidates):
         if target.kind == "regression":
@@ -171,7 +172,7 @@ def decided(problem: Problem, fold: int, prepared: Prepared, candidates: Sequenc
 
 
 def _scores(problem: Problem, prepared: Prepared, candidates: Sequence[Params]) -> list[tuple[Array, float]]:
-    """Solve candidates in batches that fit in memory; return the scores of the rows judged and the share of the seconds."""
+    """Solve candidates in batches that fit in memory; return for each the scores of the rows to predict, and its share of the time."""
     axes, n = prepared.axes, len(prepared.axes.train)
     if problem.on_disk:
         spare = SPARE_BYTES if problem.work_bytes is None else problem.work_bytes
@@ -192,19 +193,18 @@ def _scores(problem: Problem, prepared: Prepared, candidates: Sequence[Params]) 
 
 
 def fit_in_blocks(make: Make | None, problem: Problem, params: Params, y: NDArray[Any]) -> Pipeline:
-    """Fit the head's pipeline on all rows from passes over blocks of them; its classes are those of y.
+    """Fit the head's pipeline on all rows in passes over blocks of them; its classes are those of y.
 
-    All that scikit-learn keeps besides the solution is what it keeps of a fit to one made-up row per class.
+    scikit-learn's other fitted attributes come from a fit on one artificial row per class.
 
-    y : what the target's `learned` makes of labels: of any dtype, shape (n,), or numbers, float64 of shape (n,) or
+    y : labels as the target's `learned` returns them: of any dtype, shape (n,), or numbers, float64 of shape (n,) or
         (n, k)
     """
     rows = np.arange(len(y))
     axes = turn_blocks(problem.X, rows, rows[:0])
     prepared = _shared(make, problem, axes, y)
-    weights = _solve(problem, prepared, [params], once=problem.on_disk)[
-        :, 0
-    ]  # each step there is two passes over all rows
+    # On disk, each step of the solver takes two passes over all rows.
+    weights = _solve(problem, prepared, [params], once=problem.on_disk)[:, 0]
     pipeline = configure(problem.head, params, problem.seed)
     pipeline.steps[0] = (pipeline.steps[0][0], axes.train.data.scaler)
     last = problem.head.fit(Pipeline(pipeline.steps[-1:]), np.zeros((len(prepared.present), 1)), prepared.present)
@@ -223,20 +223,20 @@ def fit_in_blocks(make: Make | None, problem: Problem, params: Params, y: NDArra
 
 
 def fit_each_label(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.int64]) -> Pipeline:
-    """Fit a pipeline whose last step tells two classes apart; a copy of that for each column of y, shape (n, k)."""
+    """Fit a pipeline whose last step is a binary classifier; a copy of that step is fitted per column of y, shape (n, k)."""
     pipeline.steps[-1] = (pipeline.steps[-1][0], OneVsRestClassifier(pipeline[-1]))
     return pipeline.fit(X, y)
 
 
 def unweighted(problem: Problem) -> bool:
-    """Class weights would shift the centre the decomposition is taken around."""
+    """Whether the head has scaled features and no class weights, which would move the centre of the decomposition."""
     return scaled(problem) and getattr(configure(problem.head, {}, problem.seed)[-1], "class_weight", None) is None
 
 
 def evaluator(
     name: str, evaluate: Evaluate, make: Make | None, usable: Callable[[Problem], bool] = scaled, quicker: bool = False
 ) -> Evaluator:
-    """Return the evaluator of a linear head, of ridge where there is no family."""
+    """Return the evaluator of a linear head; without a problem family (`make`), that of ridge."""
     fit = partial(fit_in_blocks, make)
     return Evaluator(name, evaluate, partial(prepare, make), True, usable, fit_in_blocks=fit, quicker=quicker)
 
@@ -252,9 +252,9 @@ LOGISTIC_LABELS, HINGE_LABELS, RIDGE_LABELS = (
 
 @dataclass(frozen=True)
 class Spread:
-    """A fold's scaled features, and how they spread within the classes.
+    """A fold's scaled features, and their covariance within the classes.
 
-    train, held_out : (rows, dim); y : (n,), int64; means : (n_present, dim); values, vectors : of the covariance within classes
+    train, held_out : (rows, dim); y : (n,), int64; means : (n_present, dim); values, vectors : eigenvalues and -vectors of this covariance
     """
 
     train: Array
@@ -266,12 +266,12 @@ class Spread:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes in memory."""
         return self.train.nbytes + self.held_out.nbytes + self.vectors.nbytes
 
 
 def spread_of(problem: Problem, fold: int) -> Spread:
-    """Scale a fold once and decompose its covariance within classes."""
+    """Scale a fold's features once and decompose their covariance within the classes."""
     train, held_out = standardised(problem, fold)
     y = problem.learned(fold)
     present, places = np.unique(y, return_inverse=True)
@@ -300,7 +300,7 @@ def discriminant(problem: Problem, fold: int, spread: Spread, candidates: Sequen
 
 
 def _ledoit_wolf(spread: Spread) -> Array:
-    """Return weights of shape (dim, n_present), the covariance of each class shrunk by itself as scikit-learn does it."""
+    """Return weights of shape (dim, n_present), with the covariance of each class shrunk separately, as in scikit-learn."""
     covariance = np.zeros_like(spread.vectors)
     for label in np.unique(spread.y):
         rows = spread.train[spread.y == label]

@@ -1,9 +1,8 @@
-"""Solvers of linear classifiers that handle many penalties at once, in float32.
+"""Solvers of linear classifiers for many penalties at once, in float32.
 
-Features are first turned onto the axes of their own covariance. A penalty on the sum of squares does not notice a
-rotation, so the optimum is the same, but along these axes the curvature of the problem is nearly diagonal and known,
-and L-BFGS preconditioned with it needs tens of steps where it needed hundreds. All penalties share each product with
-the features.
+Features are first rotated to the principal axes of their covariance. An L2 penalty is invariant to rotation, so the
+optimum is the same, but along these axes the curvature is nearly diagonal and known, so that preconditioned L-BFGS needs
+tens of steps instead of hundreds. All penalties share each product with the features.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ from numpy.typing import NDArray
 from pipeline.heads.tuning.features import Array, FeatureMatrix, Standardised
 
 Loss = Callable[[Array], tuple[NDArray[np.float64], Array]]
-"""Scores of shape (n, problems, columns) -> the loss of each problem, and its derivative by every score."""
+"""Scores of shape (n, problems, columns) -> the loss of each problem, and its derivative with respect to each score."""
 
 ANCHORS_PER_DECADE = 1
-"""Solutions per factor of ten of C from which those in between are started."""
+"""Number of anchors per factor of ten of C; solutions in between start from them."""
 
 MEMORY_PAIRS = 20
-"""Pairs of step and change of gradient that L-BFGS remembers."""
+"""Number of pairs of step and gradient difference in the memory of L-BFGS."""
 
 MOST_STEPS = 500
 
 
 @dataclass(frozen=True)
 class Axes:
-    """Standardised features on the axes of their own covariance.
+    """Standardised features, rotated to the principal axes of their covariance.
 
-    train : matrix of shape (n, rank + 1), float32; the last column is 1 for the intercept. An ndarray, or `Turned` where
+    train : matrix of shape (n, rank + 1), float32; the last column is 1 for the intercept. An ndarray, or `Turned` if
         the features stay on disk
     held_out : matrix of shape (n_held_out, rank + 1), float32
     squares : ndarray of shape (rank + 1,), float32: sum of squares of each column of `train`
@@ -46,7 +45,7 @@ class Axes:
 
 
 def turn(train: Array, held_out: Array) -> Axes:
-    """Turn centred features onto the axes of their covariance, with a column of ones added.
+    """Rotate centred features to the principal axes of their covariance, and append a column of ones.
 
     train, held_out : float32 of shape (n, dim) and (n_held_out, dim)
     """
@@ -56,7 +55,7 @@ def turn(train: Array, held_out: Array) -> Axes:
         turned, other = train @ vectors, held_out @ vectors
     else:
         values, vectors = decompose(train @ train.T)
-        # Directions in which the training rows hardly differ have no say in the optimum and would be divided by zero.
+        # Directions in which the training rows hardly vary do not affect the optimum and would cause division by zero.
         kept = values > 1e-6 * values.max()
         root = np.sqrt(values[kept])
         turned, other = vectors[:, kept] * root, held_out @ (train.T @ (vectors[:, kept] / root))
@@ -66,9 +65,9 @@ def turn(train: Array, held_out: Array) -> Axes:
 
 @dataclass(frozen=True)
 class Turned:
-    """Standardised rows on the axes of their covariance, with a column of ones: a matrix that is never made, or its transpose.
+    """Implicit matrix of standardised rows on their principal axes, with a column of ones, or its transpose.
 
-    The axes turn the weights and not the rows: (X V) w = X (V w).
+    The weights are rotated instead of the rows: (X V) w = X (V w).
     """
 
     data: Standardised
@@ -77,12 +76,12 @@ class Turned:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in memory."""
+        """Bytes in memory."""
         return int(self.vectors.nbytes)
 
     @property
     def T(self) -> Turned:
-        """The other one."""
+        """The transpose."""
         return replace(self, transposed=not self.transposed)
 
     def __len__(self) -> int:
@@ -104,9 +103,9 @@ class Turned:
 
 
 def turn_blocks(X: FeatureMatrix, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> Axes:
-    """Find the axes of some rows' covariance as `turn` does, without a copy of the rows.
+    """Rotate rows to the axes of the training rows' covariance, like `turn`, without copying the rows.
 
-    X : float32 of shape (n, dim); train, held_out : row numbers, int64 of shape (k,) and (m,)
+    X : float32 of shape (n, dim); train, held_out : row indices, int64 of shape (k,) and (m,)
     """
     data = Standardised.of(X, train)
     total = data.products()
@@ -121,17 +120,17 @@ def turn_blocks(X: FeatureMatrix, train: NDArray[np.int64], held_out: NDArray[np
 def decompose(matrix: Array) -> tuple[Array, Array]:
     """Return the eigenvalues and eigenvectors of a symmetric matrix, which may be overwritten.
 
-    matrix : float32 of shape (k, k); returns float32 of shape (k,), in ascending order, and (k, k), a column for each
+    matrix : float32 of shape (k, k); returns float32 of shape (k,), in ascending order, and (k, k), one column each
     """
-    # numpy's own copies the matrix, and takes half as long again.
+    # numpy's eigh copies the matrix and takes half as long again.
     values, vectors = scipy.linalg.eigh(matrix, driver="evd", overwrite_a=True, check_finite=False)
     return values, vectors
 
 
 def softmax_loss(y: NDArray[np.int64], weights: Array) -> Loss:
-    """Return the cross-entropy of n rows with their weights, for problems with a column per class.
+    """Return the weighted cross-entropy of n rows, for problems with a column per class.
 
-    y : places of the classes, int64 of shape (n,); weights : float32 of shape (n,)
+    y : class indices, int64 of shape (n,); weights : float32 of shape (n,)
     """
     doubled, rows = weights.astype(np.float64), np.arange(len(y))
 
@@ -149,7 +148,7 @@ def softmax_loss(y: NDArray[np.int64], weights: Array) -> Loss:
 
 
 def binomial_loss(targets: Array, weights: Array) -> Loss:
-    """Return the cross-entropy of n rows against targets of -1 and 1.
+    """Return the weighted binary cross-entropy of n rows with targets of -1 and 1.
 
     targets : float32 of shape (n, 1) or (n, problems); weights : float32 of shape (n,)
     """
@@ -158,7 +157,7 @@ def binomial_loss(targets: Array, weights: Array) -> Loss:
 
     def loss(scores: Array) -> tuple[NDArray[np.float64], Array]:
         margin = scores * sign
-        # What logaddexp and a sigmoid say, several times as fast.
+        # Equal to logaddexp and a sigmoid, but several times as fast.
         value = doubled @ (np.maximum(margin, 0) + np.log(1 + np.exp(-np.abs(margin))))[:, :, 0].astype(np.float64)
         slope = 1 / (1 + np.exp(np.minimum(-margin, 80)))
         return value, slope * sign * weights[:, None, None]
@@ -167,7 +166,7 @@ def binomial_loss(targets: Array, weights: Array) -> Loss:
 
 
 def squared_hinge_loss(targets: Array, weights: Array) -> Loss:
-    """Return the squared hinge loss of n rows against targets of -1 and 1; both float32 of shape (n, problems)."""
+    """Return the weighted squared hinge loss of n rows; targets of -1 and 1 and weights are float32 of shape (n, problems)."""
 
     def loss(scores: Array) -> tuple[NDArray[np.float64], Array]:
         short = np.clip(1 - targets * scores[:, :, 0], 0, None)
@@ -181,9 +180,9 @@ def squared_hinge_loss(targets: Array, weights: Array) -> Loss:
 
 @dataclass(frozen=True)
 class ProblemFamily:
-    """A kind of problem on one fold, to be solved at many penalties: `width` separate problems of `columns` scores each.
+    """A family of problems on one fold, to be solved at many penalties: `width` separate problems of `columns` scores each.
 
-    loss(problems) is the loss of so many problems, laid out penalty by penalty.
+    loss(problems) returns the loss of the problems with these indices, which are numbered penalty by penalty.
     """
 
     loss: Callable[[NDArray[np.int64]], Loss]
@@ -195,16 +194,16 @@ class ProblemFamily:
 
 
 class Path:
-    """The solutions of a family along the penalty, as far as they were needed.
+    """The regularisation path of a family, computed as far as needed.
 
-    Anchors lie evenly on the logarithmic axis of C = 1 / penalty, each solved from the one before. A solution in between
-    starts from its neighbours' interpolation, a few steps from its end, and depends on nothing but the fold: not on what
-    was asked before, so a resumed search finds the same.
+    Anchors are evenly spaced in log C, with C = 1 / penalty, and each is solved starting from the one before. A solution in
+    between starts from the interpolation of its neighbours, a few steps from the optimum. It depends only on the fold, not on
+    earlier requests, so a resumed search finds the same.
     """
 
     def __init__(self, axes: Axes, family: ProblemFamily) -> None:
         self._axes, self._family = axes, family
-        # Up to this C the penalty outweighs the features even along the longest axis: nearly all weights are zero.
+        # Up to this C, the penalty dominates even along the longest axis: nearly all weights are zero.
         longest = float(axes.squares[:-1].max(initial=1.0))
         self._first = int(np.floor(-ANCHORS_PER_DECADE * np.log10(longest)))
         self._weights: list[Array] = []
@@ -230,7 +229,7 @@ class Path:
         return minimise(self._axes, family, repeated, start, thetas)
 
     def solve_once(self, penalty: float) -> Array:
-        """Return the solution at one penalty from zero, in fewer steps than by anchors, of which no other solution has the use."""
+        """Return the solution at one penalty, starting from zero: for a single solution this takes fewer steps than anchors."""
         return minimise(self._axes, self._family, np.full(self._family.width, penalty), *self._nothing())
 
     def _nothing(self) -> tuple[Array, Array]:
@@ -257,8 +256,8 @@ class Path:
 def minimise(axes: Axes, family: ProblemFamily, penalties: NDArray[np.float64], start: Array, theta: Array) -> Array:
     """Minimise loss(train @ w) + penalty / 2 * |w|^2 in every problem, by L-BFGS preconditioned with the axes.
 
-    The curvature along axis j is taken as penalty + theta * squares[j]; theta follows from the last step. All problems
-    of a batch share the two products with the features per step; a problem that has converged leaves it.
+    The curvature along axis j is approximated by penalty + theta * squares[j], with theta from the last step. All problems of
+    a batch share the two products with the features per step; a converged problem leaves the batch.
 
     penalties : ndarray of shape (problems,)
     start : ndarray of shape (rank + 1, problems, columns), float32
@@ -283,7 +282,7 @@ def minimise(axes: Axes, family: ProblemFamily, penalties: NDArray[np.float64], 
 
 
 class _State:
-    """The problems of a batch between two steps; arrays have the shape (rank + 1, problems, columns)."""
+    """The state of a batch of problems between two steps; arrays have the shape (rank + 1, problems, columns)."""
 
     def __init__(
         self, axes: Axes, family: ProblemFamily, penalties: NDArray[np.float64], weights: Array, theta: Array
@@ -300,12 +299,12 @@ class _State:
         self.pairs: list[tuple[Array, Array, Array]] = []
 
     def solved(self, tolerance: float) -> NDArray[np.bool_]:
-        """Which problems need no further step, or can make none."""
+        """Return which problems have converged or cannot improve."""
         solved = np.abs(self.gradient).max(axis=(0, 2)) <= tolerance * len(self.scores)
         return np.asarray(solved | (self.stalled >= 2))
 
     def repenalise(self, penalty: float) -> None:
-        """Change the penalty and keep all that is known: loss, slope and curvature change by known amounts."""
+        """Change the penalty and keep the state: the effect on value, gradient and curvature is known."""
         change = (penalty - self.penalty) * (self.penalty > 0)
         self.value = self.value + np.einsum("rbk,rb,rbk->b", self.weights, change, self.weights) / 2
         self.gradient = self.gradient + change[:, :, None] * self.weights
@@ -319,12 +318,12 @@ class _State:
         self.stalled = np.zeros_like(self.stalled)
 
     def _held(self, a: Array, b: Array) -> NDArray[np.float64]:
-        """The penalty's inner product of each problem."""
+        """Return the inner product of a and b weighted by the penalty, for each problem."""
         weighted: Array = self.penalty[:, :, None] * b
         return _dot(a, weighted).astype(np.float64)
 
     def keep(self, kept: NDArray[np.bool_]) -> None:
-        """Let the problems that are solved go."""
+        """Keep only these problems."""
         self.weights, self.scores, self.gradient = self.weights[:, kept], self.scores[:, kept], self.gradient[:, kept]
         self.penalty, self.value = self.penalty[:, kept], self.value[kept]
         self.theta, self.stalled = self.theta[kept], self.stalled[kept]
@@ -351,7 +350,7 @@ class _State:
         self.weights, self.scores, self.value, self.gradient = weights, scores, value, gradient
 
     def _direction(self, axes: Axes) -> Array:
-        """Return minus the inverse Hessian's estimate times the gradient: the two loops of L-BFGS."""
+        """Return the negative product of the inverse Hessian's estimate and the gradient: the two-loop recursion of L-BFGS."""
         vector: Array = self.gradient.copy()
         shares = []
         for change, difference, inverse in reversed(self.pairs):
@@ -367,11 +366,11 @@ class _State:
     def _line_search(
         self, direction: Array, moved: Array, descent: Array
     ) -> tuple[Array, Array, NDArray[np.float64], Array]:
-        """Halve each problem's step until its value falls enough; scores are linear in the step, so none needs a product."""
+        """Halve each problem's step until its value decreases enough; scores are linear in the step, so no product is needed."""
         linear, square = self._held(self.weights, direction), self._held(direction, direction)
         base = self._held(self.weights, self.weights) / 2
         length = np.ones_like(descent)
-        # float32 scores leave the value uncertain by about this much; near the optimum no step could prove itself.
+        # The rounding error of float32 scores; without this allowance, no step near the optimum would be accepted.
         noise = 1e-6 * np.abs(self.value)
         for _ in range(12):
             scores = self.scores + moved * length[None, :, None]
@@ -391,20 +390,20 @@ class _State:
 
 
 def _inverse(curvature: Array) -> Array:
-    """1 / curvature, or 0 where it is rounding noise, which takes the pair out of the sums."""
+    """Return 1 / curvature, or 0 if the curvature is only rounding error, which removes the pair from the sums."""
     made: Array = np.where(curvature > 1e-12, 1 / np.clip(curvature, 1e-30, None), 0)
     return made
 
 
 def _product(matrix: Any, vectors: Array) -> Array:
-    """matrix @ vectors for vectors of shape (m, problems, columns), as one product."""
+    """Return matrix @ vectors for vectors of shape (m, problems, columns), as one product."""
     flat = vectors.reshape(vectors.shape[0], -1)
-    # With few columns BLAS is a quarter faster at the transposed product.
+    # With few columns, BLAS computes the transposed product a quarter faster.
     made: Array = matrix @ flat if isinstance(matrix, Turned) else (flat.T @ matrix.T).T
     return made.reshape(-1, *vectors.shape[1:])
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """Inner product of each problem: shape (problems,)."""
+    """Return the inner product of each problem: shape (problems,)."""
     made: Array = np.einsum("rbk,rbk->b", a, b)
     return made

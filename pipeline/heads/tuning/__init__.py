@@ -1,7 +1,7 @@
-"""Tuning: search a head's parameters by cross-validation, the same folds and budget for every head.
+"""Tuning: search a head's parameters by cross-validation, with the same folds and budget for every head.
 
-A search asks for a round of points, fits them on the folds, tells the scores, and asks again. Every fit is written to a
-journal as it ends, so a killed search goes on where it was and ends with the same result.
+A search gets a round of points from a strategy, fits them on the folds, sends back the scores, and repeats. Every finished fit is
+written to a journal, so a killed search resumes where it stopped and ends with the same result.
 """
 
 from pipeline.heads.tuning.evaluation import working_memory, works_on_disk

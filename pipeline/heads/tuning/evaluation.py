@@ -1,7 +1,7 @@
-"""What a search fits on one fold, and how it is judged there, with or without work shared among sets of parameters.
+"""Fitting and scoring of candidates on one fold, with or without work shared among candidates.
 
 `generic` fits the head's own pipeline from scratch and works for every head; the evaluators in `pipeline.heads.fast` find the same
-optimum with work shared.
+optimum with shared work.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ log = logging.getLogger(__name__)
 
 
 def derived_seed(seed: int, *place: int) -> int:
-    """Return a seed of its own for one fit: (0, fold) for those of folds, (1, attempt) for those on all rows."""
+    """Return the derived seed of one fit: `place` is (0, fold) for fits on folds, (1, attempt) for fits on all rows."""
     return int(np.random.SeedSequence([seed, *place]).generate_state(1)[0])
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What every trial of a search is fitted on.
+    """The head, data, folds and seed that all trials of a search share.
 
     X : ndarray of shape (n, dim), float32, or a memory map of one, or rows of a store that stay on disk
-    y : what the target makes of labels: ndarray of shape (n,), int64, places in its classes; or as `Predictions` has it
+    y : labels as the target encodes them: ndarray of shape (n,), int64, class indices; or as `Predictions` has it
     """
 
     head: Head
@@ -56,11 +56,11 @@ class Problem:
     folds: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
     seed: int
     work_bytes: int | None = None
-    """What each fold's fits may take beyond copies of the features, or on disk beyond the least; None without a limit."""
+    """Memory for a fold's fits besides copies of the features, or on disk besides the minimum; None without a limit."""
     projections: Projections | None = None
-    """The principal components that the head works on instead of X."""
+    """The principal components that the head is fitted on instead of X."""
     judge_training: bool = False
-    """Whether the rows a fold is fitted on are judged too, after those it holds out."""
+    """Whether a fold's training rows are predicted too, after its held-out rows."""
 
     @property
     def on_disk(self) -> bool:
@@ -69,17 +69,17 @@ class Problem:
 
     @property
     def dim(self) -> int:
-        """The length of what the head works on."""
+        """The number of features, or principal components, that the head is fitted on."""
         return int((self.X if self.projections is None else self.matrices(0)[0]).shape[1])
 
     def learned(self, fold: int) -> NDArray[Any]:
-        """Return what an estimator is fitted on in a fold: int64 of shape (k,), or numbers, float64 of shape (k,) or (k, width)."""
+        """Return the y of a fold's training rows for `fit`: int64 of shape (k,), or numbers, float64 of shape (k,) or (k, width)."""
         return self.target.learned(self.y[self.folds[fold][0]])
 
     def matrices(self, fold: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return what the head is fitted on in a fold, and what it is judged on, in memory.
+        """Return a fold's training rows and the rows to predict, in memory.
 
-        They are float32 of shape (n_train, dim) and (n_judged, dim), with `judge_training` the first at the end of the second.
+        Both are float32, of shape (n_train, dim) and (n_judged, dim); with `judge_training` the training rows end the second too.
         """
         train, held_out = self.folds[fold]
         if self.projections is not None:
@@ -89,7 +89,7 @@ class Problem:
         return X_train, np.concatenate([X, X_train]) if self.judge_training else X
 
     def fold_seed(self, fold: int) -> int:
-        """Return the seed of a fold's fits: one for each, so that no luck of one seed is in all scores."""
+        """Return the seed of a fold's fits; it differs between folds, so that one lucky seed does not affect all scores."""
         return derived_seed(self.seed, 0, fold)
 
 
@@ -102,16 +102,16 @@ class Measured:
 
     @staticmethod
     def of(metric: Metric, predictions: Predictions) -> Measured:
-        """Score predictions; the standard error is that of the mean of what each unit adds."""
+        """Score predictions; the standard error is that of the mean of the units' contributions."""
         added = metric.contributions(predictions)
         return Measured(metric.score(predictions), float(added.std() / np.sqrt(len(added))))
 
 
 @dataclass(frozen=True)
 class FoldOutcome:
-    """One set of parameters on one fold.
+    """The result of one set of parameters on one fold.
 
-    predictions : of n_judged rows what `Predictions.y_pred` is; None after an error
+    predictions : of n_judged rows, in the form of `Predictions.y_pred`; None after an error
     scores : ndarray of shape (n_judged, width), float32: probabilities or decision values; None without any
     """
 
@@ -123,52 +123,52 @@ class FoldOutcome:
     warnings: Mapping[str, int] = field(default_factory=dict)
     error: str | None = None
     training: Measured | None = None
-    """On the rows it was fitted on, where they were judged."""
+    """The score on the training rows; None if they were not predicted."""
     score: float = np.nan
-    """On the rows the fold holds out; higher is better."""
+    """The score on the fold's held-out rows; higher is better."""
 
 
 @dataclass(frozen=True)
 class Screening:
-    """A step of successive halving (Jamieson and Talwalkar 2016): a cheap version, and what goes on from it to full fits."""
+    """A step of successive halving (Jamieson and Talwalkar 2016): cheap fits of all candidates, then full fits of the best."""
 
     cheaper: Callable[[Problem, Params], Params]
-    """(problem, a candidate) -> parameters that make it cheap; they replace its own."""
+    """(problem, candidate) -> the parameters to replace for a cheap fit."""
     budget: float
-    """The best that together cost no more than so many of the head's defaults go on."""
+    """Total cost of the full fits, in units of a fit of the head's defaults."""
     cost: Callable[[Problem, Params], float]
-    """What a candidate's full fit costs against others'."""
+    """(problem, candidate) -> the relative cost of its full fit."""
 
 
 Evaluate = Callable[[Problem, int, Any, Sequence[Params]], list[FoldOutcome]]
-"""(problem, fold, what `prepare` returned, candidates) -> one outcome per candidate, of what `Problem.matrices` judges."""
+"""(problem, fold, result of `prepare`, candidates) -> one outcome per candidate, for the rows to predict of `Problem.matrices`."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """One way to judge parameters on a fold; of functions with a name, so that a head can be pickled."""
+    """A method of fitting and scoring candidates on a fold; made of named functions, so that a head can be pickled."""
 
     name: str
-    """What journals call it."""
+    """Its name in journals."""
     evaluate: Evaluate
     prepare: Callable[[Problem, int], Any] | None = None
-    """What all candidates share on a fold, made once."""
+    """(problem, fold) -> the work that all candidates on a fold share, computed once."""
     together: bool = False
-    """Whether the candidates of a round are solved as one problem; otherwise each is a task of its own."""
+    """Whether the candidates of a round are solved as one problem; otherwise each is a separate task."""
     usable: Callable[[Problem], bool] | None = None
-    """Whether it can serve a problem; None where it serves all."""
+    """Whether it supports a problem; None if it supports all."""
     work_bytes: Callable[[Problem], int] | None = None
-    """What a fold's work takes besides copies of the features. Where a limit leaves less, the generic evaluator serves."""
+    """Memory for a fold's work besides copies of the features; if a limit leaves less, the generic evaluator is used."""
     screening: Screening | None = None
-    """A cheap version that is tried first; without one, all candidates are fitted in full."""
+    """The cheap fits to try first; without them, all candidates are fitted in full."""
     fit_in_blocks: Callable[[Problem, Params, NDArray[Any]], Pipeline] | None = None
-    """(problem, parameters, y) -> the head fitted on all rows, for evaluators that work on features on disk too."""
+    """(problem, parameters, y) -> the head fitted on all rows, for evaluators that also support features on disk."""
     quicker: bool = False
-    """Whether `fit_in_blocks` is much quicker than the head's own fit in memory too."""
+    """Whether `fit_in_blocks` is much faster than the head's own fit in memory too."""
 
 
 def one_by_one(fit: Callable[[Problem, int, Any, Params], FoldOutcome]) -> Evaluate:
-    """Turn the fit of one candidate on a fold into an evaluator of several; a fit that raises is a failed outcome."""
+    """Turn a function for one candidate on a fold into one for several; an exception becomes a failed outcome."""
 
     @wraps(fit)
     def evaluate(problem: Problem, fold: int, prepared: Any, candidates: Sequence[Params]) -> list[FoldOutcome]:
@@ -177,7 +177,7 @@ def one_by_one(fit: Callable[[Problem, int, Any, Params], FoldOutcome]) -> Evalu
             with counted() as counts:
                 try:
                     made.append(changed(fit(problem, fold, prepared, params), warnings=dict(counts)))
-                except Exception as error:  # a trial that fails is a result: it is recorded and the search goes on
+                except Exception as error:  # a failed trial is recorded, and the search continues
                     made.append(failed(error, counts))
         return made
 
@@ -205,9 +205,9 @@ GENERIC = Evaluator("generic", generic)
 
 
 def evaluator_for(problem: Problem) -> Evaluator:
-    """Return the head's evaluator, or the generic one where it has none or cannot be served.
+    """Return the head's evaluator, or the generic one if it has none or its own does not support the problem.
 
-    HeadError where the features are on disk and the head cannot be fitted there.
+    HeadError if the features are on disk and the head cannot be fitted there.
     """
     evaluator = problem.head.evaluator or GENERIC
     if problem.on_disk and not works_on_disk(problem.head):
@@ -226,30 +226,30 @@ def works_on_disk(head: Head) -> bool:
 
 
 def scaled(problem: Problem) -> bool:
-    """Whether the classifier is fitted on standardised features and on nothing else, as `standardised` returns them."""
+    """Whether the model is fitted directly on standardised features, as `standardised` returns them."""
     steps = [type(step) for _, step in problem.head.build(problem.seed).steps[:-1]]
     return steps == ([StandardScaler] if problem.projections is None else [])
 
 
 def smaller_caches(pipeline: Pipeline, work_bytes: int | None) -> dict[str, float]:
-    """Return the parameters that keep the kernel caches of a pipeline, in MB, within a limit; they change no result."""
+    """Return the parameters that limit the kernel caches of a pipeline, in MB; they change no result."""
     sizes = {key: value for key, value in pipeline.get_params().items() if key.endswith("__cache_size")}
     return {} if work_bytes is None else {key: max(1.0, min(mb, work_bytes / 1e6)) for key, mb in sizes.items()}
 
 
 def working_memory(work_bytes: int | None) -> AbstractContextManager[None]:
-    """Keep scikit-learn's blocks of distances, as nearest neighbours take, within a limit, in this thread.
+    """Limit the memory of scikit-learn's blocks of distances, such as those of nearest neighbours, in this thread.
 
-    It counts a block in float64; besides the distances there are their places, so that twice as much is taken.
+    scikit-learn counts the distances only, in float64; their indices take as much again, hence half of the limit.
     """
     limit = None if work_bytes is None else max(1, work_bytes >> 21)
     return cast("AbstractContextManager[None]", config_context(working_memory=limit))
 
 
 def standardised(problem: Problem, fold: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return a fold's training and held-out rows as a head gets them behind its StandardScaler.
+    """Return a fold's training rows and rows to predict, as transformed by the head's StandardScaler.
 
-    Both are float32, of shape (n_train, dim) and (n_judged, dim), as `Problem.matrices` has them.
+    Both are float32, of shape (n_train, dim) and (n_judged, dim), as in `Problem.matrices`.
     """
     train, held_out = problem.matrices(fold)
     return standardise(train, held_out) if problem.projections is None else (train, held_out)
@@ -267,7 +267,7 @@ _counting, _searches, _restore = threading.Lock(), 0, ExitStack()
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Count this thread's warnings by category, vague ones by their text too, within `counting_warnings`."""
+    """Count this thread's warnings by category, those of generic categories also by text; used within `counting_warnings`."""
     _current.counts = Counter()
     try:
         yield _current.counts
@@ -277,9 +277,9 @@ def counted() -> Iterator[Counter[str]]:
 
 @contextmanager
 def counting_warnings() -> Iterator[None]:
-    """Send every warning to the counter of its thread, and print none: a search would print the same one 500 times.
+    """Send every warning to the counter of its thread and print none, as a search would print the same one 500 times.
 
-    What shows warnings is one for all threads: the first search changes it, the last one changes it back.
+    `warnings.showwarning` is shared by all threads: the first search replaces it, the last one restores it.
     """
     global _searches
     with _counting:
@@ -299,7 +299,7 @@ def counting_warnings() -> Iterator[None]:
 
 def _count(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     counts = getattr(_current, "counts", None)
-    # What a library plans to change is said to programmers, and is no news of a fit.
+    # A library's planned changes concern its callers, not the fit.
     if counts is not None and not issubclass(category, (FutureWarning, DeprecationWarning)):
         vague = category in (UserWarning, RuntimeWarning)
         text = re.split(r"\.?(?:\n|$)|\.(?= |[A-Z])", str(message), maxsplit=1)[0][:80]  # its first sentence
@@ -307,7 +307,7 @@ def _count(message: Warning | str, category: type[Warning], *place: Any, **more:
 
 
 class FoldWork:
-    """Fits sets of parameters on folds; what its evaluator prepares of a fold is made by the first thread that needs it, and kept."""
+    """Fits sets of parameters on folds; the shared work of a fold is computed by the first thread that needs it, and kept."""
 
     def __init__(self, problem: Problem, evaluator: Evaluator, metric: Metric, limit_bytes: int) -> None:
         self._problem, self._evaluator, self._metric, self._limit = problem, evaluator, metric, limit_bytes
@@ -316,7 +316,7 @@ class FoldWork:
         self._locks = [threading.Lock() for _ in problem.folds]
 
     def fit(self, fold: int, points: Sequence[Params], judge_training: bool) -> list[FoldOutcome]:
-        """Fit points on a fold and score the rows it holds out, and if asked those they are fitted on."""
+        """Fit points on a fold and score them on its held-out rows, with `judge_training` also on its training rows."""
         problem, metric = changed(self._problem, judge_training=judge_training), self._metric
         train, held_out = problem.folds[fold]
         n, made = len(held_out), []
@@ -330,7 +330,7 @@ class FoldWork:
         return made
 
     def _outcomes(self, problem: Problem, fold: int, points: Sequence[Params]) -> list[FoldOutcome]:
-        # OpenMP counts its threads per calling thread, so the limit is set here and not once outside.
+        # OpenMP's limit applies per calling thread, so it is set here and not once outside.
         with self._threads.limit(limits=1, user_api="openmp"), working_memory(problem.work_bytes):
             if problem.target.only(problem.y[problem.folds[fold][0]], 0) is not None:
                 return generic(problem, fold, None, points)
@@ -341,12 +341,12 @@ class FoldWork:
                     return [failed(error, {}) for _ in points]
                 name = problem.head.name
                 log.warning(
-                    "head %s: no shared work on fold %d (%r); each trial is fitted by itself", name, fold, error
+                    "head %s: no shared work on fold %d (%r); each trial is fitted separately", name, fold, error
                 )
                 return generic(problem, fold, None, points)
 
     def _prepared(self, fold: int) -> Any:
-        """Return what the candidates share on a fold; it is kept while it fits into the limit."""
+        """Return the shared work of a fold; it is kept if it fits into the memory limit."""
         if self._evaluator.prepare is None:
             return None
         with self._locks[fold]:
@@ -361,19 +361,19 @@ class FoldWork:
 def answers(
     problem: Problem, metric: Metric, rows: Sequence[NDArray[np.int64]], outcomes: Sequence[FoldOutcome]
 ) -> Predictions:
-    """Return what was said of rows, given by fold; thresholds are chosen on the other folds, of one fold on the rows themselves."""
+    """Return the predictions of rows, given by fold; thresholds are chosen on the other folds, or on the rows of a single fold."""
     target, y = problem.target, problem.y[np.concatenate(rows)]
-    said = np.concatenate([outcome.predictions for outcome in outcomes if outcome.predictions is not None])
-    assert len(said) == len(y), "a fit that failed is not judged"
+    labels = np.concatenate([outcome.predictions for outcome in outcomes if outcome.predictions is not None])
+    assert len(labels) == len(y), "a failed fit cannot be scored"
     parts = [outcome.scores for outcome in outcomes if outcome.scores is not None]
     scores = np.concatenate(parts) if len(parts) == len(rows) else None
     if metric.threshold:
         folds = None if len(rows) == 1 else np.repeat(np.arange(len(rows)), [len(part) for part in rows])
-        said = target.decided(y, said, scores, metric.threshold, folds)
-    return Predictions(y, said, scores if metric.needs_probabilities else None, target=target)
+        labels = target.decided(y, labels, scores, metric.threshold, folds)
+    return Predictions(y, labels, scores if metric.needs_probabilities else None, target=target)
 
 
 def _rows(outcome: FoldOutcome, rows: slice) -> FoldOutcome:
-    assert outcome.predictions is not None, "a fit that failed is not judged"
+    assert outcome.predictions is not None, "a failed fit cannot be scored"
     scores = None if outcome.scores is None else outcome.scores[rows]
     return changed(outcome, predictions=outcome.predictions[rows], scores=scores)

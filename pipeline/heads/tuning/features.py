@@ -1,8 +1,8 @@
-"""Features in memory or on disk, how both are read a block of rows at a time, and their principal components.
+"""Features in memory or on disk, read in blocks of rows, and their principal components.
 
-Where `tuning.pca` is set, every head works on components that are found within each fold's training rows, once for every head and
-trial. Its own StandardScaler, if it starts with one, is taken off, and a shared one and a PCA come first: the pipeline that is fitted
-at the end is an ordinary Pipeline(StandardScaler, PCA, head).
+If `tuning.pca` is set, every head works on components computed from each fold's training rows, once for all heads and trials. A
+shared StandardScaler and PCA replace the head's own StandardScaler, if it starts with one: the final pipeline is an ordinary
+Pipeline(StandardScaler, PCA, head).
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from pipeline.store import StoredRows
 Array = NDArray[np.float32]
 
 FeatureMatrix = NDArray[np.float32] | StoredRows
-"""A matrix X of shape (n, dim), float32: in memory, or on disk for the heads that can work there."""
+"""A matrix X of shape (n, dim), float32: in memory, or on disk for the heads that support it."""
 
 BLOCK_BYTES = 4 << 20
-"""Features read at once. A fixed size, so that results do not depend on how much memory there is."""
+"""Bytes of features read at once; fixed, so that results do not depend on the available memory."""
 
 
 def on_disk(X: FeatureMatrix) -> bool:
-    """Whether features, float32 of shape (n, dim), stay in a store's files; nobody else asks what kind they are."""
+    """Whether features, float32 of shape (n, dim), stay in a store's files."""
     return isinstance(X, StoredRows)
 
 
 def blocks(X: FeatureMatrix, rows: NDArray[np.int64] | None = None) -> Iterator[tuple[Any, NDArray[np.float32]]]:
-    """Yield places in `rows` (all rows in order where none are given) and the features there, a block at a time, as they lie on disk.
+    """Yield blocks of features with their positions in `rows`, in the order on disk; without `rows`, all rows in order.
 
-    X : float32 of shape (n, dim); rows : int64 of shape (k,); a block is float32 of shape (m, dim), its place a slice and a view of
-        what is in memory, or with `rows` an integer array of shape (m,) and a copy
+    X : float32 of shape (n, dim); rows : int64 of shape (k,); a block is float32 of shape (m, dim). Without `rows`, the position is a
+        slice and the block a view if in memory; with `rows`, they are an integer array of shape (m,) and a copy
     """
     step = max(1, BLOCK_BYTES // (4 * X.shape[1]))
     n = len(X) if rows is None else len(rows)
@@ -52,7 +52,7 @@ def blocks(X: FeatureMatrix, rows: NDArray[np.int64] | None = None) -> Iterator[
 
 
 def part(X: FeatureMatrix, rows: NDArray[np.int64]) -> FeatureMatrix:
-    """Return some rows: a copy of what is in memory, and still unread what is on disk.
+    """Return some rows: a copy if in memory, still unread if on disk.
 
     X : float32 of shape (n, dim); rows : int64 of shape (k,); returns float32 of shape (k, dim)
     """
@@ -62,11 +62,11 @@ def part(X: FeatureMatrix, rows: NDArray[np.int64]) -> FeatureMatrix:
 def standardise(train: Array, held_out: Array) -> tuple[Array, Array]:
     """Scale both by the mean and standard deviation of the training rows, as scikit-learn's StandardScaler does.
 
-    train, held_out : float32 of shape (n, dim) and (n_held_out, dim); so is what is returned
+    train, held_out : float32 of shape (n, dim) and (n_held_out, dim), like the returned arrays
     """
     mean = train.mean(axis=0, dtype=np.float64)
     scale = train.std(axis=0, dtype=np.float64)
-    # A column whose spread is rounding noise of its mean is constant, and left as it is.
+    # A column whose spread is only rounding error of its mean is constant, and is not scaled.
     constant = scale <= 10 * np.finfo(np.float32).eps * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
     scale[constant] = 1.0
     shift, factor = mean.astype(np.float32), (1 / scale).astype(np.float32)
@@ -83,7 +83,7 @@ class Standardised:
 
     @staticmethod
     def of(X: FeatureMatrix, rows: NDArray[np.int64]) -> Standardised:
-        """Read the rows once for their means and standard deviations.
+        """Compute means and standard deviations of the rows in one pass.
 
         X : float32 of shape (n, dim); rows : int64 of shape (k,)
         """
@@ -93,7 +93,7 @@ class Standardised:
         return Standardised(X, rows, scaler)
 
     def blocks(self) -> Iterator[tuple[Any, NDArray[np.float32]]]:
-        """Yield places in `rows`, integers of shape (m,), and the standardised features there, float32, (m, dim)."""
+        """Yield positions in `rows`, integers of shape (m,), and their standardised features, float32 of shape (m, dim)."""
         shift, factor = self.scaler.mean_.astype(np.float32), (1 / self.scaler.scale_).astype(np.float32)
         for place, block in blocks(self.X, self.rows):
             block -= shift
@@ -118,15 +118,15 @@ class Projection:
 
     @staticmethod
     def of(X: FeatureMatrix, rows: NDArray[np.int64], components: int | float) -> Projection:
-        """Fit both on some rows of X: as many components, or as many as hold this share of the variance.
+        """Fit both on some rows of X; `components` is their number, or the share of the variance to explain.
 
-        No more components than rows or dimensions are kept.
+        At most as many components as rows or dimensions are kept.
 
         X : float32 of shape (n, dim); rows : int64 of shape (k,)
         """
         n, dim = len(rows), X.shape[1]
         kept = components if isinstance(components, float) else min(components, n, dim)
-        # Both are exact and need no seed; the covariance is the quicker way where it is the smaller matrix.
+        # Both solvers are exact and need no seed; the covariance is faster if it is the smaller matrix.
         solver = "covariance_eigh" if on_disk(X) or dim <= n else "full"
         pca = PCA(kept, svd_solver=solver)
         if on_disk(X):
@@ -136,7 +136,7 @@ class Projection:
         return Projection(scaler, pca.fit(scaler.fit_transform(X[rows])))
 
     def apply(self, X: FeatureMatrix, rows: NDArray[np.int64]) -> Array:
-        """Return some rows on the components, shape (n, components), float32."""
+        """Return some rows projected onto the components, float32 of shape (n, components)."""
         made = np.empty((len(rows), self.pca.n_components_), dtype=np.float32)
         for place, block in blocks(X, rows):
             made[place] = self.pca.transform(self.scaler.transform(block))
@@ -144,7 +144,7 @@ class Projection:
 
 
 def _fit_products(pca: PCA, products: NDArray[np.float64], n: int) -> PCA:
-    """Fit a PCA from X'X of n centred rows, as scikit-learn does from the rows."""
+    """Fit a PCA from X'X of n centred rows, with the results of scikit-learn's fit on the rows."""
     values, vectors = scipy.linalg.eigh(products, driver="evd", overwrite_a=True, check_finite=False)
     variances = np.maximum(values[::-1], 0) / (n - 1)
     shares = variances / variances.sum()
@@ -162,7 +162,7 @@ def _fit_products(pca: PCA, products: NDArray[np.float64], n: int) -> PCA:
 
 
 class Projections:
-    """The projections of one matrix X, each made by the first that needs it and kept for all heads on X."""
+    """The projections of one matrix X, each computed at its first use and kept for all heads on X."""
 
     def __init__(self, X: FeatureMatrix, components: int | float) -> None:
         self._X, self._components = X, components
@@ -170,7 +170,7 @@ class Projections:
         self._locks: dict[str, threading.Lock] = {}
 
     def fold(self, train: NDArray[np.int64], held_out: NDArray[np.int64]) -> tuple[Array, Array]:
-        """Return the training and the held-out rows of a fold on the components of the training rows.
+        """Return the training and held-out rows of a fold, projected onto the components of the training rows.
 
         train, held_out : int64 of shape (k,) and (m,); returns float32 of shape (k, components) and (m, components)
         """
@@ -178,7 +178,7 @@ class Projections:
         return made[: len(train)], made[len(train) :]
 
     def whole(self) -> tuple[Projection, Array]:
-        """Return the projection of all rows, and the rows on it, float32 of shape (n, components)."""
+        """Return the projection fitted on all rows, and the projected rows, float32 of shape (n, components)."""
         rows = np.arange(len(self._X))
         return self._of(rows, rows)
 
@@ -192,7 +192,7 @@ class Projections:
 
 
 def without_scaler(head: Head) -> Head:
-    """Return a head whose pipeline starts behind its StandardScaler, if that is its first step."""
+    """Return the head without its pipeline's StandardScaler, if that is the first step."""
 
     def build(seed: int) -> Pipeline:
         pipeline = head.build(seed)

@@ -1,4 +1,4 @@
-"""Folds: how training rows are divided for cross-validation, once, for every head."""
+"""Cross-validation folds of the training rows, made once for all heads."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Folds = tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
 
 
 def make_folds(y: ArrayLike, n_folds: int, seed: int, groups: Sequence[Any] | NDArray[Any] | None = None) -> Folds:
-    """Divide n rows into folds that keep the shares of the classes, and keep a group in one fold.
+    """Divide n rows into folds, stratified by class, with each group in a single fold.
 
-    A class with fewer rows than folds is held out in some folds only; a class of one row is absent from the training
-    rows of the fold that holds it out, so that row is always predicted wrongly. When even the largest class, or the
-    number of groups, is smaller than `n_folds`, there are as many folds as it allows, and a warning says so.
+    A class with fewer rows than folds is held out in some folds only; a class of one row is missing from the training
+    rows of the fold that holds it out, so that row is always predicted wrongly. If even the largest class, or the
+    number of groups, is smaller than `n_folds`, there are as many folds as it allows, and a warning is logged.
 
-    y : array of shape (n,), of any dtype; or int64 of shape (n, k), the several strata that a row is of, -1 for none, each of
-        which is kept in proportion
+    y : array of shape (n,), of any dtype; or int64 of shape (n, k), the strata that a row belongs to, padded with -1; all are
+        kept in proportion
     groups : array of shape (n,), of any dtype, or None
 
-    Returns for each fold the numbers of its training and of its held-out rows, int64 of shape (k,) and (n - k,); HeadError where no
-    two folds can be made.
+    Returns for each fold the indices of its training and of its held-out rows, int64 of shape (k,) and (n - k,); HeadError if fewer
+    than two folds are possible.
     """
     given = np.asarray(y)
     several = given.ndim > 1
@@ -52,20 +52,18 @@ def make_folds(y: ArrayLike, n_folds: int, seed: int, groups: Sequence[Any] | ND
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
     rows = np.zeros(len(codes))
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # what it says of rare classes was said when the images were listed
+        warnings.simplefilter("ignore", UserWarning)  # rare classes were reported when the images were listed
         pairs = list(splitter(possible, shuffle=True, random_state=seed).split(rows, codes, groups))
-    # With few groups of very different size scikit-learn may leave a fold without rows.
+    # With few groups of very different sizes, scikit-learn may leave a fold without rows.
     return tuple((train.astype(np.int64), held_out.astype(np.int64)) for train, held_out in pairs if len(held_out))
 
 
 def spread(strata: NDArray[np.int64], n_folds: int, seed: int, units: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the fold of each of n rows of several strata, shape (n,): iterative stratification (Sechidis et al. 2011).
+    """Return the fold of each of n rows with several strata, shape (n,): iterative stratification (Sechidis et al. 2011).
 
-    Of the stratum with the fewest rows left, each unit goes to the fold that lacks most of it, and of equals to the one that
-    lacks most rows; a large unit goes before small ones.
-    strata : ndarray of shape (n, k), -1 for none; a row is of one at least. units : ndarray of shape (n,), numbered from 0
+    Repeatedly, the units of the stratum with the fewest rows left are assigned, large ones first, each to the fold that lacks most
+    rows of this stratum, and among equals to the one that lacks most rows overall.
+    strata : ndarray of shape (n, k), padded with -1, at least one per row. units : ndarray of shape (n,), numbered from 0
     """
     rows, columns = np.nonzero(strata >= 0)
     sizes = np.bincount(units)
@@ -87,9 +85,9 @@ def spread(strata: NDArray[np.int64], n_folds: int, seed: int, units: NDArray[np
 
 
 def growing(folds: Folds, strata: NDArray[np.int64], sizes: Sequence[int], seed: int) -> Folds:
-    """Return each fold with so many of its training images, for every size: a learning curve's fits, size by size.
+    """Return each fold with a stratified subset of its training rows, for every size: the fits of a learning curve, size by size.
 
-    strata : ndarray of shape (n,), int64, what every part has in proportion; of shape (n, k), with -1 for none, by the rarest of a row
+    strata : int64 of shape (n,), or of shape (n, k), padded with -1, of which the rarest stratum of each row is used
     """
     if strata.ndim > 1:
         there = strata >= 0

@@ -1,8 +1,8 @@
-"""The journal of a search: one JSON line per event, on disk before the search goes on, and each fit in a form that can stand in for it.
+"""The journal of a search: one JSON line per event, on disk before the search goes on, with enough of each fit to resume from it.
 
-The first line names the search by everything that determines its results. A journal of another search is set aside as
-`.old`, and one that is damaged as `.damaged`, so nothing measured is ever lost; a line torn by a kill is cut off. One
-process at a time has a journal: a lock that dies with the process keeps others out.
+The first line identifies the search by everything that determines its results. A journal of another search is renamed to
+`.old`, a damaged one to `.damaged`, so no result is ever lost; an incomplete last line, left by a kill, is removed. A lock,
+which ends with its process, restricts a journal to one process at a time.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from pipeline.io.process import version
 log = logging.getLogger(__name__)
 
 KEPT = ("fit_seconds", "score_seconds", "warnings", "error")
-"""Of a fit, besides its score."""
+"""The fields of a fit in the journal, besides its score."""
 
 SOLVERS_VERSION, ON_DISK_VERSION = 8, 2
-"""Raised when an evaluator or a strategy changes what a search finds, so that old journals are not continued."""
+"""Increased when a change to an evaluator or strategy changes results, so that old journals are not resumed."""
 
 
 def search_identity(problem: Problem, tuning: TuningConfig) -> dict[str, Any]:
-    """Everything that determines what a search finds, and nothing else: no number of jobs, no path."""
+    """Return everything that determines the results of a search, and nothing else, such as the number of jobs or a path."""
     folds = b"".join(np.ascontiguousarray(part).tobytes() + b"/" for pair in problem.folds for part in pair)
     features = (np.ascontiguousarray(block).view(np.uint8).reshape(-1).data for _, block in blocks(problem.X))
-    # On disk the same optimum is found to fewer digits than a resumed search must repeat.
+    # On disk, the optimum differs in its last digits, so journals in memory and on disk must not be mixed.
     place = {"on_disk": ON_DISK_VERSION} if on_disk(problem.X) else {}
     reduced = {} if tuning.pca is None else {"pca": tuning.pca}
     versions = {name: version(name) for name in ("scikit-learn", "scikit-optimize", "numpy", "scipy")}
@@ -57,7 +57,7 @@ def search_identity(problem: Problem, tuning: TuningConfig) -> dict[str, Any]:
 
 
 def key(rung: int, params: Params, *fold: int) -> str:
-    """Return what tells one candidate on a rung, or its fit on a fold, from another."""
+    """Return the key of a candidate on a rung, or with `fold` that of its fit on a fold."""
     return canonical_json([rung, dict(params), *fold])
 
 
@@ -67,25 +67,25 @@ def fit_event(
     """Return the journal's record of one fit."""
     kept = {key: getattr(outcome, key) for key in KEPT}
     score = None if math.isnan(outcome.score) else outcome.score
-    told = {"event": "fit", "trial": number, "params": dict(params), "rung": rung, "fold": fold, "elapsed": elapsed}
-    return {**told, "score": score, **kept}
+    record = {"event": "fit", "trial": number, "params": dict(params), "rung": rung, "fold": fold, "elapsed": elapsed}
+    return {**record, "score": score, **kept}
 
 
 def replay(event: Mapping[str, Any]) -> FoldOutcome:
-    """Return what a recorded fit gave, without its predictions."""
+    """Return the outcome of a recorded fit, without its predictions."""
     score = math.nan if event["score"] is None else float(event["score"])
     return FoldOutcome(predictions=None, score=score, **{key: event[key] for key in KEPT})
 
 
 def seconds_of_trials(journal: Path) -> float:
-    """Return how long a finished search took for its trials, without what comes after them; 0 where there is none."""
+    """Return the seconds that a finished search spent on its first-rung trials; 0 if there is no journal."""
     events = read_lines(journal, TRIALS).records if journal.exists() else ()
     ended = (event["elapsed"] for event in events if event.get("event") == "trial" and event["rung"] == 0)
     return max(ended, default=0.0)
 
 
 class Journal:
-    """An open journal: the events of earlier runs, and a place for new ones."""
+    """An open journal: the events of earlier runs, to which new ones are appended."""
 
     def __init__(self, path: Path, descriptor: int, lines: Lines) -> None:
         self._path, self._descriptor, self._digest = path, descriptor, lines.digest
@@ -93,9 +93,9 @@ class Journal:
 
     @staticmethod
     def open(path: Path, identity: Mapping[str, Any]) -> Journal:
-        """Open the journal of the search that `identity` names, or begin it.
+        """Open the journal of the search with this identity, or create it.
 
-        HeadError where the file cannot be written, or another process is writing it.
+        HeadError if the file cannot be written, or another process is writing it.
         """
         header = {"format": TRIALS.format, "version": TRIALS.version, MADE_BY: made_by()}
         header |= {"digest": fingerprint(identity), "identity": identity}
@@ -112,10 +112,10 @@ class Journal:
                     aside, why = path.with_name(f"{path.name}.old"), _changed(found.get("identity"), identity)
                     log.info("%s: a new search begins, because %s changed; the old one is in %s", path, why, aside.name)
                 else:
-                    told = (
+                    problem = (
                         f"line {good + 1} is not the one that was written; the search goes on from the {good} before it"
                     )
-                    log.warning("%s: %s, and the file as it was is kept in %s", path, told, aside.name)
+                    log.warning("%s: %s, and the file as it was is kept in %s", path, problem, aside.name)
                 files.SYSTEM["rename"](path, aside)
                 other, descriptor = descriptor, _open_alone(path)
                 files.close_alone(other)
@@ -125,7 +125,7 @@ class Journal:
             raise _unwritable(path, error) from error
         kept = lines if ours else Lines()
         journal = Journal(path, descriptor, kept)
-        if lines.damaged and ours:  # the good lines of a damaged journal are written into the new one
+        if lines.damaged and ours:  # the valid lines of a damaged journal are copied to the new one
             journal._digest = ""
             journal.append(kept.records)
         elif not ours:
@@ -133,7 +133,7 @@ class Journal:
         return journal
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Write events in one piece and wait until they are on disk; HeadError where they cannot be, for instance on a full disk."""
+        """Append events in a single write and wait until they are on disk; HeadError on failure, for instance on a full disk."""
         data, digest = to_lines(events, self._digest)
         try:
             files.write_all(self._descriptor, data)
@@ -143,7 +143,7 @@ class Journal:
         self._digest = digest
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and release its lock."""
         files.close_alone(self._descriptor)
 
 
@@ -164,6 +164,6 @@ def _open_alone(path: Path) -> int:
 
 
 def _changed(before: Any, now: Mapping[str, Any]) -> str:
-    """Say what tells two searches apart."""
+    """Return the names of the identity fields in which two searches differ."""
     before = before if isinstance(before, Mapping) else {}
     return ", ".join(sorted(key for key in {*before, *now} if before.get(key) != now.get(key)))

@@ -1,7 +1,7 @@
-"""Fits on all rows: of the best parameters at the end of a search, and of known ones elsewhere.
+"""Fits on all rows: of the best parameters at the end of a search, or of given ones.
 
-Cross-validation promises something of a fit that it has not seen: it may end badly where its folds' fits did not. So what it
-scores on its training rows is held against what they score on theirs.
+The fit on all rows has no held-out rows, and may converge badly even if the fits on folds did not. So its score on its training rows
+is compared with theirs.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ from pipeline.heads.tuning.evaluation import (
 from pipeline.heads.tuning.features import FeatureMatrix, Projections, blocks, without_scaler
 
 FEW_FEATURES = 1 << 25
-"""Numbers in a feature matrix below which the last fit uses one thread for its products."""
+"""Size of a feature matrix below which the last fit uses a single BLAS thread."""
 
 TRIES = 4
-"""Fits on all rows, each with another seed, until one keeps its promise."""
+"""Maximum number of fits on all rows, each with another seed, until one keeps its promise."""
 
 CHANCE = 3.09
-"""Standard errors that a score falls below another by chance in one of 1,000 cases."""
+"""The 99.9 % quantile of the normal distribution, in standard errors."""
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What the folds' fits of the chosen trial score on their training rows, and what more rows may take from that."""
+    """The training scores of the folds' fits, and the decrease allowed to a fit on all rows."""
 
     scores: tuple[Measured, ...]
     allowance: float
 
     @staticmethod
     def of(mean: float, scores: Sequence[Measured]) -> Promise:
-        """Learn from cross-validation what a fit on all rows must score on them; `mean` is of the held-out rows.
+        """Derive the training score expected of a fit on all rows; `mean` is the score on held-out rows.
 
-        With n rows the score on training rows falls towards the one that held-out scores rise to. If the gap shrinks no
-        faster than 1 / n, the k / (k - 1) times as many rows of the last fit take at most 1 / k of it.
+        With more rows n, training scores fall and held-out scores rise towards the same limit. If the gap shrinks no
+        faster than 1 / n, the k / (k - 1) times as many rows of the last fit reduce it by at most 1 / k.
         """
         gap = float(np.mean([measured.score for measured in scores])) - mean
         return Promise(tuple(scores), max(0.0, gap) / len(scores))
 
     def kept(self, found: Measured) -> bool:
-        """Whether a fit's score on its training rows is not below the lowest by more than chance."""
+        """Whether a fit's training score is within the allowance and chance of the folds' lowest."""
         lowest = min(self.scores, key=lambda measured: measured.score)
         return found.score >= lowest.score - self.allowance - CHANCE * float(np.hypot(found.error, lowest.error))
 
@@ -73,12 +73,12 @@ class Promise:
 def fit_as_promised(
     problem: Problem, params: Params, y: NDArray[Any], jobs: int, metric: Metric, promise: Promise
 ) -> tuple[Pipeline, float, LastFit]:
-    """Fit on all rows with seeds that no fold had, until the promise is kept; return the best fit, its seconds, and what is told of it.
+    """Fit on all rows with seeds not used on folds, until the promise is kept; return the best fit, its seconds, and its record.
 
-    y : what the target's `learned` makes of labels: of any dtype, shape (n,), or numbers, float64 of shape (n,) or
+    y : labels as the target's `learned` returns them: of any dtype, shape (n,), or numbers, float64 of shape (n,) or
         (n, k)
 
-    UnfittedError where every try raised.
+    UnfittedError if every attempt raised an exception.
     """
     tries, best, errors, labels = 0, None, Counter[str](), np.empty(0)
     for attempt in range(TRIES):
@@ -88,17 +88,17 @@ def fit_as_promised(
             with counting_warnings(), counted() as counts:
                 pipeline = fit_on_all(seeded, params, y, jobs)
                 seconds = time.perf_counter() - start
-                said = _recalled(seeded, pipeline, metric)
-            found = Measured.of(metric, said)
-        except Exception as error:  # a head of the user's own may fail in any way, and so may a solver
+                predictions = _recalled(seeded, pipeline, metric)
+            found = Measured.of(metric, predictions)
+        except Exception as error:  # a user's head may fail in any way, and so may a solver
             errors[failed(error, {}).error or ""] += 1
             continue
         if best is None or found.score > best[2].score:
             best = pipeline, seconds, found, dict(counts)
-        # A head without chance fits the same again.
-        if promise.kept(found) or np.array_equal(said.y_pred, labels):
+        # A deterministic head would give the same fit again.
+        if promise.kept(found) or np.array_equal(predictions.y_pred, labels):
             break
-        labels = said.y_pred
+        labels = predictions.y_pred
     if best is None:
         raise UnfittedError(
             f"head {problem.head.name}: the best trial could not be fitted on all rows",
@@ -110,7 +110,7 @@ def fit_as_promised(
 
 
 def _recalled(problem: Problem, pipeline: Pipeline, metric: Metric) -> Predictions:
-    """Return what a fit on all rows says of them."""
+    """Return the predictions of a fit on all rows for these rows."""
     with working_memory(problem.work_bytes):
         parts = [problem.target.recalled(pipeline, block) for _, block in blocks(problem.X)]
     labels, target = np.concatenate([labels for labels, _ in parts]), problem.target
@@ -129,10 +129,9 @@ def refit(
     seed: int,
     pca: int | float | None = None,
 ) -> Pipeline:
-    """Fit a head with given parameters on all rows, as `tune` does with the best it found.
+    """Fit a head with given parameters on all rows, as `tune` does with the best ones.
 
-    X : as for `tune`, float32 of shape (n, dim), and as there on disk only for heads that can be fitted so, or with
-        `pca`
+    X : float32 of shape (n, dim), as for `tune`; on disk only for heads that support it, or with `pca`
     y : labels of any dtype, shape (n,)
     """
     target, codes, _ = ANY_CLASSES.narrowed(y)
@@ -144,12 +143,12 @@ def refit(
 
 
 def fit_on_all(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> Pipeline:
-    """Fit the head's pipeline on all rows; `n_jobs` and smaller caches are used for the fit and not kept.
+    """Fit the head's pipeline on all rows; `n_jobs` and smaller caches apply to the fit only.
 
-    y : what the target's `learned` makes of labels: of any dtype, shape (n,), or numbers, float64 of shape (n,) or
+    y : labels as the target's `learned` returns them: of any dtype, shape (n,), or numbers, float64 of shape (n,) or
         (n, k)
     """
-    # Threads of a small product wait for each other longer than they work.
+    # For small matrix products, synchronising threads takes longer than the work.
     few = problem.X.shape[0] * problem.X.shape[1] < FEW_FEATURES
     with threadpool_limits(limits=1 if few else None, user_api="blas"):
         own = problem.head.evaluator
@@ -162,7 +161,7 @@ def fit_on_all(problem: Problem, params: Params, y: NDArray[Any], jobs: int) -> 
         params = pipeline.get_params()
         used = smaller_caches(pipeline, problem.work_bytes)
         for step, key in ((key.removesuffix("__n_jobs"), key) for key in params if key.endswith("__n_jobs")):
-            if not isinstance(params[step], LogisticRegression):  # there it does nothing, and scikit-learn warns of it
+            if not isinstance(params[step], LogisticRegression):  # there it has no effect, and scikit-learn warns
                 used[key] = jobs
         kept = {key: params[key] for key in used}
         fitted = problem.head.fit(pipeline.set_params(**used), X, y)

@@ -1,6 +1,6 @@
-"""Racing: candidates are fitted fold by fold, each fit in the journal before it counts, and those that can no longer win are stopped.
+"""Racing: candidates are fitted fold by fold, and those that can no longer win are stopped early.
 
-The next fits go to those worth their price. Fits run in parallel, within the memory there is, here or on an engine's workers.
+Every fit is journalled before it is used. Fits run in parallel within the memory limit, in threads here or on an engine's workers.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from pipeline.io.process import look_in
 log = logging.getLogger(__name__)
 
 STAGE = 2
-"""Folds fitted between two looks. A fixed number, so that results do not depend on how many run in parallel."""
+"""Folds fitted between two comparisons; fixed, so that results do not depend on the number of parallel fits."""
 
 CONFIDENCE = 2.0
-"""Standard errors a candidate must lie behind the leader, on the same folds, to be stopped."""
+"""A candidate is stopped if it is more than this many standard errors behind the leader on the same folds."""
 
 
 @dataclass(eq=False)
 class Candidate:
-    """Parameters on their way through the folds: what was fitted on the first ones, and why no more is."""
+    """A set of parameters in a race: its outcomes on the first folds, and the reason if it was stopped."""
 
     number: int
     params: Params
@@ -65,17 +65,17 @@ class Candidate:
 
     @property
     def error(self) -> str | None:
-        """What the first fit that failed failed with."""
+        """The error of the first failed fit, or None."""
         return next((outcome.error for outcome in self.outcomes if outcome.error), None)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One set of parameters and how it scored; higher is better.
+    """One set of parameters and its scores; higher is better.
 
-    `fold_scores` has None for a fold that was not fitted. `mean` is there for a finished trial only. `estimate` is what
-    the search believed: the mean, or for a stopped trial what its first folds or its cheap version let expect. `reason`
-    says why it was stopped.
+    `fold_scores` has None for a fold that was not fitted. `mean` is None unless the trial is finished. `estimate` is the score
+    that the search uses: the mean, or for a stopped trial the one expected from its first folds or cheap fits. `reason` is why
+    it was stopped.
     """
 
     number: int
@@ -100,7 +100,7 @@ class Trial:
 
 
 class FoldFits:
-    """The fits of one search: what its candidates share, what the journal knows, and the clock."""
+    """The fits of one search: the work that candidates share, the recorded fits of the journal, and the clock."""
 
     def __init__(self, problem: Problem, tuning: TuningConfig, journal: Journal) -> None:
         evaluator, self.metric = evaluator_for(problem), METRICS[tuning.scoring]
@@ -108,7 +108,7 @@ class FoldFits:
         room = room_for(problem, tuning, needed)
         if room.work_bytes is not None and room.work_bytes < needed:
             log.info(
-                "head %s: tuning.memory leaves no room for the %.0f MB that trials share on a fold; each is fitted by itself",
+                "head %s: tuning.memory leaves no room for the %.0f MB that trials share on a fold; each is fitted separately",
                 problem.head.name,
                 needed / 1e6,
             )
@@ -120,27 +120,27 @@ class FoldFits:
         self.tuning, self.journal = tuning, journal
         self.held_out_rows = float(np.mean([len(held_out) for _, held_out in problem.folds]))
         self.tell: Callable[[], None] = lambda: None
-        """Called as fits end, when they are in `done`."""
+        """Called after finished fits have been counted in `done`."""
         self._judged, self._known, before = dict[str, float | None](), dict[str, Mapping[str, Any]](), 0.0
         for event in journal.events:
             before = max(before, float(event["elapsed"]))
             if event["event"] == "trial":
                 self._judged[key(event["rung"], event["params"])] = event["estimate"]
         for event in journal.events:
-            # The journal keeps no predictions, so what was not judged as a whole before a kill is fitted again.
+            # The journal has no predictions, so a candidate killed before its overall score is fitted again if that needs them.
             whole = self.metric.mean_of_images or key(event["rung"], event["params"]) in self._judged
             if event["event"] == "fit" and whole:
                 self._known[key(event["rung"], event["params"], event["fold"])] = event
         self._start = time.perf_counter() - before
 
     def elapsed(self) -> float:
-        """Seconds of this search, earlier runs included."""
+        """Return the seconds of this search, including earlier runs."""
         return time.perf_counter() - self._start
 
     def fit(self, candidates: Sequence[Candidate], folds: Sequence[int], rung: int) -> None:
-        """Fit candidates on the next folds, in parallel; each fit is in the journal before this returns.
+        """Fit candidates on the next folds in parallel; all fits are in the journal when this returns.
 
-        On rung 0 a head that has a cheap version is fitted in that.
+        On rung 0, heads with a screening get its cheap fits.
         """
         groups = [candidates] if self.evaluator.together else [[one] for one in candidates]
         screening = None if rung else self.evaluator.screening
@@ -152,7 +152,7 @@ class FoldFits:
                 points = [one.params for one in group]
                 if screening is not None:
                     points = [{**point, **screening.cheaper(self.problem, point)} for point in points]
-                # What came through cheaper versions is dear to fit again at the end, only to judge it on more rows.
+                # With a screening, training rows are scored at once: refitting the best later only for them would be expensive.
                 tasks.append((fold, points, self.evaluator.screening is not None))
         made = self._made(tasks)
         for fold, group, known in plan:
@@ -170,17 +170,17 @@ class FoldFits:
                 one.outcomes.append(outcome)
 
     def on_every_fold(self, params: Params) -> list[FoldOutcome]:
-        """Fit one candidate on every fold and judge it on the training rows too.
+        """Fit one candidate on every fold and score it on the training rows too.
 
-        It does not look into the journal, which keeps no predictions.
+        The journal is not used, as it has no predictions.
         """
         return [made[0] for made in self._made([(fold, [params], True) for fold in range(len(self.problem.folds))])]
 
     def _made(self, tasks: Sequence[tuple[int, list[Params], bool]]) -> Iterator[list[FoldOutcome]]:
-        """Do what `FoldWork.fit` does with each task's arguments, and yield the outcomes of one after the other.
+        """Call `FoldWork.fit` with the arguments of each task, in parallel, and yield the outcomes in the order of the tasks.
 
-        On an engine's workers tasks are spread where the features are a file that all map, but for what is solved together:
-        there one decomposition is worth more than cores.
+        Tasks run on an engine's workers if the features are a memory-mapped file, except for candidates solved together: for
+        these, sharing one decomposition saves more than further cores.
         """
         problem = self.problem
         if not tasks:
@@ -189,7 +189,7 @@ class FoldFits:
             run = joblib.Parallel(n_jobs=self.jobs, backend="threading", return_as="generator")
             yield from run(joblib.delayed(self._work.fit)(*task) for task in tasks)
         else:
-            import cloudpickle  # engines bring it with them
+            import cloudpickle  # a dependency of all engines
 
             bare = changed(problem, X=np.empty((0, problem.X.shape[1]), np.float32))
             packed = cloudpickle.dumps(
@@ -198,10 +198,10 @@ class FoldFits:
             yield from spread(_fit_there, [(os.getcwd(), packed, *task) for task in tasks])
 
     def score(self, one: Candidate, rung: int) -> float:
-        """Return the score of all held-out answers together, of a candidate that was fitted on every fold.
+        """Return the score of all held-out predictions together, for a candidate that was fitted on every fold.
 
-        Of a mean over images that is the mean of the folds' scores, weighted by their images. A mean over classes is no
-        mean over folds: a fold without a rare class would count as if nothing were wrong with it.
+        For a metric that is a mean over images, this is the mean of the folds' scores, weighted by their images. A mean over
+        classes is not a mean over folds: a fold without a rare class would count as if it had no errors there.
         """
         held_out = [rows for _, rows in self.problem.folds]
         if self.metric.mean_of_images:
@@ -214,8 +214,8 @@ class FoldFits:
 
 @lru_cache(2)
 def _unpacked(working: str, packed: bytes) -> FoldWork:
-    """Take up a search in a worker, where its fits share what is prepared until those of two others come."""
-    look_in(Path(working))  # a head may be of the user's own
+    """Unpack a search in a worker, where its fits share work; the last two searches are cached."""
+    look_in(Path(working))  # a user's head may be a module there
     bare, features, evaluator, scoring, shared_bytes = pickle.loads(packed)
     return FoldWork(changed(bare, X=np.load(features, mmap_mode="r")), evaluator, METRICS[scoring], shared_bytes)
 
@@ -225,18 +225,18 @@ def _fit_there(working: str, packed: bytes, fold: int, points: list[Params], jud
         return _unpacked(working, packed).fit(fold, points, judge)
 
 
-# Who goes on ----------------------------------------------------------------------------------------------------------
+# The race -------------------------------------------------------------------------------------------------------------
 
 
 def race(fits: FoldFits, candidates: Sequence[Candidate], rung: int, trials: Sequence[Trial]) -> list[Trial]:
-    """Fit candidates fold by fold, stopping those that can no longer win, and return what became of each.
+    """Fit candidates fold by fold, stop those that can no longer win, and return the trial of each.
 
-    rung : 1 where the candidates came through the screening on rung 0
-    trials : the earlier ones; on rung 0 they are raced against too, on rung 1 all that are judged alike run here
+    rung : 0, or 1 for the full fits after a screening
+    trials : earlier trials; on rung 0 candidates compete with them too, on rung 1 only with each other
     """
     n_folds, alive = len(fits.problem.folds), list(candidates)
     earlier = [trial for trial in trials if rung == 0 and None not in trial.fold_scores and trial.estimate is not None]
-    # What came through a screening is too close for a margin: the better half goes on from fold to fold.
+    # After a screening, candidates are too close for a test: after each fold the better half continues.
     size = 1 if rung else STAGE
     for start in range(0, n_folds, size):
         fits.fit(alive, range(start, min(start + size, n_folds)), rung)
@@ -254,7 +254,7 @@ def race(fits: FoldFits, candidates: Sequence[Candidate], rung: int, trials: Seq
 def _still_racing(
     fits: FoldFits, alive: Sequence[Candidate], earlier: Sequence[Trial], halves: bool
 ) -> list[Candidate]:
-    """Return who can still win after some folds, and tell the others why they cannot."""
+    """Return the candidates that can still win after some folds, and set the `reason` of the others."""
     rows, done, kept = np.array([one.scores for one in alive]), len(alive[0].outcomes), []
     best = max([*rows, *(trial.scores[:done] for trial in earlier)], key=np.mean)
     left = better_half(rows) if halves else range(len(alive))
@@ -271,10 +271,10 @@ def _still_racing(
 def _trial(
     one: Candidate, n_folds: int, whole: float | None, leader: tuple[NDArray[np.float64], float] | None, cheap: bool
 ) -> Trial:
-    """Return what became of a candidate.
+    """Return the trial of a candidate.
 
-    whole : the score of all its held-out answers, None where some folds are missing
-    leader : the fold scores of the best so far, and its score
+    whole : the score of all its held-out predictions, None if some folds are missing
+    leader : the fold scores and the score of the best so far
     """
     status: Literal["ok", "stopped", "failed"] = "ok"
     mean, estimate, reason = whole, whole, None
@@ -283,7 +283,7 @@ def _trial(
     elif one.reason is not None:
         status, reason = "stopped", one.reason
         if leader is not None:
-            # On the same folds the difference to the leader is less noisy than the score itself.
+            # On the same folds, the difference from the leader is less noisy than the score itself.
             estimate = float(leader[1] + np.mean(one.scores - leader[0][: len(one.outcomes)]))
     elif cheap:
         status, mean, reason = "stopped", None, "screened only"
@@ -293,20 +293,20 @@ def _trial(
         scores[fold] = None if np.isnan(outcome.score) else outcome.score
         fit_seconds, score_seconds = fit_seconds + outcome.fit_seconds, score_seconds + outcome.score_seconds
         warnings.update(outcome.warnings)
-    error, told = one.error, dict(warnings)
+    error, counts = one.error, dict(warnings)
     times = (fit_seconds, score_seconds)
-    return Trial(one.number, dict(one.params), status, tuple(scores), mean, estimate, *times, told, error, reason)
+    return Trial(one.number, dict(one.params), status, tuple(scores), mean, estimate, *times, counts, error, reason)
 
 
 def behind(candidate: NDArray[np.float64], leader: NDArray[np.float64], held_out_rows: float, bounded: bool) -> bool:
-    """Whether a candidate is too far behind the leader after the same k folds to be worth the rest.
+    """Whether a candidate is too far behind the leader after the same k folds to be fitted on the rest.
 
-    The differences of the pairs have a standard error from their own spread, but never less than two heads that agree
-    on half of their errors would show: sqrt(p (1 - p) / rows) per fold. Unbounded scores (log loss) have no such floor,
-    so there the leader's own spread over the folds serves.
+    The standard error of the paired differences is estimated from their spread, but is at least that of two heads that share
+    half of their errors: sqrt(p (1 - p) / rows) per fold. For unbounded scores (log loss), the floor is the leader's standard
+    deviation over the folds.
 
     candidate, leader : ndarray of shape (k,), float64, k >= 2
-    held_out_rows : mean number of rows a fold holds out
+    held_out_rows : mean number of held-out rows per fold
     """
     difference = candidate - leader
     error = max(float(difference.std(ddof=1)), _floor(leader, held_out_rows, bounded)) / np.sqrt(len(difference))
@@ -314,7 +314,7 @@ def behind(candidate: NDArray[np.float64], leader: NDArray[np.float64], held_out
 
 
 def better_half(scores: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Return the places of the candidates with the better half of the means, at least two; of equal means the earlier stays.
+    """Return the indices of the better half of the candidates by their mean, at least two; among equals, the earlier is kept.
 
     scores : ndarray of shape (n_candidates, k), float64: the fold scores so far
     """
@@ -331,16 +331,16 @@ def worth(
 ) -> NDArray[np.float64]:
     """Return the logarithm of each candidate's expected improvement over the best estimate, per unit of cost.
 
-    The expected improvement of Jones, Schonlau and Welch 1998 divided by its price as in Snoek, Larochelle and Adams
-    2012. Of candidates that noise does not tell apart the cheaper come first; one that is clearly behind comes last,
-    whatever it costs. The noise is that of `behind` over all folds.
+    The expected improvement of Jones, Schonlau and Welch 1998, divided by the cost as in Snoek, Larochelle and Adams
+    2012. Among candidates that differ by less than the noise, cheaper ones come first; one that is clearly behind comes last,
+    whatever it costs. The noise is the floor of `behind` over all folds.
 
-    estimates, costs : ndarray of shape (n,), float64; so is what is returned
+    estimates, costs : ndarray of shape (n,), float64, like the returned array
     leader : ndarray of shape (k,), float64: the fold scores of the best
     """
     error = max(_floor(leader, held_out_rows, bounded) / np.sqrt(len(leader)), 1e-12)
     z = (estimates - estimates.max()) / error
-    # phi(z) + z Phi(z) underflows far below zero, where it is phi(z) / z^2 (Abramowitz and Stegun 26.2.12).
+    # phi(z) + z Phi(z) underflows far below zero, where it approaches phi(z) / z^2 (Abramowitz and Stegun 26.2.12).
     near = np.maximum(z, -20.0)
     gain = np.log(norm.pdf(near) + near * norm.cdf(near))
     far = norm.logpdf(np.minimum(z, -20.0)) - 2 * np.log(np.maximum(-z, 20.0))

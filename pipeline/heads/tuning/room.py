@@ -1,6 +1,6 @@
-"""Where fits run: what a search takes in memory, what a limit leaves for fits at once, and joblib's backends of many machines.
+"""Resources for fits: the memory of a search, the number of parallel fits within a limit, and distributed joblib backends.
 
-Whoever calls us inside `joblib.parallel_config(backend="dask")`, or that of Ray or Spark, has chosen one; `on` does it by name.
+A caller chooses a distributed backend by `joblib.parallel_config(backend="dask")`, or that of Ray or Spark; `on` chooses it by name.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from pipeline.io import process
 from pipeline.io.remote import CONNECT_SECONDS, Engine, connected, require_answer
 
 FREE_SHARE = 0.75
-"""Of the memory that is free, what `tuning.memory: auto` takes: the needs are estimates."""
+"""Share of the free memory that `tuning.memory: auto` uses; the rest is a reserve, as needs are estimates."""
 
 COPIES = 5
-"""Times its own size that one fold's work on features in memory takes besides them; scikit-learn turns some to float64."""
+"""Memory of one fold's work besides the features in memory, as a multiple of these; scikit-learn converts some to float64."""
 
 PER_SCORE, PER_WEIGHT, PER_PRODUCT = 28, 200, 32
-"""Bytes a linear solver holds per row and class, per dimension and class, and per pair of dimensions; the copies that L-BFGS
-keeps and the workspace of an eigendecomposition are among them."""
+"""Bytes that a linear solver holds per row and class, per dimension and class, and per pair of dimensions, including the copies
+of L-BFGS and the workspace of an eigendecomposition."""
 
 SHARED_BYTES_FLOOR = 256 << 20
 SHARED_BYTES_FACTOR = 8
-"""What folds prepare and share is kept up to this many times the feature matrix, or the floor."""
+"""The folds' shared work is kept up to this multiple of the feature matrix's size, or the floor if larger."""
 
 SPARE_BYTES = 64 << 20
-"""What each fold's work on disk may take beyond the least where there is no limit."""
+"""Memory beyond the minimum for each fold's work on disk, without a limit."""
 
 SHARING: ContextVar[int] = ContextVar("SHARING", default=1)
-"""How many workers divide the cores and the memory of this machine; those of a cluster have their own."""
+"""Number of workers that share the cores and the memory of this machine; 1 on a cluster, whose workers have their own."""
 
 
 class Room(NamedTuple):
-    """How many folds are worked on at once, what may be kept from one round to the next, and what each may take as `Problem` has it."""
+    """The number of folds in parallel, the memory for work kept between rounds, and each fold's `Problem.work_bytes`."""
 
     jobs: int
     shared_bytes: int
@@ -51,14 +51,14 @@ class Room(NamedTuple):
 
 
 def limited(tuning: TuningConfig) -> TuningConfig:
-    """Return the section with `memory: auto` turned into the size it means here and now."""
+    """Return the config section with `memory: auto` resolved to a share of the memory now available."""
     if tuning.memory_bytes is not None:
         return tuning
     return tuning.model_copy(update={"memory": f"{FREE_SHARE * process.available_bytes() / 1e6:.3f}MB"})
 
 
 def divided(tuning: TuningConfig) -> TuningConfig:
-    """Leave each worker of this machine its share of the cores and of the memory, where the section says nothing of them."""
+    """Return the section for one worker: a value of `auto` becomes its share of this machine's cores or memory."""
     workers, limit = SHARING.get(), limited(tuning).memory_bytes
     changes: dict[str, int | str] = {}
     if tuning.jobs == "auto" and workers > 1:
@@ -69,16 +69,16 @@ def divided(tuning: TuningConfig) -> TuningConfig:
 
 
 def memory_needed(shape: tuple[int, int]) -> int:
-    """Return about how many bytes a search takes at least with features of shape (n, dim), float32, in memory."""
+    """Return the estimated minimum of bytes for a search with features of shape (n, dim), float32, in memory."""
     return (1 + COPIES) * 4 * shape[0] * shape[1]
 
 
 def memory_needed_on_disk(
     head: Head, shape: tuple[int, int], width: int, pca: int | float | None = None, folds: int = 1
 ) -> int | None:
-    """Return the same for features that stay on disk, worked on there or as principal components; None for a head that cannot.
+    """Return the estimated minimum of bytes with features on disk, used there or as principal components; None if the head cannot.
 
-    width : the classes, labels or numbers that are said of an image
+    width : number of classes, labels or numbers predicted per image
     """
     n, dim = shape
     if pca is not None:
@@ -90,19 +90,19 @@ def memory_needed_on_disk(
 
 
 def problem_bytes(n: int, dim: int, columns: int) -> int:
-    """Return about what solving one linear problem of n rows, with so many scores each, takes besides the features."""
+    """Return the estimated bytes, besides the features, for solving one linear problem of n rows with `columns` scores each."""
     return columns * (PER_SCORE * n + PER_WEIGHT * dim)
 
 
 def _components_bytes(shape: tuple[int, int], pca: int | float) -> int:
-    """Return the size of the most components there can be; a share of the variance may need all."""
+    """Return the maximum size of the components; a share of the variance may need all of them."""
     return 4 * shape[0] * (shape[1] if isinstance(pca, float) else min(pca, *shape))
 
 
 def room_for(problem: Problem, tuning: TuningConfig, work_bytes: int = 0) -> Room:
-    """Divide the memory a search may take; `auto` has become a size before, or there is no limit.
+    """Divide the memory limit of a search between parallel folds and kept work; `auto` must be resolved already.
 
-    work_bytes : what a fold's work takes besides copies of the features, if there is so much room
+    work_bytes : memory for a fold's shared work besides copies of the features, granted if it fits
     """
     limit = tuning.memory_bytes
     wanted = joblib.cpu_count() if tuning.jobs == "auto" else tuning.jobs
@@ -123,23 +123,23 @@ def room_for(problem: Problem, tuning: TuningConfig, work_bytes: int = 0) -> Roo
 
 
 def is_spread() -> bool:
-    """Whether a backend of many machines is chosen; joblib's own are of this one."""
+    """Whether a distributed backend is active, that is, none of joblib's own."""
     return not type(joblib.parallel.get_active_backend()[0]).__module__.startswith("joblib._parallel_backends")
 
 
 def spread(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-    """Call a function with the arguments of each task on the chosen backend, and yield what it returns, in their order."""
+    """Call a function with the arguments of each task on the active backend, and yield the results in the order of the tasks."""
     backend, _ = joblib.parallel.get_active_backend()
-    how = "generator" if backend.supports_return_generator else "list"  # Ray's has all at once, in the end
+    how = "generator" if backend.supports_return_generator else "list"  # Ray returns all results at the end
     run = joblib.Parallel(n_jobs=-1, return_as=how, pre_dispatch="all", batch_size=1)
     yield from run(joblib.delayed(function)(*task) for task in tasks)
 
 
 @contextmanager
 def on(engine: Engine | None) -> Iterator[None]:
-    """Choose the backend of an engine; without one nothing is changed.
+    """Activate the backend of an engine; None changes nothing.
 
-    PipelineError where it is not installed, or there is no cluster at that address.
+    PipelineError if it is not installed, or no cluster answers at its address.
     """
     if engine is None:
         yield
@@ -168,7 +168,7 @@ def on(engine: Engine | None) -> Iterator[None]:
                 stack.enter_context(nullcontext() if engine.address else made)
                 stack.enter_context(Client(made, timeout=CONNECT_SECONDS))  # type: ignore[no-untyped-call]
             except OSError as error:
-                raise PipelineError(f"{engine.address}: no Dask cluster could be had: {error}") from None
+                raise PipelineError(f"{engine.address}: no connection to a Dask cluster: {error}") from None
             stack.enter_context(joblib.parallel_config(backend="dask"))
         token = SHARING.set(count or 1)
         try:

@@ -1,4 +1,4 @@
-"""The search itself: ask a strategy for points, fit them on the folds, write down, tell, and refit the best."""
+"""The search: get points from a strategy, fit them on the folds, record the results, report the scores, and refit the best."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ class TuningRun:
     """A finished search. `pipeline` is the best head, fitted on all training rows."""
 
     classes: NDArray[Any]
-    """Of a target with classes the values of y that occur, in the order of the codes and of the score columns."""
+    """For targets with classes, the values that occur in y, in the order of the codes and of the score columns."""
     trials: tuple[Trial, ...]
     best: Trial
     scoring: str
     seconds: float
-    """Wall time of the search, earlier runs that it resumed included; the last fit is `fit_seconds`."""
+    """Wall time of the search, including resumed earlier runs but not the last fit (`fit_seconds`)."""
     replayed: int
-    """Fits that were read from the journal instead of done again."""
+    """Number of fits read from the journal instead of repeated."""
     out_of_fold: Predictions
-    """What the best parameters said of each training row when its fold was held out, in codes. Of a class that a fold's training
-    rows lack the probability is 0, or the lowest decision value of its row."""
+    """The out-of-fold predictions of the best parameters, in codes. A class missing from a fold's training rows has probability 0,
+    or the lowest decision value of its row."""
     pipeline: Pipeline
     fit_seconds: float
     last_fit: LastFit
 
     @property
     def mean(self) -> float:
-        """The score of the best."""
+        """The score of the best trial."""
         return float(self.best.mean or 0.0)
 
 
 def check(head: Head, tuning: TuningConfig, kind: str = "classification") -> list[str]:
-    """Return the reasons why a head cannot be tuned as configured for a kind of target, before anything is spent."""
+    """Return the reasons why a head cannot be tuned as configured for a kind of target, without fitting anything."""
     if kind not in head.targets:
         return [f"head {head.name}: serves {' and '.join(head.targets)}, and the target is {kind}"]
     if tuning.scoring == "auto":
@@ -89,17 +89,17 @@ def tune(
 ) -> TuningRun:
     """Search a head's parameters on the folds, and fit the best on all rows.
 
-    Results depend on the arguments but for `journal`, `tuning.jobs` and `tuning.memory`, which decides how much is kept and run at
-    once. Fits run in threads: the heads' loops release Python's lock, and threads read one `X` without a copy of it.
+    `journal`, `tuning.jobs` and `tuning.memory` do not affect the results; the memory limits how much is cached and run in parallel.
+    Fits run in threads: the heads' loops release Python's global interpreter lock, and threads share one `X` without copies.
 
     X : ndarray of shape (n, dim), float32, or a memory map of one; every head copies a fold's rows to memory, see
-        `memory_needed`. `StoredRows` stay on disk and are read in blocks, by the heads that can be fitted so.
-    y : what the target makes of labels, classes also by name: array of shape (n,), or (n, k); the fitted pipeline predicts what
-        the target's `learned` makes of it
-    journal : the JSON-lines file of this search's fits; what it holds of the same search is not fitted again
-    projections : of this X, to share what is found for `tuning.pca` with searches of other heads
+        `memory_needed`. `StoredRows` stay on disk and are read in blocks, by the heads that support it.
+    y : labels as the target encodes them, or class names: array of shape (n,), or (n, k); the fitted pipeline predicts the values
+        of the target's `learned`
+    journal : the JSON-lines file of this search's fits; the fits of the same search in it are not repeated
+    projections : those of this X, to share the components of `tuning.pca` with searches of other heads
 
-    HeadError where the head cannot be tuned as configured, no trial could be fitted, or the journal cannot be written.
+    HeadError if the head cannot be tuned as configured, no trial could be fitted, or the journal cannot be written.
     """
     problems = check(head, tuning, target.kind)
     if problems:
@@ -115,7 +115,7 @@ def tune(
         out_of_fold, training = _out_of_fold(fits, best, search.kept)
         elapsed = fits.elapsed()
     promised, learned = Promise.of(best.mean or 0.0, training), fits.problem.target.learned(given)
-    pipeline, seconds, told = fit_as_promised(fits.problem, best.params, learned, fits.jobs, fits.metric, promised)
+    pipeline, seconds, last_fit = fit_as_promised(fits.problem, best.params, learned, fits.jobs, fits.metric, promised)
     return TuningRun(
         classes=classes,
         trials=tuple(search.trials),
@@ -126,7 +126,7 @@ def tune(
         out_of_fold=out_of_fold,
         pipeline=pipeline,
         fit_seconds=seconds,
-        last_fit=changed(told, fold_warnings=best.warnings),
+        last_fit=changed(last_fit, fold_warnings=best.warnings),
     )
 
 
@@ -142,7 +142,7 @@ def fits_of(
     projections: Projections | None = None,
     target: Target = ANY_CLASSES,
 ) -> Iterator[tuple[FoldFits, NDArray[Any]]]:
-    """Open the journal of a search, and yield its fits and the classes that occur; the arguments are those of `tune`."""
+    """Open the journal of a search and yield its `FoldFits` and the classes that occur; the arguments are those of `tune`."""
     narrowed, codes, classes = target.narrowed(y)
     tuning = tuning.model_copy(update={"scoring": metric_of(tuning.scoring, narrowed).name})
     problem = Problem(head, X, codes, narrowed, tuple(folds), seed)
@@ -159,7 +159,7 @@ def fits_of(
 
 
 class _Search:
-    """The state of one search: its trials so far, and the outcomes of the best."""
+    """The state of one search: its trials so far, and the best candidate with its outcomes."""
 
     def __init__(self, fits: FoldFits) -> None:
         self.fits, self.tuning, self.problem = fits, fits.tuning, fits.problem
@@ -168,7 +168,7 @@ class _Search:
         self._kept_mean = -math.inf
 
     def run(self) -> Trial:
-        """Search until all trials are done and return the best finished one."""
+        """Run all trials and return the best finished one."""
         tuning, head = self.tuning, self.problem.head
         asked = strategies.rounds(tuning.strategy, head.space, head.defaults, tuning.trials, self.problem.seed)
         with bar(tuning.trials, "trials", head.name) as progress:
@@ -178,9 +178,9 @@ class _Search:
                 text = "" if best is None else f"best {tuning.scoring} {abs(best):.4f}, "
                 progress.note(f"{text}{self.fits.done} fits")
 
-            self.fits.tell = tell  # a trial of many rows takes hours, so the fits are told too
+            self.fits.tell = tell  # a trial on many rows takes hours, so progress is shown after each fit
             points = next(asked)
-            # Where the first two rounds failed to the last trial, more would fail too.
+            # If all trials of the first two rounds failed, more would fail too.
             while len(self.trials) < 2 * len(points) or any(trial.status != "failed" for trial in self.trials):
                 first = len(self.trials)
                 fresh = self._race(dict(enumerate(points[: tuning.trials - first], first)), rung=0)
@@ -189,7 +189,7 @@ class _Search:
                 tell()
                 if len(self.trials) >= tuning.trials:
                     break
-                # A failed trial counts as the worst seen, so that the surrogate keeps away from it.
+                # A failed trial counts as the worst so far, so that the surrogate avoids its surroundings.
                 worst = min(self._estimates(), default=None)
                 try:
                     points = asked.send([worst if trial.status == "failed" else trial.estimate for trial in fresh])
@@ -209,7 +209,7 @@ class _Search:
         return [trial.estimate for trial in self.trials if trial.estimate is not None]
 
     def _race(self, points: dict[int, Params], rung: int) -> list[Trial]:
-        """Race points, by number, write down what became of them, and keep the outcomes of the best."""
+        """Race points, by number; write the trials to the journal, and keep the candidate of the best."""
         candidates = {number: Candidate(number, params) for number, params in points.items()}
         trials = racing.race(self.fits, list(candidates.values()), rung, self.trials)
         elapsed = self.fits.elapsed()
@@ -222,9 +222,9 @@ class _Search:
         return trials
 
     def _promote(self) -> None:
-        """Fit in full what came through a screening, and the defaults; there the better half goes on from fold to fold.
+        """After a screening, fit the best candidates and the defaults in full; after each fold, the better half continues.
 
-        What is most worth a full fit comes first, as long as the budget lasts; the best estimate does whatever it costs.
+        Candidates are taken in the order of their expected improvement per cost, within the budget; the best estimate is always taken.
         """
         screening = self.fits.evaluator.screening
         if screening is None:
@@ -248,11 +248,11 @@ class _Search:
 
 
 def _out_of_fold(fits: FoldFits, best: Trial, kept: Candidate | None) -> tuple[Predictions, tuple[Measured, ...]]:
-    """Predict every row with the best parameters, fitted on the folds that do not hold it out; and score what each was fitted on."""
+    """Return the out-of-fold predictions of the best parameters, and the score of each fold's fit on its training rows."""
     problem = fits.problem
     outcomes = kept.outcomes if kept is not None and kept.number == best.number else []
-    # Replayed fits have no predictions, and most were not judged on their training rows. What was solved together is
-    # solved again alone, so that a resumed search and an uninterrupted one give the same to the last digit.
+    # Replayed fits have no predictions, and most were not scored on their training rows. Candidates solved together are
+    # solved again alone, so that a resumed search and an uninterrupted one agree to the last digit.
     if fits.evaluator.together or not outcomes or any(outcome.training is None for outcome in outcomes):
         outcomes = fits.on_every_fold(best.params)
     predictions, place = np.zeros_like(problem.y), np.full(len(problem.y), -1, dtype=np.int64)

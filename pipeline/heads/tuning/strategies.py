@@ -1,7 +1,7 @@
-"""Strategies: which points of a search space to try next, as generators that are sent the scores of the last round.
+"""Search strategies: generators of the points to try next, which are sent the scores of the last round.
 
-Every strategy tries the head's defaults first and gives out each point once. A space with no more points than trials is
-tried completely, whatever the strategy. Only `bayes` needs scikit-optimize, and imports it.
+Every strategy tries the head's defaults first and yields each point once. With any strategy, a space that has at most as many
+points as there are trials is searched completely. Only `bayes` needs scikit-optimize, and imports it.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from pipeline.errors import HeadError, first_line
 from pipeline.heads.head import Categorical, Dimension, Head, Integer, Params, Real
 
 Rounds = Generator[list[Params], "Sequence[float | None]", None]
-"""Yields rounds of points; is sent one score per point, higher is better, None where there is none."""
+"""Yields rounds of points and is sent one score per point: higher is better, None if there is none."""
 
 DRAWS = 400
-"""Random points of the space among which the surrogate chooses."""
+"""Number of random points from which the surrogate chooses."""
 
 APART = 0.02
-"""Points nearer than this share of every range to one already tried teach nothing new."""
+"""Minimum distance of a new point from those tried, as a share of the range in at least one dimension."""
 
 STEP = 3.0
-"""How many times a neighbour is larger or smaller where a search is on a logarithmic scale; an eighth of the range elsewhere."""
+"""Factor between neighbours on a logarithmic scale; on a linear scale, the step is an eighth of the range."""
 MOST_CHOICES = 4
-"""Neighbours of a choice that has no order, evenly taken."""
+"""Maximum number of neighbours of an unordered choice, evenly spaced in its list."""
 
 
 def require(strategy: str) -> None:
-    """See that the library of a strategy can be imported; HeadError where it cannot."""
+    """Check that the library of a strategy can be imported; HeadError if it cannot."""
     if strategy == "bayes":
         try:
             import skopt  # noqa: F401
-        except Exception as error:  # beside another scikit-learn it may fail in any way
+        except Exception as error:  # an incompatible scikit-learn may raise any error
             raise HeadError(
                 f"tuning.strategy: bayes needs scikit-optimize, which cannot be imported ({first_line(error)}); install it, or "
                 "set tuning.strategy to random or grid"
@@ -44,13 +44,13 @@ def require(strategy: str) -> None:
 
 
 def rounds(strategy: str, space: Mapping[str, Dimension], defaults: Params, trials: int, seed: int) -> Rounds:
-    """Return the rounds of a strategy: `bayes`, `random` or `grid`; endless but for `grid`."""
+    """Return the rounds of a strategy: `bayes`, `random` or `grid`; only `grid` is finite on a continuous space."""
     make = _grid if cardinality(space) <= trials else STRATEGIES[strategy]
     return make(space, defaults, trials, max(1, min(8, trials // 4)), seed)
 
 
 def cardinality(space: Mapping[str, Dimension]) -> float:
-    """Return how many points a space has; infinity when a dimension is continuous."""
+    """Return the number of points in a space; infinity if a dimension is continuous."""
     return math.prod(map(_count, space.values()))
 
 
@@ -61,9 +61,9 @@ def _count(dimension: Dimension) -> float:
 
 
 def _grid(space: Mapping[str, Dimension], defaults: Params, trials: int, size: int, seed: int) -> Rounds:
-    """The defaults, then a grid of at most `trials - 1` points, evenly spaced along each dimension's own scale."""
+    """Yield the defaults, then a grid of at most `trials - 1` points, evenly spaced on each dimension's own scale."""
     budget, shape = trials if cardinality(space) <= trials else max(1, trials - 1), dict.fromkeys(space, 1)
-    while True:  # as even as the budget and the dimensions' own sizes allow
+    while True:  # add points to the axis with the fewest, as far as the budget and the axes allow
         size_of = math.prod(shape.values())
         open_axes = [
             key
@@ -76,14 +76,14 @@ def _grid(space: Mapping[str, Dimension], defaults: Params, trials: int, size: i
     axes = [_axis(space[key], count) for key, count in shape.items()]
     points: list[Params] = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
     points = [dict(defaults), *(point for point in points if point != dict(defaults))][:trials]
-    # Neighbours apart, so that a search that runs out of time has seen the whole grid coarsely.
+    # In random order, so that an interrupted search has covered the whole grid coarsely.
     points[1:] = [points[1 + place] for place in np.random.default_rng(seed).permutation(len(points) - 1)]
     yield from (points[start : start + size] for start in range(0, len(points), size))
 
 
 def _random(space: Mapping[str, Dimension], defaults: Params, trials: int, size: int, seed: int) -> Rounds:
-    """The defaults, then independent draws from each dimension's prior."""
-    generator = np.random.RandomState(seed)  # as in `_bayes`, where scikit-optimize takes no other
+    """Yield the defaults, then independent draws from each dimension's prior."""
+    generator = np.random.RandomState(seed)  # as in `_bayes`, since scikit-optimize supports no other type
     batch, seen = list[Params]([defaults]), {_key(defaults)}
     while True:
         while len(batch) < size and len(seen) < cardinality(space):
@@ -98,16 +98,16 @@ def _random(space: Mapping[str, Dimension], defaults: Params, trials: int, size:
 
 
 def _bayes(space: Mapping[str, Dimension], defaults: Params, trials: int, size: int, seed: int) -> Rounds:
-    """The defaults and a Latin hypercube, then rounds chosen with a Gaussian process fitted once per round.
+    """Yield the defaults and a Latin hypercube, then rounds chosen by a Gaussian process that is fitted once per round.
 
-    A round is the point of the highest expected improvement and points that are best in functions drawn from the
-    process (Thompson sampling, Kandasamy et al. 2018): asking `Optimizer` for several at once would refit it for each.
+    A round is the point with the highest expected improvement and the optima of functions drawn from the process
+    (Thompson sampling, Kandasamy et al. 2018): asking `Optimizer` for several points would refit it for each.
     """
     from skopt import Optimizer
     from skopt.sampler import Lhs
     from skopt.space import Space
 
-    # `Optimizer` gives its own copies the transformation of a Gaussian process; these need the same.
+    # `Optimizer` sets this transformation on its own copies of the dimensions; these need the same.
     theirs = Space([_of_skopt(row) for row in space.values()])
     theirs.set_transformer("normalize")
     seen, tried = set[str](), list[list[Any]]()
@@ -116,7 +116,7 @@ def _bayes(space: Mapping[str, Dimension], defaults: Params, trials: int, size: 
         return {key: _plain(row, value) for (key, row), value in zip(space.items(), point, strict=True)}
 
     def fresh(points: Iterable[Sequence[Any]]) -> list[list[Any]]:
-        """Return the first `size` points whose parameters were not tried yet."""
+        """Return the first `size` points with parameters that were not tried yet."""
         kept = list[list[Any]]()
         for point in points:
             key = _key(plain(point))
@@ -146,9 +146,9 @@ def _bayes(space: Mapping[str, Dimension], defaults: Params, trials: int, size: 
     while batch:
         values = yield [plain(point) for point in batch]
         tried += batch
-        told = [(point, -value) for point, value in zip(batch, values, strict=True) if value is not None]
-        if told:
-            optimizer.tell([point for point, _ in told], [value for _, value in told])
+        scored = [(point, -value) for point, value in zip(batch, values, strict=True) if value is not None]
+        if scored:
+            optimizer.tell([point for point, _ in scored], [value for _, value in scored])
         if optimizer.models:
             wanted = [optimizer.ask(), *_thompson(optimizer.models[-1], theirs, size - 1, generator, tried)]
         else:
@@ -167,14 +167,14 @@ STRATEGIES: Mapping[str, Callable[[Mapping[str, Dimension], Params, int, int, in
 def _of_skopt(row: Dimension) -> Any:
     from skopt import space
 
-    if isinstance(row, Categorical):  # of mixed types, which skopt cannot encode: it is given their places
+    if isinstance(row, Categorical):  # given as indices, since skopt cannot encode mixed types
         return space.Categorical([str(place) for place in range(len(row.categories))])
     kind = space.Integer if isinstance(row, Integer) else space.Real
     return kind(row.low, row.high, prior=row.prior)
 
 
 def _plain(row: Dimension, value: Any) -> Any:
-    """Turn skopt's numpy scalar into a plain value; six digits are enough of a number and can be read."""
+    """Convert skopt's numpy scalar to a plain value; numbers are rounded to six digits, for readability."""
     if isinstance(row, Categorical):
         return row.categories[int(value)]
     if isinstance(row, Integer):
@@ -185,13 +185,11 @@ def _plain(row: Dimension, value: Any) -> Any:
 def _thompson(
     model: Any, space: Any, count: int, generator: np.random.RandomState, tried: Sequence[list[Any]]
 ) -> list[list[Any]]:
-    """Return the points that are lowest in functions drawn from a fitted process, away from each other and from those tried."""
+    """Return the minima of functions drawn from a fitted process, at a distance from each other and from the points tried."""
     if count < 1:
         return []
     points = space.rvs(DRAWS, random_state=generator)
-    unit = np.asarray(
-        space.transform(points), dtype=np.float64
-    )  # in the cube the surrogate works in, each number 0 to 1
+    unit = np.asarray(space.transform(points), dtype=np.float64)  # scaled to the surrogate's unit cube
     drawn = np.asarray(model.sample_y(unit, n_samples=count, random_state=generator.randint(2**31 - 1)))
     taken, chosen = list(np.asarray(space.transform(list(tried)), dtype=np.float64)), []
     for column in drawn.reshape(len(points), count).T:
@@ -208,7 +206,7 @@ def _key(params: Params) -> str:
 
 
 def _axis(dimension: Dimension, count: int) -> list[Any]:
-    """Return `count` values of a dimension, evenly spaced on its own scale, both ends included; fewer where whole numbers are the same."""
+    """Return `count` values of a dimension, evenly spaced on its scale, with both ends; fewer if rounded integers coincide."""
     if isinstance(dimension, Categorical):
         return list(dimension.categories)[:count]
     if count == _count(dimension):
@@ -219,20 +217,20 @@ def _axis(dimension: Dimension, count: int) -> list[Any]:
 
 
 def _at(dimension: Real | Integer, share: float) -> float:
-    """Return the value at a share of the way from low to high on the dimension's own scale."""
+    """Return the value at a share of the way from low to high on the dimension's scale."""
     low, high = float(dimension.low), float(dimension.high)
     return float(low * (high / low) ** share if dimension.prior == "log-uniform" else low + (high - low) * share)
 
 
 def _draw(dimension: Dimension, share: float) -> Any:
-    """Return the value at a share of the way through a dimension, to which scikit-optimize's draws agree."""
+    """Return the value at a share of the way through a dimension, consistent with scikit-optimize's draws."""
     if isinstance(dimension, Categorical):
         return dimension.categories[round(share * (len(dimension.categories) - 1))]
     return _plain(dimension, _at(dimension, share))
 
 
 def neighbours(head: Head, params: Params) -> list[Params]:
-    """Return points of a head's space that differ from one in one parameter: by a step to either side, or by another choice."""
+    """Return points of a head's space that differ from `params` in one parameter: by a step in either direction, or by another choice."""
     return [
         {**params, key: value}
         for key, dimension in head.space.items()
@@ -244,7 +242,7 @@ def neighbours(head: Head, params: Params) -> list[Params]:
 def _beside(dimension: Dimension, value: Any) -> list[Any]:
     if isinstance(dimension, Categorical):
         choices = list(dimension.categories)
-        if isinstance(value, (int, float)) and value in choices:  # in order: the next to either side
+        if isinstance(value, (int, float)) and value in choices:  # ordered: the adjacent ones
             place = choices.index(value)
             return choices[max(0, place - 1) : place + 2]
         others = [choice for choice in choices if choice != value]

@@ -1,11 +1,11 @@
-"""Stage two: tuned heads on the stored features, compared on the same folds and the same test images.
+"""Stage two: tune heads on the stored features and compare them on the same folds and test images.
 
-Reads what stage one wrote (the index and the feature stores), needs neither the images nor torch, and writes a bundle per
-head and the leaderboard. The best head is chosen by cross-validation; test images choose nothing.
+Reads the index and the feature stores of stage one, needs neither the images nor torch, and writes one bundle per head and the
+leaderboard. The best head is chosen by cross-validation, never by the test images.
 
-With a budget of all searches together trials are measured by passes over all rows: the first of one trial each, and as long as there is
-time for more, one of as many as the last pass says there is time for. Nothing but the number of trials of the last pass goes into its
-rows: a config that has it as `tuning.trials` gives the same leaderboard, on any machine.
+A time budget is spent in passes over all rows. The first pass runs one trial per row; each further pass runs as many trials as fit
+into the remaining time, at the rate of the pass before. Only the number of trials of the last pass affects the results: a config with
+this number as `tuning.trials` gives the same leaderboard on any machine.
 """
 
 from __future__ import annotations
@@ -69,17 +69,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeadsRun:
-    """What stage two wrote."""
+    """The results of stage two."""
 
     leaderboard: Leaderboard
     files: Artifacts
     reused: int
-    """Heads that were finished before and not tuned again."""
+    """Number of heads that an earlier run had finished, and that were not tuned again."""
     profiles: tuple[LayerProfile, ...] = ()
-    """Of networks with several layers."""
+    """The layer profiles of networks with several embedded layers."""
 
     def summary_lines(self) -> list[str]:
-        """The leaderboard and where everything is."""
+        """Return the leaderboard and the paths of all results as lines of text."""
         best, chosen, root = self.leaderboard.best, self.leaderboard.recommended, self.files.root
         runs_code = best.bundle and bundles.describe(root / best.bundle).get("runs_code_when_loaded")
         lines = [self.leaderboard.to_text(), ""]
@@ -97,7 +97,7 @@ class HeadsRun:
 
 
 def ask(config: Config) -> Asked:
-    """Open the features of a config, and say which heads are asked for on which of them; it raises what `run` does."""
+    """Open the features of a config and list the heads to tune on each embedding; raises the same errors as `run`."""
     files = Artifacts(config.output)
     records = read_asked_records(files.features, config)
     index = DatasetIndex.read(files.dataset)
@@ -115,9 +115,9 @@ def ask(config: Config) -> Asked:
 def run(config: Config, engine: Engine | None = None) -> HeadsRun:
     """Tune every head on every embedding and rank them.
 
-    With an `engine`, or within `joblib.parallel_config` of a backend of many machines, the rows are made there.
+    With an `engine`, or within `joblib.parallel_config` of a distributed backend, the rows are made on its workers.
 
-    PipelineError where stage one has not been run for this config, the data cannot be cross-validated, or a head is wrong.
+    PipelineError if stage one has not been run for this config, the data cannot be cross-validated, or a head is invalid.
     """
     require(config.tuning.strategy)
     asked = ask(config)
@@ -144,7 +144,7 @@ def run(config: Config, engine: Engine | None = None) -> HeadsRun:
 
 @dataclass
 class _Rows:
-    """The rows that were made or found, lines on those left out, how many were found, and the seconds that all took to make."""
+    """All rows, messages on the heads left out, the number of rows reused from earlier runs, and the seconds of making them all."""
 
     rows: list[LeaderboardRow] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -153,12 +153,12 @@ class _Rows:
 
 
 def _rows(asked: Asked) -> _Rows:
-    """Make every row that is asked for, or find it finished."""
+    """Make every row of the config, or reuse the finished one of an earlier run."""
     made, config, files = _Rows(), asked.config, asked.files
     tried = _spread_rows(asked) if is_spread() else set[str]()
     for embedding in asked.embeddings:
         license = NO_WEIGHTS if embedding.record is None else embedding.record.spec.license
-        vectors = SharedFeatures(embedding)  # read when a head first needs them, and let go before the next embedding's
+        vectors = SharedFeatures(embedding)  # read when first needed, and freed before the next embedding's
         for head in embedding.heads:
             key, folder = row_key(head, embedding, config.seed), files.bundle(embedding.name, head.name)
             start = time.perf_counter()
@@ -176,10 +176,10 @@ def _rows(asked: Asked) -> _Rows:
 
 
 def _spread_rows(asked: Asked) -> set[str]:
-    """Make the rows that are not finished on the backend that is chosen; return the keys of those that were tried.
+    """Make the unfinished rows on the active distributed backend; return the keys of the rows that were tried.
 
-    Each is one task, which writes its bundle and its journal where all see them. The features of an embedding are one file that
-    workers map: a node has it in memory once. What cannot be fitted is left to the caller, who says why.
+    Each row is one task, which writes its bundle and its journal to the shared output folder. The features of an embedding are one
+    memory-mapped file, which each node holds in memory once. Heads that cannot be fitted are left to the caller, who reports the reason.
     """
     config, files, tasks, keys = asked.config, asked.files, [], set()
     document = config.model_copy(update={"tuning": divided(config.tuning)}).model_dump_json()
@@ -203,7 +203,7 @@ def _spread_rows(asked: Asked) -> set[str]:
 
 
 def _make(config: str, rows: str, working: str, folder: Path, place: int, name: str) -> None:
-    """Make a row in a worker: of the embedding at this place, by the head of this name."""
+    """Make one row in a worker; `place` is the embedding's position in `Asked.embeddings`, `name` the head's name."""
     os.chdir(working)
     look_in(Path(working))
     asked = _asked(config, rows)
@@ -216,12 +216,12 @@ def _make(config: str, rows: str, working: str, folder: Path, place: int, name: 
 
 @lru_cache(1)
 def _asked(config: str, rows: str) -> Asked:
-    """Open the features once in each worker, and again where other rows are asked for."""
+    """Open the features once per worker and set of rows; `rows` is only a cache key."""
     return ask(Config.model_validate_json(config))
 
 
 class Pass(NamedTuple):
-    """So many trials of every row, the seconds of all rows together, and the part of them that more trials make longer."""
+    """A pass over all rows: trials per row, total seconds, and the seconds of these spent on trials."""
 
     trials: int
     seconds: float
@@ -229,9 +229,9 @@ class Pass(NamedTuple):
 
 
 def _within_budget(asked: Asked) -> tuple[Asked, _Rows, list[str]]:
-    """Return what is asked with as many trials as the budget has time for, its rows, and a line on what the budget cut.
+    """Make the rows with as many trials as the time budget allows; return the request with this number, the rows, and a note on any cut.
 
-    What was measured is kept, so that a run that was stopped goes on, and a second one has nothing to do.
+    Finished passes are stored, so that an interrupted run resumes and a second run has nothing to do.
     """
     tuning, files, seed = asked.config.tuning, asked.files, asked.config.seed
     limit, made, reused = tuning.budget_seconds, None, None
@@ -261,7 +261,7 @@ def _within_budget(asked: Asked) -> tuple[Asked, _Rows, list[str]]:
 
 
 def next_trials(passes: Sequence[Pass], asked: int, limit: float) -> int | None:
-    """Return the trials of the next pass, at the rate of the last; None where there is no time for twice as many, or all are done."""
+    """Return the trials per row of the next pass, at the rate of the last; None if all are done, or no time is left for twice as many."""
     if not passes:
         return 1
     trials, seconds, searching = passes[-1]
@@ -271,7 +271,7 @@ def next_trials(passes: Sequence[Pass], asked: int, limit: float) -> int | None:
 
 
 def _with_trials(asked: Asked, trials: int) -> Asked:
-    """Return what is asked with another number of trials, and no budget; the guess without an image keeps its one."""
+    """Return the request with another number of trials and no budget; the constant guess keeps its single trial."""
 
     def changed(tuning: TuningConfig) -> TuningConfig:
         return tuning.model_copy(update={"trials": min(trials, tuning.trials), "budget": None})
@@ -288,7 +288,7 @@ def _embeddings(
     heads: Sequence[Head],
     task: Task,
 ) -> Iterator[Embedding]:
-    """Yield what heads are tuned on: the backbones' embeddings, those side by side, baselines, and the guess without an image."""
+    """Yield the embeddings that heads are tuned on: those of backbones, concatenated ones, baselines, and the constant guess."""
     tuning, table = limited(config.tuning), TABLES[task.target.kind]
     for kind, chosen in (("backbone", tuple(heads)), (CONCAT, tuple(heads)), ("baseline", (table.baseline,))):
         for record in records:
@@ -302,12 +302,12 @@ def _embeddings(
 
 
 def _provenance(asked: Asked, notes: Sequence[str]) -> dict[str, Any]:
-    """What is needed to make the leaderboard again."""
+    """Return everything needed to reproduce the leaderboard."""
     config, files, task = asked.config, asked.files, asked.task
-    # Stage two itself needs none of them.
+    # Stage two itself needs none of these packages.
     features_made_by = {name: found for name in ("torch", "torchvision", "Pillow") if (found := version(name))}
     return {
-        # The config as it was used, overrides included, is beside the leaderboard.
+        # The config as used, overrides included, is saved next to the leaderboard.
         "command": f"manyheads features {quote(str(files.config))}\nmanyheads heads {quote(str(files.config))}",
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
@@ -327,7 +327,7 @@ def _provenance(asked: Asked, notes: Sequence[str]) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """What makes other roundings: the system, the processor's kind, and the libraries for matrices with what they are written for."""
+    """Describe what affects rounding: the operating system, the processor type, and the BLAS and OpenMP libraries with their target."""
     libraries = {
         f"{each['internal_api']} {each['version']} {each.get('architecture', '')}".strip() for each in threadpool_info()
     }

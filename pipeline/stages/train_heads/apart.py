@@ -1,9 +1,9 @@
-"""Rows made of other rows: the soft vote, and rows that stand apart and choose nothing, found again where nothing changed since.
+"""Rows derived from other rows: the soft vote, and separate rows, which are never chosen and are reused while their inputs are unchanged.
 
-A soft vote is the mean of the probabilities that the best rows of different embeddings give. Who votes is chosen by probabilities out
-of fold, greedily (Caruana et al. 2004): the best row, then of the best rows of the other embeddings the one that helps most, as long as
-one helps. So that no image is judged by a choice that it had a part in, the score is of a choice made again without each fold; what
-is saved is the choice by all of them.
+A soft vote is the mean of the probabilities of the best rows of different embeddings. Its members are chosen greedily by out-of-fold
+probabilities (Caruana et al. 2004): first the best row, then repeatedly the best row of another embedding that improves the score most,
+until none does. For the score, the choice is repeated without each fold, so that no image is scored by a choice that it influenced; the
+saved vote is the choice by all folds.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Origin:
-    """The row that others are made of, its bundle, whose provenance has the key it was made by, and what it said."""
+    """The row that others are derived from, its bundle (with the row's key in the provenance), and its predictions."""
 
     row: LeaderboardRow
     bundle: ModelBundle
-    said: HeadPredictions
+    predictions: HeadPredictions
 
 
 @dataclass
 class ApartRows:
-    """Rows, sentences on them, the folders of their bundles, and what else the leaderboard's provenance says."""
+    """Derived rows, notes on them, the folders of their bundles, and further fields (`more`) for the leaderboard's provenance."""
 
     key: str
     rows: list[LeaderboardRow] = field(default_factory=list)
@@ -51,49 +51,49 @@ class ApartRows:
     bundles: list[str] = field(default_factory=list)
     more: Any = None
 
-    def save(self, bundle: ModelBundle, embedding: str, asked: Asked, said: HeadPredictions | None = None) -> str:
-        """Save the bundle of a row, with what it says if given; return its folder as seen from the output folder."""
+    def save(self, bundle: ModelBundle, embedding: str, asked: Asked, answers: HeadPredictions | None = None) -> str:
+        """Save the bundle of a row, with its predictions if given; return its folder relative to the output folder."""
         folder = asked.files.bundle(embedding, bundle.head)
-        beside = {} if said is None else {FILE_NAME: said.to_bytes()}
-        bundles.save(replace(bundle, provenance={"key": self.key, "seed": asked.config.seed}), folder, beside)
+        files = {} if answers is None else {FILE_NAME: answers.to_bytes()}
+        bundles.save(replace(bundle, provenance={"key": self.key, "seed": asked.config.seed}), folder, files)
         self.bundles.append(folder.relative_to(asked.files.root).as_posix())
         return self.bundles[-1]
 
 
 def origin(board: Leaderboard, embeddings: Collection[str], asked: Asked) -> Origin | None:
-    """Return the best row on some embeddings, by name; None where there is none of classes that can be opened."""
+    """Return the best row on the named embeddings; None if none exists, it cannot be loaded, or the classes are not exclusive."""
     rows = [row for row in board.ranked if row.embedding in embeddings and row.bundle and row.task == asked.task.key]
     if not rows or not asked.task.target.exclusive:
         return None
     folder = asked.files.root / str(rows[0].bundle)
     try:
         return Origin(rows[0], bundles.load(folder), HeadPredictions.read(folder / FILE_NAME))
-    except BundleError as error:  # such as code, which nobody has said is to be trusted
-        log.info("%s: no further rows are made of it: %s", rows[0].key, error)
+    except BundleError as error:  # such as a bundle that runs code and is not trusted
+        log.info("%s: no rows are derived from it: %s", rows[0].key, error)
         return None
 
 
 def with_rows(board: Leaderboard, asked: Asked, name: str, key: str, make: Callable[[ApartRows], None]) -> Leaderboard:
-    """Return the leaderboard with further rows and what is said of them: as an earlier run with this key found them, or made now."""
+    """Add derived rows and their notes to the leaderboard: those of an earlier run with this key, or else newly made ones."""
     found = ApartRows(key)
     if not _found_before(found, asked, name):
         make(found)
-    told = {"key": key, "notes": found.notes, "bundles": found.bundles, "more": found.more}
+    record = {"key": key, "notes": found.notes, "bundles": found.bundles, "more": found.more}
     notes = [*board.provenance.get("notes", ()), *found.notes]
     rows = (*board.rows, *found.rows)
-    return replace(board, rows=rows, provenance={**board.provenance, "notes": notes, name: told})
+    return replace(board, rows=rows, provenance={**board.provenance, "notes": notes, name: record})
 
 
 def _found_before(found: ApartRows, asked: Asked, name: str) -> bool:
-    """Fill in what an earlier run found of the same; False where there is none, or its bundles are not whole."""
+    """Fill in the rows of an earlier run with the same key; False if there is none, or its bundles are damaged."""
     with suppress(PipelineError, OSError, KeyError, TypeError, ValueError):
         before = read_leaderboard(asked.files.root)
-        told = before.provenance[name]
-        if told["key"] == found.key:
-            for folder in told["bundles"]:
+        record = before.provenance[name]
+        if record["key"] == found.key:
+            for folder in record["bundles"]:
                 bundles.load(asked.files.root / folder)
             found.rows = [row for row in before.rows if row.apart == name]
-            found.notes, found.bundles, found.more = list(told["notes"]), list(told["bundles"]), told["more"]
+            found.notes, found.bundles, found.more = list(record["notes"]), list(record["bundles"]), record["more"]
             return True
     return False
 
@@ -101,21 +101,21 @@ def _found_before(found: ApartRows, asked: Asked, name: str) -> bool:
 def row_like(
     row: LeaderboardRow, head: str, apart: str, test: Predictions, metric: Metric, seed: int
 ) -> LeaderboardRow:
-    """Return the row of a head that was made of another's; it has no bundle that every command would take."""
+    """Return the row of a head derived from another row's; it names no bundle, as not every command could use it."""
     none = dict.fromkeys(("bundle", "nested", "seeds", "reweighted", "last_fit", "expected_test", "search_seconds"))
     return replace(row, head=head, apart=apart, test=scores(test, seed, metric), trials=1, **none)  # type: ignore[arg-type]
 
 
-def cross_validated(said: Predictions, task: Task, metric: Metric) -> dict[str, Any]:
-    """Return the fields of a row that tell how good answers out of fold are."""
-    folds = tuple(metric.score(said.rows(held_out)) for _, held_out in task.folds)
-    return {"cv_mean": metric.score(said), "cv_std": float(np.std(folds, ddof=1)), "cv_scores": folds}
+def cross_validated(predictions: Predictions, task: Task, metric: Metric) -> dict[str, Any]:
+    """Return the cross-validation fields of a row, computed from out-of-fold predictions."""
+    folds = tuple(metric.score(predictions.rows(held_out)) for _, held_out in task.folds)
+    return {"cv_mean": metric.score(predictions), "cv_std": float(np.std(folds, ddof=1)), "cv_scores": folds}
 
 
 def soft_vote(
     head: str, params: Any, members: Sequence[ModelBundle], mean: NDArray[np.float64], task: Task
 ) -> ModelBundle:
-    """Return the bundle of a vote, calibrated by the mean that its members say out of fold: float64 of shape (n, n_classes)."""
+    """Return the bundle of a soft vote, calibrated on the mean of its members' out-of-fold probabilities: float64, (n, n_classes)."""
     calibrator = fit_calibrator(bundles.logits(mean, "probability"), task.y_train)
     return ModelBundle(head, params, members[0].target, {}, None, {}, calibrator, tuple(members))
 
@@ -123,12 +123,12 @@ def soft_vote(
 # The soft vote ---------------------------------------------------------------------------------------------------------
 
 VOTE, HEAD = "vote", "soft_vote"
-"""What the row has in place of an embedding's name, and its head."""
+"""The vote's name in place of an embedding's, and its head's name."""
 
 
 @dataclass(frozen=True)
 class Voter:
-    """A row that can vote, what it said of the images, and its probabilities: out of fold, shape (n, n_classes), and of the test."""
+    """A row that can vote, its predictions, and their probabilities: out of fold, of shape (n, n_classes), and of the test images."""
 
     row: LeaderboardRow
     out_of_fold: Predictions
@@ -138,15 +138,15 @@ class Voter:
 
 
 Voters = Mapping[str, Voter]
-"""By the key of the row."""
+"""Voters by the key of their row."""
 
 
 def vote_row(rows: Sequence[LeaderboardRow], asked: Asked) -> LeaderboardRow | str:
-    """Return the row of the soft vote, or why there is none."""
+    """Return the row of the soft vote, or a message on why there is none."""
     task, files, seed = asked.task, asked.files, asked.config.seed
     scoring, able = asked.config.tuning.scoring, _able(rows, asked)
     if not task.target.exclusive or len({voter.row.embedding for voter in able.values()}) < 2:
-        return "No soft vote: it takes rows with probabilities on two embeddings at least, on the same images."
+        return "No soft vote: it needs rows with probabilities on at least two embeddings of the same images."
     made = [bundles.describe(files.root / str(voter.row.bundle))["provenance"]["key"] for voter in able.values()]
     key = fingerprint({"row": ROW_VERSION, "rows": made, "task": task.key, "scoring": scoring, "seed": seed})
     folder, metric = files.bundle(VOTE, HEAD), METRICS[scoring]
@@ -155,7 +155,7 @@ def vote_row(rows: Sequence[LeaderboardRow], asked: Asked) -> LeaderboardRow | s
         return found
     members = _chosen(able, metric, np.arange(len(task.train)))
     if len(members) < 2:
-        return f"No soft vote: no second embedding makes {members[0]} better out of fold."
+        return f"No soft vote: no second embedding improves on {members[0]} out of fold."
     mean = np.empty((len(task.train), task.target.width))
     for train, held_out in task.folds:
         mean[held_out] = _mean(able, _chosen(able, metric, train), held_out)
@@ -167,7 +167,7 @@ def vote_row(rows: Sequence[LeaderboardRow], asked: Asked) -> LeaderboardRow | s
     test_pred, on_test = bundle.voted([voter.of_test for voter in chosen])
     searched = mean.astype(np.float32) if metric.needs_probabilities else None
     more = {"y_pred": y_pred, "probabilities": probabilities, "scores": searched, "kind": "probability"}
-    said = HeadPredictions(
+    predictions = HeadPredictions(
         replace(chosen[0].test, y_pred=test_pred, probabilities=on_test),
         replace(chosen[0].out_of_fold, **more),  # type: ignore[arg-type]
     )
@@ -180,7 +180,7 @@ def vote_row(rows: Sequence[LeaderboardRow], asked: Asked) -> LeaderboardRow | s
         untrained=any(voter.untrained for voter in voters),
         baseline=all(voter.baseline for voter in voters),
         **cross_validated(Predictions(task.y_train, y_pred, mean), task, metric),
-        test=scores(said.test, seed, metric),
+        test=scores(predictions.test, seed, metric),
         fit_seconds=sum(voter.fit_seconds for voter in voters),
         predict_seconds=sum(voter.predict_seconds for voter in voters),
         trials=len(able),
@@ -191,15 +191,15 @@ def vote_row(rows: Sequence[LeaderboardRow], asked: Asked) -> LeaderboardRow | s
         license=joined(voter.license for voter in voters),
         embed_seconds=None if None in costs else sum(cost or 0 for cost in costs),
         task=task.key,
-        expected_test=expected_test(said, task),
+        expected_test=expected_test(predictions, task),
     )
     provenance = {"key": key, "row": row.to_record(), "seed": seed}
-    bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: said.to_bytes()})
+    bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: predictions.to_bytes()})
     return row
 
 
 def _able(rows: Sequence[LeaderboardRow], asked: Asked) -> Voters:
-    """Return the rows that can vote, by key: on the images of the task, sound, with probabilities out of fold."""
+    """Return the rows that can vote, by key: those on the task's images that are sound and have out-of-fold probabilities."""
     found = {}
     for row in rows:
         if row.bundle is None or row.constant or not row.sound or row.task != asked.task.key:
@@ -207,12 +207,12 @@ def _able(rows: Sequence[LeaderboardRow], asked: Asked) -> Voters:
         folder = asked.files.root / row.bundle
         try:
             if bundles.describe(folder)["runs_code_when_loaded"]:
-                continue  # a folder may be a stranger's, and members are loaded to be saved again
-            said = HeadPredictions.read(folder / FILE_NAME)
+                continue  # the folder may come from someone else, and members are loaded to be saved again
+            predictions = HeadPredictions.read(folder / FILE_NAME)
         except BundleError as error:
-            log.warning("%s: has no vote: %s", row.key, error)
+            log.warning("%s: left out of the soft vote: %s", row.key, error)
             continue
-        own, test = said.out_of_fold, said.test
+        own, test = predictions.out_of_fold, predictions.test
         if own is not None and own.probabilities is not None and test.probabilities is not None:
             found[row.key] = Voter(row, own, test, own.probabilities, test.probabilities)
     return found
@@ -223,7 +223,7 @@ def _mean(able: Voters, members: Sequence[str], rows: NDArray[np.intp]) -> NDArr
 
 
 def _chosen(able: Voters, metric: Metric, rows: NDArray[np.intp]) -> list[str]:
-    """Return who votes, the best first, by what they say of some training rows, given by number."""
+    """Return the keys of the chosen voters, best first, by their out-of-fold predictions of some training rows, given by index."""
     y = next(iter(able.values())).out_of_fold.y_true[rows]
 
     def score(members: Sequence[str]) -> float:

@@ -1,7 +1,7 @@
-"""How far the domains of a data set lie apart, which classes suffer, and the best head adapted to the test's new domains.
+"""Distances between the domains of a data set, the classes most affected, and the best head adapted to new domains.
 
-A domain is new where no training image is of it. Of its images only features are used, never a label: each half of them tells how the
-other half is adapted, so that no image is judged by what it took part in.
+A domain is new if only test images belong to it. Adaptation uses the features of these images, never their labels. Each half of them
+is adapted with the other half, so that no image is scored by an adaptation that used it.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from pipeline.stages.train_heads.apart import ApartRows, Origin, origin, row_lik
 from pipeline.stages.train_heads.task import Asked
 
 VERSION = 2
-"""Goes up when what is measured changes its meaning, so that it is made again."""
+"""Increased when the meaning of the results changes, so that stored ones are recomputed."""
 MOST_OF_A_DOMAIN, MOST_PAIRS = 1_000, 15
-"""Images of a domain that are looked at, and pairs of domains, those of a new one with one of training first."""
+"""Maximum numbers of images per domain and of pairs of domains; pairs of a new and a training domain come first."""
 MOST_TRAINING = 20_000
-"""Training images that a head is fitted on again with weights."""
+"""Maximum number of training images for refitting a head with weights."""
 
 ImageRows = NDArray[np.intp]
-"""Places among all images, training before test."""
+"""Indices of images, with the training images before the test images."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Images:
-    """The row that is looked at, and of its n training and m test images the domain, unit and half: arrays of shape (n + m,)."""
+    """The row to adapt, and the domain, unit and half of its n training and m test images: arrays of shape (n + m,)."""
 
     origin: Origin
     asked: Asked
     domains: Texts
     units: NDArray[np.int64]
     half: NDArray[np.bool_]
-    """Which half an image of a new domain is of, whole units together."""
+    """The half that an image of a new domain belongs to; units are not divided."""
 
     @property
     def n(self) -> int:
-        """Training images."""
+        """The number of training images."""
         return len(self.asked.task.train)
 
     @property
     def new(self) -> list[str]:
-        """The domains that no training image is of."""
+        """The domains without training images, sorted."""
         return sorted({*self.domains[self.n :].tolist()} - {*self.domains[: self.n].tolist()})
 
     def halves(self, domains: Sequence[str]) -> tuple[ImageRows, ImageRows]:
-        """Return both halves of the images of some domains."""
+        """Return the two halves of the images of some domains."""
         there = np.isin(self.domains, list(domains))
         return np.flatnonzero(there & self.half), np.flatnonzero(there & ~self.half)
 
@@ -72,12 +72,12 @@ class _Images:
         return store.read(np.concatenate([task.train.digests, task.test.digests])[rows])
 
     def sample(self, rows: ImageRows) -> ImageRows:
-        """Return at most `MOST_OF_A_DOMAIN` of some images."""
+        """Return a random sample of at most `MOST_OF_A_DOMAIN` of these images."""
         return np.sort(np.random.default_rng(self.asked.config.seed).permutation(rows)[:MOST_OF_A_DOMAIN])
 
 
 def with_domains(board: Leaderboard, asked: Asked) -> Leaderboard:
-    """Return the leaderboard with what is known of the domains, and the best row on images adapted to new ones as further rows."""
+    """Add the comparison of domains to the leaderboard, and rows of its best head adapted to new domains."""
     task, config = asked.task, asked.config
     parts = [own for index in (task.train, task.test) if (own := _domains(index, config)) is not None]
     best = origin(board, asked.stores, asked) if parts else None
@@ -98,37 +98,37 @@ def with_domains(board: Leaderboard, asked: Asked) -> Leaderboard:
 
 
 def _domains(index: DatasetIndex, config: Config) -> Texts | None:
-    """Return the domain of each image, object (str) of shape (n,); None where nothing is said of domains."""
+    """Return the domain of each image, object (str) of shape (n,); None if the config names no domains."""
     if config.dataset.domain is not None and not config.dataset.domain_column:
         return np.where(index.splits == "test", "test", "training").astype(object)
     return index.domains if config.dataset.domain else None
 
 
 def _find(images: _Images, board: Leaderboard, found: ApartRows) -> None:
-    row, said, config = images.origin.row, images.origin.said, images.asked.config
+    row, predictions, config = images.origin.row, images.origin.predictions, images.asked.config
     pairs, notes = _pairs(images)
     if config.adapt and not images.new:
         notes.append(
-            "Every domain of the test is among the training images, so there is none to adapt to: give all images of one the split test."
+            "Every domain of the test also has training images, so there is none to adapt to: put all images of a domain into split test."
         )
     adapted = list[Adapted]()
     for way in config.adapt if images.new else ():
         start, named = time.perf_counter(), f"{row.head}+{way}"
-        told = WAYS[way](images)
-        notes += [f"{way}: {told.amiss}."] * bool(told.amiss)
-        if told.used:
-            made = row_like(row, named, "domains", told.answers, board.metric, config.seed)
+        head = WAYS[way](images)
+        notes += [f"{way}: {head.problem}."] * bool(head.problem)
+        if head.used:
+            made = row_like(row, named, "domains", head.answers, board.metric, config.seed)
             found.rows.append(replace(made, fit_seconds=row.fit_seconds + time.perf_counter() - start))
-            for name in told.used:
-                new, old = (part.rows(images.domains[images.n :] == name) for part in (told.answers, said.test))
+            for name in head.used:
+                new, old = (part.rows(images.domains[images.n :] == name) for part in (head.answers, predictions.test))
                 gain = paired_answers(board.test_metric, new, old, config.seed)
                 before, after = (float(part.correct.mean()) for part in (old, new))
                 adapted.append(Adapted(made.key, way, name, len(new), before, after, gain))
-        if told.fitted is not None:
-            folder = found.save(replace(told.fitted, head=named), row.embedding, images.asked)
+        if head.fitted is not None:
+            folder = found.save(replace(head.fitted, head=named), row.embedding, images.asked)
             notes.append(f"The re-weighted head is in {folder}.")
-    assert said.out_of_fold is not None
-    parts = [replace(part, units=None, scores=None, folds=None) for part in (said.out_of_fold, said.test)]
+    assert predictions.out_of_fold is not None
+    parts = [replace(part, units=None, scores=None, folds=None) for part in (predictions.out_of_fold, predictions.test)]
     units = None if images.units.max() + 1 == len(images.units) else images.units
     trained = sorted({*images.domains[: images.n].tolist()})
     each = suffering(replace(joined(parts), units=units), images.domains, trained)
@@ -138,13 +138,13 @@ def _find(images: _Images, board: Leaderboard, found: ApartRows) -> None:
 
 
 def _pairs(images: _Images) -> tuple[tuple[Apart, ...], list[str]]:
-    """Measure the pairs of domains, and say which were not."""
+    """Measure the distances between pairs of domains; also return notes on the pairs left out."""
     ordered = sorted({*images.domains.tolist()}, key=lambda name: (name in images.new, name))
     rows = {name: np.flatnonzero(images.domains == name) for name in ordered}
     few = [name for name, own in rows.items() if len(np.unique(images.units[own])) < 2 * FOLDS]
     pairs = [pair for pair in combinations(ordered, 2) if not {*pair} & {*few}]
     pairs.sort(key=lambda pair: len({*pair} & {*images.new}) != 1)
-    notes = [f"{len(rows[name])} images of {name!r} are too few to say how far it is from others." for name in few]
+    notes = [f"{len(rows[name])} images of {name!r} are too few to measure its distance from others." for name in few]
     notes += [f"Of {len(pairs)} pairs of domains {MOST_PAIRS} were measured."] * (len(pairs) > MOST_PAIRS)
     found = []
     for names in pairs[:MOST_PAIRS]:
@@ -155,21 +155,21 @@ def _pairs(images: _Images) -> tuple[tuple[Apart, ...], list[str]]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Told:
-    """What an adapted head says of the test images, the domains it was adapted to, and what is amiss.
+class _AdaptedHead:
+    """An adapted head's predictions of the test images, the domains it was adapted to, and why others were left out.
 
-    `fitted` is the head where it is another, fitted with weights of all images of new domains.
+    `fitted` is the refitted head, weighted by all images of new domains; None if the original head is used.
     """
 
     answers: Predictions
     used: Sequence[str] = ()
-    amiss: str = ""
+    problem: str = ""
     fitted: ModelBundle | None = None
 
 
-def _coral(images: _Images) -> _Told:
-    """Align the images of each new domain with the training images."""
-    answers, used, few = images.origin.said.test, list[str](), list[str]()
+def _coral(images: _Images) -> _AdaptedHead:
+    """Align the features of each new domain with those of the training images."""
+    answers, used, few = images.origin.predictions.test, list[str](), list[str]()
     source = images.read(images.sample(np.arange(images.n)))
     for name in images.new:
         halves = images.halves([name])
@@ -180,41 +180,41 @@ def _coral(images: _Images) -> _Told:
         for own, other in (halves, halves[::-1]):
             alignment = align(source, images.read(images.sample(other)), images.asked.config.seed)
             answers = _answered(answers, own - images.n, images.origin.bundle.said(alignment(images.read(own))))
-    amiss = f"too few test images to align by, expected {2 * LEAST} of a domain: {', '.join(few)}" if few else ""
-    return _Told(answers, used, amiss)
+    problem = f"too few test images to align by, expected {2 * LEAST} of a domain: {', '.join(few)}" if few else ""
+    return _AdaptedHead(answers, used, problem)
 
 
-def _reweight(images: _Images) -> _Told:
-    """Fit the head again on training images weighted as if they came of the new domains."""
-    bundle, answers, halves = images.origin.bundle, images.origin.said.test, images.halves(images.new)
+def _reweight(images: _Images) -> _AdaptedHead:
+    """Refit the head on training images weighted to resemble the new domains."""
+    bundle, answers, halves = images.origin.bundle, images.origin.predictions.test, images.halves(images.new)
     last, model = bundle.estimator.steps[-1]
     if not has_fit_parameter(model, "sample_weight"):
-        return _Told(answers, amiss=f"{images.origin.row.head} takes no weights")
+        return _AdaptedHead(answers, problem=f"{images.origin.row.head} takes no sample weights")
     if images.n > MOST_TRAINING:
-        return _Told(answers, amiss=f"more than {MOST_TRAINING:,} training images")
+        return _AdaptedHead(answers, problem=f"more than {MOST_TRAINING:,} training images")
     if min(map(len, halves)) < LEAST:
         few = sum(map(len, halves))
-        return _Told(answers, amiss=f"{few} test images of new domains are too few, expected {2 * LEAST}")
+        return _AdaptedHead(answers, problem=f"{few} test images of new domains are too few, expected {2 * LEAST}")
     source, y = images.read(np.arange(images.n)), images.asked.task.y_train
 
-    def weighed(rows: ImageRows) -> ModelBundle:
+    def refitted(rows: ImageRows) -> ModelBundle:
         found = weights(source, images.read(images.sample(rows)), images.asked.config.seed)
         return replace(bundle, estimator=clone(bundle.estimator).fit(source, y, **{f"{last}__sample_weight": found}))
 
     for own, other in (halves, halves[::-1]):
-        answers = _answered(answers, own - images.n, weighed(other).said(images.read(own)))
-    return _Told(answers, images.new, fitted=weighed(np.concatenate(halves)))
+        answers = _answered(answers, own - images.n, refitted(other).said(images.read(own)))
+    return _AdaptedHead(answers, images.new, fitted=refitted(np.concatenate(halves)))
 
 
 WAYS = {"coral": _coral, "reweight": _reweight}
-"""By the words of `adapt`."""
+"""The adaptation methods, by their name in the config's `adapt`."""
 
 
-def _answered(said: Predictions, rows: ImageRows, new: tuple[NDArray[Any], NDArray[np.float64] | None]) -> Predictions:
-    """Return predictions with those of some images replaced."""
-    y_pred, probabilities = said.y_pred.copy(), said.probabilities
+def _answered(old: Predictions, rows: ImageRows, new: tuple[NDArray[Any], NDArray[np.float64] | None]) -> Predictions:
+    """Replace the predictions of some images."""
+    y_pred, probabilities = old.y_pred.copy(), old.probabilities
     y_pred[rows] = new[0]
     if probabilities is not None and new[1] is not None:
         probabilities = probabilities.astype(np.float64)
         probabilities[rows] = new[1]
-    return replace(said, y_pred=y_pred, probabilities=probabilities)
+    return replace(old, y_pred=y_pred, probabilities=probabilities)

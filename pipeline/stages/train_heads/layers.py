@@ -1,6 +1,6 @@
-"""Layers: the profile of every network of which several layers or poolings are embedded, from the stores, without tuning.
+"""Layer profiles of all networks with several embedded layers or poolings, from the stored features, without tuning.
 
-`manyheads layers CONFIG` prints it, `heads` writes it as `layers.json`, which the report draws.
+`manyheads layers CONFIG` prints them; `heads` writes them to `layers.json`, which the report plots.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from pipeline.stages.train_heads.task import Asked, unseen_task
 log = logging.getLogger(__name__)
 
 VERSION = 1
-"""Goes up when a profile changes its meaning, so that it is made again."""
+"""Increased when the meaning of a profile changes, so that stored ones are recomputed."""
 MOST_IMAGES = 1500
-"""Training images that a profile looks at: a few minutes at most, whatever there are."""
+"""Maximum number of training images in a profile, which bounds its time to a few minutes."""
 
 
 def run(config: Config) -> list[str]:
-    """Return the profiles of a config's networks as tables.
+    """Return the layer profiles of a config's networks as tables.
 
-    PipelineError where stage one has not been run for this config, or no network has several layers.
+    PipelineError if stage one has not been run for this config, or no network has several layers.
     """
     from pipeline.stages.train_heads import ask
 
@@ -47,7 +47,7 @@ def run(config: Config) -> list[str]:
 
 
 def profiles(asked: Asked) -> tuple[LayerProfile, ...]:
-    """Return the profile of every network with several embeddings, and write them down; those that are current are read."""
+    """Return the profile of every network with several embeddings; read them from `layers.json` if current, else compute and write them."""
     groups: dict[str, list[EmbeddingRecord]] = {}
     for record in asked.records:
         if record.section is not None:
@@ -66,9 +66,9 @@ def profiles(asked: Asked) -> tuple[LayerProfile, ...]:
 
 
 def _profile(asked: Asked, group: Sequence[EmbeddingRecord]) -> LayerProfile | None:
-    """Judge the layers of one network on a stratified part of its training images, divided as for all heads.
+    """Compare the layers of one network on a stratified sample of its training images, in the folds of all heads.
 
-    The longest are left out until all together fit into `tuning.memory`; None where there are no two then.
+    The widest layers are left out until the rest fit into `tuning.memory` together; None if fewer than two remain.
     """
     config, task = asked.config, unseen_task(asked.task, group[0], asked.config)
     kept = np.sort(stratified_order(task.y_train, config.seed)[:MOST_IMAGES])
@@ -86,9 +86,7 @@ def _profile(asked: Asked, group: Sequence[EmbeddingRecord]) -> LayerProfile | N
     if len(named) < 2:
         return None
     metric = METRICS[config.tuning.scoring]
-    log.info(
-        "%s: which of its %d layers hold the signal, by ridge on %d images", group[0].network, len(named), len(kept)
-    )
+    log.info("%s: comparing its %d layers by ridge on %d training images", group[0].network, len(named), len(kept))
     return profile(
         {layer: asked.stores[record.name].read(task.train.digests[kept]) for layer, record in named.items()},
         {layer: record.name for layer, record in named.items()},
@@ -102,8 +100,8 @@ def _profile(asked: Asked, group: Sequence[EmbeddingRecord]) -> LayerProfile | N
 
 
 def _depth(layer: str) -> tuple[int, int]:
-    """Return where to show a layer: stages by number, then those of names of their own, the penultimate ones last."""
+    """Return the sort key of a layer: the stem and stages by number, then other names, then penultimate layers."""
     stage = re.match(r"stage(\d+)", layer)
     if layer.startswith("penultimate"):
-        return (2, -len(layer))  # the one without a pooling is the usual layer
+        return (2, -len(layer))  # the default layer, which names no pooling, comes last
     return (0, int(stage[1])) if stage else (0, 0) if layer.startswith("stem") else (1, 0)

@@ -1,7 +1,8 @@
-"""One row: a head tuned, calibrated, scored once on the test images and saved, or found finished.
+"""One leaderboard row: tune a head, calibrate it, score it once on the test images and save it, or reuse a finished row.
 
-On request every search is repeated within outer folds and with other seeds; of uneven classes the weights are switched. Repeats
-choose nothing; they say how far to trust what was chosen. Each has its own journal, in the folder beside the main one's.
+On request, each search is repeated within outer folds and with other seeds; with imbalanced classes, class weights are switched
+on or off for comparison. Repeats never choose a head; they show how reliable the choice is. Each has its own journal, in a folder
+next to the main one.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from pipeline.stages.train_heads.task import Asked, Embedding, SharedFeatures, T
 log = logging.getLogger(__name__)
 
 ROW_VERSION = 5
-"""Goes up when a row or a bundle changes its meaning, so that finished ones are made again."""
+"""Increased when the meaning of a row or bundle changes, so that finished ones are recomputed."""
 
 
 def row_key(head: Head, embedding: Embedding, seed: int) -> str:
-    """Name everything that determines a row."""
+    """Return a digest of everything that determines a row."""
     return fingerprint(
         {
             "row": ROW_VERSION,
@@ -57,7 +58,7 @@ def row_key(head: Head, embedding: Embedding, seed: int) -> str:
 
 
 def finished_row(folder: Path, key: str) -> LeaderboardRow | None:
-    """Return the row of an earlier run that answered the same question and whose bundle is whole."""
+    """Return the row of an earlier run with the same key; None if there is none, or its bundle is damaged."""
     try:
         document = bundles.describe(folder)
         if document.get("provenance", {}).get("key") != key:
@@ -71,9 +72,9 @@ def finished_row(folder: Path, key: str) -> LeaderboardRow | None:
 
 
 def make_row(head: Head, embedding: Embedding, vectors: SharedFeatures, asked: Asked, key: str) -> LeaderboardRow:
-    """Tune one head, score it once on the test images, repeat what was asked for, and save its bundle.
+    """Tune one head, score it once on the test images, run the repeats that the config asks for, and save its bundle.
 
-    UnfittedError where the head cannot be tuned here, or no trial of it could be fitted.
+    UnfittedError if the head cannot be tuned here, or all of its trials failed.
     """
     embedding.require(head)
     log.info("%s / %s", embedding.name, head.name)
@@ -97,8 +98,8 @@ def make_row(head: Head, embedding: Embedding, vectors: SharedFeatures, asked: A
     y_pred, probabilities = predict(bundle, vectors.test, tuning)
     seconds = time.perf_counter() - start
     units, paths = task.test.fold_groups(), task.test.paths
-    said = HeadPredictions(Predictions(task.y_test, y_pred, probabilities, units, paths, target=target), own)
-    row = _row(head, embedding, tuned, said, seed)
+    predictions = HeadPredictions(Predictions(task.y_test, y_pred, probabilities, units, paths, target=target), own)
+    row = _row(head, embedding, tuned, predictions, seed)
     row = replace(
         row,
         predict_seconds=seconds,
@@ -108,19 +109,19 @@ def make_row(head: Head, embedding: Embedding, vectors: SharedFeatures, asked: A
         reweighted=reweighted(head, vectors.train, task, tuning, seed, tuned, journal, vectors.projections),
     )
     provenance = {"key": key, "row": row.to_record(), "seed": seed, "strategy": tuning.strategy}
-    bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: said.to_bytes()})
+    bundles.save(replace(bundle, provenance=provenance), folder, {FILE_NAME: predictions.to_bytes()})
     return row
 
 
-def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictions, seed: int) -> LeaderboardRow:
-    """Say what was found of a head, but for what is measured beside it."""
+def _row(head: Head, embedding: Embedding, tuned: TuningRun, predictions: HeadPredictions, seed: int) -> LeaderboardRow:
+    """Return the row of a tuned head, still without its prediction time, bundle and repeats."""
     record, task, best = embedding.record, embedding.task, tuned.best
     spec = record.spec if record else None
     own = float(np.mean(tuned.last_fit.fold_scores)) if tuned.scoring == "accuracy" else 1.0
-    metric, held_out = METRICS[tuned.scoring], said.out_of_fold
+    metric, held_out = METRICS[tuned.scoring], predictions.out_of_fold
     mean, by_fold = tuned.mean, [score for score in best.fold_scores if score is not None]
     if not task.target.exclusive and metric.needs == "labels" and held_out is not None:
-        # Calibrated, and by the thresholds that the other folds tell, as the test images are judged.
+        # Calibrated, with thresholds from the other folds, in the same way as the test images are scored.
         mean, by_fold = metric.score(held_out), [metric.score(held_out.rows(rows)) for _, rows in task.folds]
     return LeaderboardRow(
         embedding=embedding.name,
@@ -135,7 +136,7 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
         cv_mean=mean,
         cv_std=float(np.std(by_fold, ddof=1)) if len(by_fold) > 1 else 0.0,
         cv_scores=tuple(map(float, by_fold)),
-        test=scores(said.test, seed, metric),
+        test=scores(predictions.test, seed, metric),
         fit_seconds=tuned.fit_seconds,
         predict_seconds=0.0,
         trials=len(tuned.trials),
@@ -146,19 +147,19 @@ def _row(head: Head, embedding: Embedding, tuned: TuningRun, said: HeadPredictio
         embed_seconds=record.seconds_per_image if record else None,
         components=None if embedding.tuning.pca is None else int(tuned.pipeline["pca"].n_components_),
         last_fit=tuned.last_fit,
-        expected_test=expected_test(said, task, own),
+        expected_test=expected_test(predictions, task, own),
     )
 
 
 def calibrator_of(tuned: TuningRun, task: Task) -> Calibrator | None:
-    """Fit what turns the head's scores into probabilities, on rows it had not seen."""
+    """Fit the calibrator from scores to probabilities on the out-of-fold scores; None if there are no scores, or one class only."""
     out_of_fold = tuned.out_of_fold
     if out_of_fold.scores is None or len(tuned.classes) < 2:
         return None
     if not task.target.exclusive:
         return fit_sigmoids(out_of_fold.scores, out_of_fold.y_true)
     model = tuned.pipeline[-1]
-    # The scores of scikit-learn's SVC are counts of the pairs that a class wins.
+    # The scores of scikit-learn's SVC are the number of pairwise votes for each class.
     counts = isinstance(model, (SVC, NuSVC)) and model.decision_function_shape == "ovr"
     votes = counts and out_of_fold.kind == "decision" and len(tuned.classes) > 2
     logits = bundles.logits(out_of_fold.scores, out_of_fold.kind)
@@ -166,7 +167,7 @@ def calibrator_of(tuned: TuningRun, task: Task) -> Calibrator | None:
 
 
 def _out_of_fold(tuned: TuningRun, task: Task, bundle: ModelBundle) -> Predictions:
-    """Return what the chosen parameters said of each training image, with a place for every class of the task."""
+    """Return the out-of-fold predictions of the chosen parameters, with a column for every class of the task."""
     found, target, calibrated = tuned.out_of_fold, bundle.target, None
     if found.scores is not None:
         calibrated = bundle.calibrated(found.scores, found.kind)
@@ -189,21 +190,24 @@ def _out_of_fold(tuned: TuningRun, task: Task, bundle: ModelBundle) -> Predictio
     )
 
 
-def expected_test(said: HeadPredictions, task: Task, own: float = 1.0) -> Interval | None:
-    """Return where cross-validation lets expect the test accuracy; `own` is what the folds' fits score on their own images."""
-    assert said.out_of_fold is not None
+def expected_test(predictions: HeadPredictions, task: Task, own: float = 1.0) -> Interval | None:
+    """Return the interval of the test accuracy expected from cross-validation; `own` is the folds' training accuracy.
+
+    None for targets without exclusive classes.
+    """
+    assert predictions.out_of_fold is not None
     if not task.target.exclusive:
         return None
-    correct = said.out_of_fold.correct
-    # All training images may add a share of what the folds' fits score better on their own images, as in `Promise.of`.
+    correct = predictions.out_of_fold.correct
+    # A fit on all training images may gain a share of the gap between training and held-out accuracy, as in `Promise.of`.
     allowance = max(0.0, own - float(correct.mean())) / len(task.folds)
-    return expected_accuracy(correct, len(task.test), task.groups, said.test.units, allowance)
+    return expected_accuracy(correct, len(task.test), task.groups, predictions.test.units, allowance)
 
 
 def nested(head: Head, X: FeatureMatrix, task: Task, tuning: TuningConfig, seed: int, journal: Path) -> Nested | None:
-    """Search within the training images of every fold and score the winner on the fold; None unless it is asked for.
+    """Nested cross-validation: search within the training images of each fold and score the best on the held-out ones.
 
-    X : of shape (n, dim), float32, the training images. The inner folds keep groups together as the outer ones do.
+    X : of shape (n, dim), float32, the training images. Inner folds keep groups together, like outer ones. None unless `tuning.nested`.
     """
     if not tuning.nested:
         return None
@@ -222,7 +226,7 @@ def nested(head: Head, X: FeatureMatrix, task: Task, tuning: TuningConfig, seed:
 def _seeds(
     row: LeaderboardRow, head: Head, embedding: Embedding, vectors: SharedFeatures, seed: int, journal: Path
 ) -> Seeds | None:
-    """Search again with the next seeds, each with its own folds; None unless it is asked for."""
+    """Repeat the search with the next seeds, each with its own folds; None if `tuning.seeds` is below 2."""
     task, tuning = embedding.task, embedding.tuning
     test_metric = metrics_for(task.target)[0]
     if tuning.seeds < 2:
@@ -254,9 +258,9 @@ def reweighted(
     journal: Path,
     projections: Projections | None = None,
 ) -> Scores | None:
-    """Score the chosen parameters out of fold with class weights switched on, or off where they were on.
+    """Score the chosen parameters out of fold with class weights switched on, or off if they were on.
 
-    None where the classes are even or the head takes no weights: one trial more, not a search.
+    This takes one more trial, not a search. None if the classes are balanced or the head takes no class weights.
 
     X : of shape (n, dim), float32, the training images
     """
@@ -276,10 +280,10 @@ def _beside(journal: Path, name: str) -> Path:
 
 
 def _score(found: TuningRun, X: FeatureMatrix, y: NDArray[Any], task: Task, metric: Metric) -> float:
-    """Score what a search found as the search would have, with the thresholds that its answers out of fold tell."""
-    said, known = [task.target.answers(found.pipeline, block) for _, block in blocks(X)], found.out_of_fold
-    labels = np.concatenate([labels for labels, _, _ in said])
-    columns = [scores for _, scores, _ in said if scores is not None]
+    """Score a search's fitted head on new images with the search's metric, using thresholds from its out-of-fold predictions."""
+    outputs, known = [task.target.answers(found.pipeline, block) for _, block in blocks(X)], found.out_of_fold
+    labels = np.concatenate([labels for labels, _, _ in outputs])
+    columns = [scores for _, scores, _ in outputs if scores is not None]
     scored = np.concatenate(columns) if columns else None
     if metric.threshold and not task.target.exclusive and scored is not None and known.scores is not None:
         whole, all_scores = np.concatenate([known.y_true, y]), np.concatenate([known.scores, scored])

@@ -1,6 +1,6 @@
-"""What the features tell besides: near-duplicates across test or folds, and what is strange to the best and the recommended row.
+"""Near-duplicates across the test or fold boundary, and detection of unknown images for the best and the recommended row.
 
-Strangeness is tested on classes that are left out, and what tells it is kept in the rows' bundles.
+Detection is tested by leaving out classes; the reference data for it is kept in the rows' bundles.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from pipeline.stages.train_heads.task import Asked
 log = logging.getLogger(__name__)
 
 VERSION = 2
-"""Goes up when what is kept or tested changes, so that it is made again."""
+"""Increased when the stored data or the test changes, so that both are recomputed."""
 MOST_IMAGES = 5_000
-"""Training images that take part, and test images that are asked."""
+"""Maximum number of training images, and of test images."""
 MOST_REFERENCES = 1_000
-"""Training images that a bundle keeps the vectors of; a hundredth of the images is nearly as good (Sun et al. 2022)."""
+"""Maximum number of training vectors in a bundle; a hundredth of the images is nearly as good (Sun et al. 2022)."""
 MOST_GROUPS = 5
 FALSE_ALARMS, COVERAGE = 0.05, 0.9
-"""What the report tells detections and sets for."""
+"""The false-alarm rate of detection and the coverage of label sets in the report."""
 
 DISTANCES = {"distance": False, "centred distance": True}
-"""Whether the mean of the training images is taken off first; which is better depends on the network."""
+"""Distance measures, and whether each first subtracts the mean of the training images; which is better depends on the network."""
 
 
 def with_strangers(board: Leaderboard, asked: Asked) -> Leaderboard:
-    """Return the leaderboard with what was found of its best and recommended row, and let their bundles know it."""
+    """Add tests of unknown-image detection to the leaderboard, for its best and recommended row, and to these rows' bundles."""
     found = dict[str, Mapping[str, Any]]()
     for name, row in {each.key: each for each in (board.best, board.recommended)}.items():
         if row.bundle is None or row.constant or row.task != asked.task.key or not asked.task.target.exclusive:
@@ -66,16 +66,16 @@ def with_strangers(board: Leaderboard, asked: Asked) -> Leaderboard:
             key = fingerprint({"version": VERSION, "row": document["provenance"]["key"]})
             record = document.get("unknown", {})
             if record.get("key") != key or not _is_whole(folder):
-                log.info("%s: leaves classes out, to learn what is strange to it", row.key)
+                log.info("%s: leaving out classes to test the detection of unknown images", row.key)
                 record = _find(folder, asked, key)
             found |= {name: record} if record else {}
         except BundleError as error:
-            log.info("%s: is not asked about strangers: %s", name, error)
+            log.info("%s: detection of unknown images is not tested: %s", name, error)
     return replace(board, provenance={**board.provenance, "unknown": found}) if found else board
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether what an earlier run kept beside a bundle is there as it was written."""
+    """Whether the reference data that an earlier run saved with a bundle is present and undamaged."""
     with suppress(BundleError):
         bundles.bundle_file(folder, bundles.KNOWN)
         return True
@@ -84,7 +84,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _find(folder: Path, asked: Asked, key: str) -> Mapping[str, Any]:
     task, stores, seed = asked.task, asked.stores, asked.config.seed
-    bundle, said = bundles.load(folder), HeadPredictions.read(folder / FILE_NAME)
+    bundle, predictions = bundles.load(folder), HeadPredictions.read(folder / FILE_NAME)
     used = np.sort(stratified_order(task.y_train, seed)[:MOST_IMAGES])
     y, fold = task.y_train[used], task.fold[used]
     names = [str(part.embedding["name"]) for part in bundle.parts]
@@ -100,12 +100,12 @@ def _find(folder: Path, asked: Asked, key: str) -> Mapping[str, Any]:
     own: dict[str, NDArray[np.floating]] = {nearest: known.distances}
     new = {nearest: known.distance(stores[names[0]].read(task.test.digests[tested]))}
     record: dict[str, Any] = {"key": key, "groups": groups, "auroc": means, "references": len(known.references)}
-    out_of_fold, of_test = said.out_of_fold, said.test.probabilities
+    out_of_fold, of_test = predictions.out_of_fold, predictions.test.probabilities
     if out_of_fold is not None and out_of_fold.probabilities is not None and of_test is not None:
         own[PROBABILITY], new[PROBABILITY] = unsureness(out_of_fold.probabilities), unsureness(of_test)
         of_truth = out_of_fold.probabilities[np.arange(len(out_of_fold)), out_of_fold.y_true]
         sets = label_sets(of_test, of_truth, COVERAGE)
-        held = sets[np.arange(len(sets)), said.test.y_true]
+        held = sets[np.arange(len(sets)), predictions.test.y_true]
         record["sets"] = {"asked": COVERAGE, "held": float(held.mean()), "labels": float(sets.sum(axis=1).mean())}
     best = max(own, key=lambda name: means.get(name, 0.0))
     alarms = float(np.mean(alike(new[best], own[best]) <= FALSE_ALARMS))
@@ -115,14 +115,14 @@ def _find(folder: Path, asked: Asked, key: str) -> Mapping[str, Any]:
 
 
 def _kept(X: NDArray[np.float32], y: NDArray[np.int64], fold: NDArray[np.int64], centred: bool, seed: int) -> Reference:
-    """Return what a bundle keeps: references, and how far each image lies from those of the other folds."""
+    """Return the reference data for a bundle: reference vectors, and each image's distance from those of the other folds."""
     mean = _mean(X, centred)
     units, chosen = directions(X, mean), np.zeros(len(X), dtype=bool)
     chosen[stratified_order(y, seed)[:MOST_REFERENCES]] = True
     distances = np.zeros(len(X))
     for number in np.unique(fold):
         others = units[chosen & (fold != number)]
-        # Of fewer references the one that is as near among them as the nth among all.
+        # Among fewer references, the neighbour of the same relative rank.
         nth = round(NEIGHBOURS * len(others) / chosen.sum())
         distances[fold == number] = distance(units[fold == number], others, nth)
     return Reference(mean, units[chosen], distances, np.linalg.norm(X[chosen] - mean, axis=1))
@@ -139,7 +139,10 @@ def _left_out(
     fold: NDArray[np.int64],
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Leave a group of classes out, fit the head on some folds of the others, and see how strange those and these are to it."""
+    """Leave out each group of classes in turn, fit the head on the others without one fold, and compare strangeness scores.
+
+    The left-out classes are the unknown images, the held-out fold of the other classes the known ones.
+    """
     classes, found = np.random.default_rng(seed).permutation(np.unique(y)), []
     for number, left in enumerate(np.array_split(classes, min(MOST_GROUPS, len(classes)))):
         unknown = np.isin(y, left)
@@ -159,9 +162,9 @@ def _left_out(
 def _scores(
     bundle: ModelBundle, vectors: Sequence[NDArray[np.float32]], y: NDArray[np.int64], train: NDArray[np.bool_]
 ) -> Mapping[str, NDArray[np.floating]]:
-    """Return how strange all n images are to what was learned from some, shape (n,), by how it is measured.
+    """Return strangeness scores of all n images against the training ones, shape (n,), by the name of the measure.
 
-    That is by the distances, and by `probability` where the head has some and can be fitted on these.
+    The measures are the distances, and `probability` if the head has probabilities and can be fitted on these images.
     """
     X, fitted_on, found = vectors[0], np.flatnonzero(train), dict[str, NDArray[np.floating]]()
     some = fitted_on[np.linspace(0, len(fitted_on) - 1, min(len(fitted_on), MOST_REFERENCES)).astype(int)]
@@ -170,14 +173,14 @@ def _scores(
         found[name] = distance(units, units[some])
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of convergence: what the search was told of
+            warnings.simplefilter("ignore")  # convergence warnings, which the search has already reported
             fitted = [
                 replace(part, estimator=clone(part.estimator).fit(own[train], y[train]))
                 for part, own in zip(bundle.parts, vectors, strict=True)
             ]
             whole = replace(bundle, members=tuple(fitted)) if bundle.members else fitted[0]
             probabilities = whole.said(*vectors)[1] if len(np.unique(y[train])) > 1 else None
-    except Exception as error:  # as in a search: such as one class alone, or more neighbours than there are rows now
+    except Exception as error:  # as in a search: a single class, for instance, or fewer rows than neighbours
         log.info("%s: cannot be fitted without some of the classes: %s", bundle.head, first_line(error))
         probabilities = None
     if probabilities is not None:
@@ -186,10 +189,10 @@ def _scores(
 
 
 def find_leaks(board: Leaderboard, asked: Asked) -> tuple[Leaks | None, audit.Findings]:
-    """Look at all images of a task, in the embedding of the best row that has one: near-duplicates, what they do, outliers.
+    """Find near-duplicates, their effect on the scores, and outliers, in the embedding of the best row that has one.
 
-    Of more than `audit.MOST_IMAGES` images only a part is looked at, half of them test images at most. There are no leaks to
-    tell of where no row has an embedding.
+    At most `audit.MOST_IMAGES` images are examined, at most half of them test images. Without a row that has an embedding, the leaks
+    are None.
     """
     task, stores = asked.task, asked.stores
     embedding = next((row.embedding for row in board.rows if row.embedding in stores), None)
@@ -223,10 +226,10 @@ def find_leaks(board: Leaderboard, asked: Asked) -> tuple[Leaks | None, audit.Fi
         clean = part.rows(~np.isin(np.asarray(part.paths).astype(str), paths[leaking]))
         return metric.score(clean) if len(clean) else np.nan
 
-    for key, said in read_predictions(board, asked.files.root).items():
-        if np.isfinite(score := clean_score(said.test, tested)):
+    for key, predictions in read_predictions(board, asked.files.root).items():
+        if np.isfinite(score := clean_score(predictions.test, tested)):
             without[key] = score
-        if said.out_of_fold and np.isfinite(score := clean_score(said.out_of_fold, folded)):
-            held_out[key] = metric.score(said.out_of_fold), score
+        if predictions.out_of_fold and np.isfinite(score := clean_score(predictions.out_of_fold, folded)):
+            held_out[key] = metric.score(predictions.out_of_fold), score
     images = len(task.train) + len(task.test)
     return Leaks(embedding, images, len(tested), n_test, len(folded), n_train, without, held_out), findings

@@ -1,4 +1,4 @@
-"""What every head is asked, and what it is tuned on: the images, the folds, and the features of an embedding, in memory or on disk."""
+"""The task that all heads share (images, labels and folds), and the features of each embedding, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """What every head is asked: the same rows, folds and test images for all of them.
+    """The training images, folds and test images that all heads share.
 
-    `y_train` and `y_test` are what the target makes of the labels, of shape (n,) or (n, k).
+    `y_train` and `y_test` are the labels as the target encodes them, of shape (n,) or (n, k).
     """
 
     target: Target
@@ -55,15 +55,15 @@ class Task:
     y_test: NDArray[Any]
     folds: Folds
     groups: NDArray[np.int64] | None
-    """Training images that must share a fold, int64 of shape (n,); None when each may go anywhere."""
+    """Group numbers of training images, int64 of shape (n,): a group stays in one fold; None if there are no groups."""
     key: str
-    """Digest of everything above: equal keys ask the same question."""
+    """Digest of all fields above; tasks with equal keys are the same."""
     chose: int | None = None
-    """Of the training images those that chose the weights of a fine-tuned network; None where all rows share the images."""
+    """Number of training images that selected the weights of a fine-tuned network; None if all rows share the same images."""
 
     @property
     def fold(self) -> NDArray[np.int64]:
-        """The fold that holds each training image out, int64 of shape (n,)."""
+        """The fold in which each training image is held out, int64 of shape (n,)."""
         place = np.full(len(self.train), -1)
         for number, (_, held_out) in enumerate(self.folds):
             place[held_out] = number
@@ -73,9 +73,9 @@ class Task:
 def make_task(
     config: Config, files: Artifacts, index: DatasetIndex, stores: Sequence[FeatureStore | JoinedStores]
 ) -> Task:
-    """Choose the rows that have features, make the folds, and name the question.
+    """Return the task on the images that have features, with its folds and key.
 
-    DatasetError where there are too few classes or no test images; StoreError where images that did not fail have no features.
+    DatasetError if there are too few classes or no test images; StoreError if readable images have no features.
     """
     used = index.select("train", "validation", "test")
     known = set(digests_to_hex(failed_digests(files.dataset, policy_key(config.dataset.max_pixels))))
@@ -101,27 +101,27 @@ def make_task(
 
 
 def unseen_task(task: Task, record: EmbeddingRecord, config: Config) -> Task:
-    """Return the task without the training images that an embedding's network has learned from.
+    """Return the task without the training images that an embedding's network was trained on.
 
-    On those its vectors tell the labels, so heads neither fit nor are cross-validated on them. Images that chose the weights
-    are left out too, where at least as many others remain; else heads use them, and `chose` says that they judge nothing.
-    The test images stay.
+    The network's vectors of these images reveal their labels, so heads are neither fitted nor cross-validated on them. Images
+    that selected the weights are left out too if at least as many others remain; otherwise heads use them, and `chose` counts
+    them. The test images stay.
 
-    DatasetError where too few images are left, or the test images taught or chose the weights.
+    DatasetError if too few images are left, or the network was trained on, or selected by, test images.
     """
     known = lineage.NONE
     for part in record.parts or (record,):
         known = known.with_other(lineage.of(part.section, part.spec.trained_on))
-    told = known.learned(task.test.digests) | known.chose(task.test.digests)
-    if told.any():
+    seen = known.learned(task.test.digests) | known.chose(task.test.digests)
+    if seen.any():
         raise DatasetError(
-            f"{record.name}: its network has learned from, or was chosen by, {int(told.sum()):,} of the {len(told):,} test images, "
+            f"{record.name}: its network has learned from, or was chosen by, {int(seen.sum()):,} of the {len(seen):,} test images, "
             "so no score on them means anything; leave it out of backbones, or give other test images"
         )
     learned, chose = known.learned(task.train.digests), known.chose(task.train.digests)
     if not (learned | chose).any():
         return task
-    if task.groups is not None:  # a frame of a film that was learned from is not unseen
+    if task.groups is not None:  # a frame counts as seen if any frame of its film was trained on
         learned, chose = (np.isin(task.groups, task.groups[part]) for part in (learned, chose))
     if known.chosen_on is None:
         chose = np.ones_like(learned)
@@ -147,7 +147,7 @@ def _with_folds(
     config: Config,
     chose: int | None = None,
 ) -> Task:
-    """Make the folds and name the question."""
+    """Return the task with its folds and key."""
     groups = train.fold_groups()
     folds = make_folds(target.strata(y_train), config.tuning.folds, config.seed, groups)
     key = fingerprint(
@@ -164,7 +164,7 @@ def _with_folds(
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """What heads are tuned on: the features of an embedding, its images, and the search; without a record no image is looked at."""
+    """The features that some heads are tuned on, with their task and search settings; without a record, those of the constant guess."""
 
     heads: tuple[Head, ...]
     task: Task
@@ -175,34 +175,34 @@ class Embedding:
 
     @property
     def name(self) -> str:
-        """The embedding's name."""
+        """The embedding's name, or that of the constant guess."""
         return self.task.target.constant if self.record is None else self.record.name
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the training features; one column where there are none."""
+        """Rows and columns of the training features; one column for the constant guess."""
         return len(self.task.train), 1 if self.store is None else self.store.dim
 
     @property
     def needed(self) -> int:
-        """Bytes that tuning in memory takes."""
+        """Bytes needed for tuning in memory."""
         return memory_needed(self.shape) + 4 * len(self.task.test) * self.shape[1]
 
     @property
     def on_disk(self) -> bool:
-        """Whether the features stay in the store's files, as more than `tuning.memory` is needed."""
+        """Whether the features stay in the store's files, because tuning in memory needs more than `tuning.memory`."""
         limit = self.tuning.memory_bytes
         return self.store is not None and limit is not None and self.needed > limit
 
     def sentence(self) -> str:
-        """Say for people why they stay there."""
+        """Return a message on why the features stay on disk."""
         return (
             f"{self.name}: its features stayed on disk, as tuning on them in memory takes about {_size(self.needed)} "
             f"and {_size(self.tuning.memory_bytes or 0)} are allowed (tuning.memory)."
         )
 
     def require(self, head: Head) -> None:
-        """See that a head can be tuned here; UnfittedError with the reasons why it is left out."""
+        """Raise UnfittedError, with the reasons, if a head cannot be tuned on this embedding."""
         problems = check(head, self.tuning, self.task.target.kind)
         if not problems and self.on_disk:
             width, folds = self.task.target.width, len(self.task.folds)
@@ -214,7 +214,7 @@ class Embedding:
 def objections(
     head: Head, shape: tuple[int, int], width: int, needed: int, tuning: TuningConfig, folds: int = 1
 ) -> list[str]:
-    """Say why a head cannot be tuned on features of a shape that stay on disk, and what to do."""
+    """Return the reasons, with remedies, why a head cannot be tuned on features of this shape on disk; empty if it can."""
     found, limit = memory_needed_on_disk(head, shape, width, tuning.pca, folds), tuning.memory_bytes or 0
     if found is None:
         able = ", ".join(name for name, row in TABLES[head.targets[0]].heads.items() if works_on_disk(row))
@@ -232,7 +232,7 @@ def objections(
 
 @dataclass(frozen=True)
 class Asked:
-    """What a config, with the name of the score in place of `auto`, asks of what stage one wrote; `index` is the index's fingerprint."""
+    """A config, its scoring resolved from `auto`, with the opened results of stage one; `index` is the index's fingerprint."""
 
     config: Config
     files: Artifacts
@@ -244,10 +244,10 @@ class Asked:
 
 
 class SharedFeatures:
-    """The features of an embedding, and the principal components its heads share where `tuning.pca` asks for them.
+    """The features of an embedding, and the principal components that its heads share if `tuning.pca` is set.
 
-    Each is read, or found where it is to stay on disk, when it is first asked for. With a folder, those in memory are of a file
-    there, which processes of one machine share.
+    Each is read, or opened on disk, at its first use. With a folder, features in memory are mapped from a file there, which the
+    processes of one machine share.
     """
 
     def __init__(self, embedding: Embedding, folder: Path | None = None) -> None:
@@ -255,17 +255,17 @@ class SharedFeatures:
 
     @cached_property
     def train(self) -> FeatureMatrix:
-        """The features of the training images, float32 of shape (n, dim); one constant column where a head needs no image."""
+        """The features of the training images, float32 of shape (n, dim); one column of zeros for the constant guess."""
         return self._read(self.embedding.task.train)
 
     @cached_property
     def test(self) -> FeatureMatrix:
-        """The features of the test images, likewise."""
+        """The features of the test images, in the same form."""
         return self._read(self.embedding.task.test)
 
     @cached_property
     def projections(self) -> Projections | None:
-        """The principal components."""
+        """The principal components; None without `tuning.pca`."""
         tuning = self.embedding.tuning
         return None if tuning.pca is None else Projections(self.train, tuning.pca)
 
@@ -288,10 +288,10 @@ class SharedFeatures:
 def predict(
     bundle: ModelBundle, X: FeatureMatrix, tuning: TuningConfig
 ) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
-    """Say of vectors what `ModelBundle.said` does, within `tuning.memory`: block by block where they are on disk.
+    """Return the predictions of `ModelBundle.said` within `tuning.memory`: block by block for vectors on disk.
 
     X : of shape (n, dim), float32; labels are int64 of shape (n,), or as `Predictions` has them, and probabilities
-        float64 of shape (n, width), None where the head has none
+        float64 of shape (n, width), None if the head has none
     """
     if not on_disk(X):
         left = None if tuning.memory_bytes is None else max(0, tuning.memory_bytes - memory_needed(X.shape))

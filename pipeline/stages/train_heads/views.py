@@ -1,7 +1,7 @@
-"""Views of images: the best head on a network averaged over them, learned from them, and both, compared with the plain head.
+"""Views of images: a network's best head averaged over them, trained on them, or both, compared with the plain head.
 
-Folds are of images: a head that learns from the views of some is judged on others, so that no picture is on both sides. Parameters stay
-those that the search chose on the images alone. Each way is a bundle; one that averages is a soft vote of the head on every view.
+All views of an image are in the same fold, so that no image is both trained and scored on. The parameters are those that the search
+chose on the images alone. Each variant is a bundle; a variant that averages is a soft vote of the head over all views.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from pipeline.stages.train_heads.apart import ApartRows, Origin, cross_validated
 from pipeline.stages.train_heads.task import Asked
 
 VERSION = 1
-"""Goes up when what is measured changes its meaning, so that it is made again."""
+"""Increased when the meaning of the results changes, so that stored ones are recomputed."""
 MOST_TRAINING = 20_000
-"""Training images whose views a head is fitted on."""
+"""Maximum number of training images for fitting a head on their views."""
 WAYS = {"averaged": (False, True), "trained": (True, False), "trained+averaged": (True, True)}
-"""Whether the head learns from the views, and whether it is averaged over them."""
+"""For each variant: whether the head is trained on the views, and whether it is averaged over them."""
 
 ViewVectors = Sequence[NDArray[np.float32]]
-"""Of the images and of each view of them, float32 of shape (n, dim) each."""
+"""The vectors of the images, then those of each view, float32 of shape (n, dim) each."""
 Viewed = tuple[Origin, list[EmbeddingRecord]]
-"""The best row on a network that has views, and its embedding before those of the views."""
+"""The best row on a network that has views, and its embedding followed by those of the views."""
 
 
 def with_views(board: Leaderboard, asked: Asked) -> Leaderboard:
-    """Return the leaderboard with the best head of each network that has views in all ways, as rows that stand apart."""
+    """Add to the leaderboard all variants of the best head of each network that has views, as separate rows."""
     viewed = list[Viewed]()
     for record in asked.records:
         parts = [record, *(other for other in asked.records if _is_of(other, record))]
@@ -56,7 +56,7 @@ def with_views(board: Leaderboard, asked: Asked) -> Leaderboard:
 
 
 def _is_of(record: EmbeddingRecord, plain: EmbeddingRecord) -> bool:
-    """Whether an embedding is a view of another: the same layer and pooling of the same network."""
+    """Whether an embedding is a view of another: it has the same network, layer and pooling."""
     if record.kind != VIEW or plain.kind != "backbone" or record.section is None:
         return False
     same = (record.spec.layer, record.spec.pooling) == (plain.spec.layer, plain.spec.pooling)
@@ -64,7 +64,7 @@ def _is_of(record: EmbeddingRecord, plain: EmbeddingRecord) -> bool:
 
 
 def _find(best: Origin, parts: Sequence[EmbeddingRecord], asked: Asked, metric: Metric, found: ApartRows) -> None:
-    task, row, bundle, before = asked.task, best.row, best.bundle, best.said
+    task, row, bundle, before = asked.task, best.row, best.bundle, best.predictions
     n = len(task.train)
     if before.out_of_fold is None or before.out_of_fold.probabilities is None or n > MOST_TRAINING:
         many = f"of more than {MOST_TRAINING:,} training images"
@@ -90,27 +90,27 @@ def _find(best: Origin, parts: Sequence[EmbeddingRecord], asked: Asked, metric: 
         head, name = trained if views else bundle, f"{row.head}+{way}"
         members = [replace(head, embedding=plain(part)) for part in parts]
         made = soft_vote(name, head.params, members, held_out[way], task) if averaged else replace(head, head=name)
-        told = HeadPredictions(
+        predictions = HeadPredictions(
             _predicted(before.test, made, _mean(head, T, averaged)),
             _predicted(before.out_of_fold, made, held_out[way]),
         )
-        assert told.out_of_fold is not None
+        assert predictions.out_of_fold is not None
         costs = [part.seconds_per_image for part in parts[: len(made.parts)]]
         new = replace(
-            row_like(row, name, "views", told.test, metric, asked.config.seed),
-            **cross_validated(told.out_of_fold, task, metric),
+            row_like(row, name, "views", predictions.test, metric, asked.config.seed),
+            **cross_validated(predictions.out_of_fold, task, metric),
             fit_seconds=seconds if views else row.fit_seconds,
             embed_seconds=None if None in costs else sum(cost or 0 for cost in costs),
         )
         found.rows.append(new)
-        place = found.save(made, row.embedding, asked, told)
-        found.notes.append(_sentence(best, new, told, len(parts), place, asked.config.seed))
+        place = found.save(made, row.embedding, asked, predictions)
+        found.notes.append(_sentence(best, new, predictions, len(parts), place, asked.config.seed))
 
 
 def _mean(head: ModelBundle, views: ViewVectors, averaged: bool) -> NDArray[np.float64]:
-    """Return probabilities of n images, float64 of shape (n, n_classes): of the image alone, or averaged over its views."""
-    told = [head.said(part)[1] for part in (views if averaged else views[:1])]
-    return np.asarray(np.mean([p for p in told if p is not None], axis=0, dtype=np.float64))
+    """Return the probabilities of n images, float64 of shape (n, n_classes): of the images alone, or averaged over their views."""
+    probabilities = [head.said(part)[1] for part in (views if averaged else views[:1])]
+    return np.asarray(np.mean([p for p in probabilities if p is not None], axis=0, dtype=np.float64))
 
 
 def _predicted(before: Predictions, made: ModelBundle, p: NDArray[np.float64]) -> Predictions:
@@ -118,13 +118,13 @@ def _predicted(before: Predictions, made: ModelBundle, p: NDArray[np.float64]) -
     return replace(before, y_pred=y_pred, probabilities=probabilities, scores=None, kind=None)
 
 
-def _sentence(best: Origin, row: LeaderboardRow, told: HeadPredictions, times: int, place: str, seed: int) -> str:
-    """Say what a way brought, and what it costs."""
-    assert told.out_of_fold is not None
-    assert best.said.out_of_fold is not None
+def _sentence(best: Origin, row: LeaderboardRow, new: HeadPredictions, times: int, place: str, seed: int) -> str:
+    """Describe the gain and the cost of a variant."""
+    assert new.out_of_fold is not None
+    assert best.predictions.out_of_fold is not None
     alone, kilobytes = best.row, 4 * (best.row.dim or 0) / 1e3
-    held_out = paired_answers(ACCURACY, told.out_of_fold, best.said.out_of_fold, seed)
-    test = paired_answers(ACCURACY, told.test, best.said.test, seed)
+    held_out = paired_answers(ACCURACY, new.out_of_fold, best.predictions.out_of_fold, seed)
+    test = paired_answers(ACCURACY, new.test, best.predictions.test, seed)
     price = [f"{times * kilobytes:.1f} kB of vectors an image in place of {kilobytes:.1f}"]
     if row.fit_seconds != alone.fit_seconds:
         price.append(f"fitted in {row.fit_seconds:.2g} s in place of {alone.fit_seconds:.2g}")
