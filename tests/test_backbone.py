@@ -223,7 +223,7 @@ def test_pooling_that_has_no_meaning_is_refused() -> None:
         graph.effective_pooling(torch.zeros(2, 8), "cls+avg", REGISTERS, "x")
     with pytest.raises(
         BackboneError,
-        match=r"layer 'x' gives 21 x 8, no pooling 'map': it is the network's own attention, at penultimate",
+        match=r"layer 'x' gives 21 x 8, no pooling 'map': it needs a network with attention pooling, and layer penultimate",
     ):
         graph.effective_pooling(torch.zeros(2, 21, 8), "map", REGISTERS, "x")
     with pytest.raises(
@@ -232,17 +232,18 @@ def test_pooling_that_has_no_meaning_is_refused() -> None:
     ):
         load("resnet18", layers=("layer4",), pooling="cls")
     with pytest.raises(
-        BackboneError, match=r"layer 'x' gives 5 x 2 x 2, no pooling 'grid': it is no image of at least 3 x 3 places"
+        BackboneError, match=r"layer 'x' gives 5 x 2 x 2, no pooling 'grid': it has no map of at least 3 x 3 places"
     ):
         graph.effective_pooling(torch.zeros(2, 5, 2, 2), "grid", tokens=graph.Tokens(), layer="x")
     with pytest.raises(
-        BackboneError, match=r"layer 'x' gives 2 x 3 x 4, no pooling 'avg': places cannot be told from channels"
+        BackboneError,
+        match=r"layer 'x' gives 2 x 3 x 4, no pooling 'avg': its places cannot be distinguished from its channels",
     ):
         graph.effective_pooling(torch.zeros(2, 2, 3, 4), "avg", tokens=graph.Tokens(), layer="x")
 
 
 def test_all_wrong_poolings_of_all_layers_are_told_at_once() -> None:
-    with pytest.raises(BackboneError, match="layers that have no pooling that was asked for") as caught:
+    with pytest.raises(BackboneError, match="layers for which none of the given poolings is possible") as caught:
         load("resnet18", layers=("layer3", "layer4", "penultimate"), pooling=("cls", "map"))
     assert [line.split("'")[1] for line in caught.value.problems] == ["layer3.1.relu_1"] * 2 + [
         "layer4.1.relu_1"
@@ -463,8 +464,8 @@ def test_weights_without_a_classifier_give_all_that_is_before_it(
         path = tmp_path / f"{name}.safetensors"
         save_file(content, path)
         np.testing.assert_array_equal(load("shufflenet_v2_x0_5", weights=str(path)).embed(pixels)[0], expected)
-    assert [line for line in caplog.messages if "no part of the network" in line] == [
-        f"{tmp_path / 'beside.safetensors'}: tensors that are no part of the network are left out: 1, such as projector.0.weight"
+    assert [line for line in caplog.messages if "not part of the network" in line] == [
+        f"{tmp_path / 'beside.safetensors'}: tensors that are not part of the network are left out: 1, such as projector.0.weight"
     ]
     with pytest.raises(BackboneError, match=r"the weights have no classifier, so no fc; use layers: \[penultimate\]"):
         load("shufflenet_v2_x0_5", weights=str(path), layers=("conv5", "fc"))

@@ -111,7 +111,7 @@ def test_trees_of_histograms_are_not_trusted_and_would_be_refused(
     fitted = HistGradientBoostingClassifier(max_iter=2).fit(*data)
     bundles.save(make(fitted), tmp_path)
     assert (tmp_path / "head.joblib").is_file()
-    with pytest.raises(ValueError, match="it holds a TreePredictor that compiled code would follow blindly"):
+    with pytest.raises(ValueError, match="it holds a TreePredictor that compiled code would use unchecked"):
         check_fitted(fitted)
 
 
@@ -219,11 +219,11 @@ def crafted(tree: Any, field: str, value: int) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "found"),
     [
-        ("left_child", 10**6, "a node of a tree has a child that is none"),
-        ("right_child", -5, "a node of a tree has a child that is none"),
-        ("left_child", 0, "a node of a tree has a child that is none"),  # its own child: predicting would never end
-        ("feature", 10**6, "a node of a tree asks for a feature that does not exist"),
-        ("feature", -(10**6), "a node of a tree asks for a feature that does not exist"),
+        ("left_child", 10**6, "a node of a tree has an invalid child"),
+        ("right_child", -5, "a node of a tree has an invalid child"),
+        ("left_child", 0, "a node of a tree has an invalid child"),  # its own child: predicting would never end
+        ("feature", 10**6, "a node of a tree uses a feature that does not exist"),
+        ("feature", -(10**6), "a node of a tree uses a feature that does not exist"),
     ],
 )
 @pytest.mark.parametrize("name", ["decision_tree", "random_forest"])
@@ -246,7 +246,7 @@ def test_a_forest_whose_trees_look_at_other_features_is_refused(
     wide = RandomForestClassifier(2, random_state=0).fit(np.hstack([X, X]), y)
     wide.n_features_in_ = DIM
     bundles.save(make(wide), tmp_path)
-    with pytest.raises(BundleError, match="a tree is for other features than its ensemble"):
+    with pytest.raises(BundleError, match="a tree has other features than its ensemble"):
         bundles.load(tmp_path)
 
 
@@ -269,7 +269,7 @@ def test_neighbours_with_fewer_labels_than_points_are_refused(
     fitted = KNeighborsClassifier(3, algorithm="brute").fit(*data)
     fitted._y = fitted._y[:5]
     bundles.save(make(fitted), tmp_path)
-    with pytest.raises(BundleError, match="there are other labels than points"):
+    with pytest.raises(BundleError, match="the numbers of labels and points differ"):
         bundles.load(tmp_path)
 
 
@@ -279,7 +279,7 @@ def test_neighbours_with_fewer_labels_than_points_are_refused(
         (
             "_n_support",
             lambda old: np.array([1, 1, 1], np.int32),
-            "the classes have other support vectors than there are",
+            "the classes have another number of support vectors in total",
         ),
         ("_dual_coef_", lambda old: old[:1].copy(), "coefficients do not fit the support vectors"),
         ("_intercept_", lambda old: old[:1].copy(), "intercepts do not fit the classes"),

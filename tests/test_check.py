@@ -64,7 +64,7 @@ def test_problems_of_every_part_are_told_together(tmp_path: Path) -> None:
 def test_heads_without_probabilities_are_left_out_of_log_loss(tmp_path: Path) -> None:
     make_photos(tmp_path)
     reason = (
-        "head ridge: tuning.scoring 'log_loss' needs probabilities, which it does not give; the others are accuracy, "
+        "head ridge: tuning.scoring 'log_loss' needs probabilities, which this head lacks; scores that do not: accuracy, "
         "balanced_accuracy, macro_f1"
     )
     both = make_config(tmp_path, heads=["ridge", "knn"], tuning={"scoring": "log_loss"})

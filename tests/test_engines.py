@@ -157,7 +157,7 @@ def test_an_engine_that_computes_something_else_is_not_used(monkeypatch: pytest.
         return real(lambda pixels: tuple(vector.roll(1, dims=1) for vector in vectors(pixels)), *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(backbone, "compile_openvino", wrong)
-    with pytest.raises(BackboneError, match="the vectors of the probe images are not torch's"):
+    with pytest.raises(BackboneError, match="the vectors of the probe images differ from torch's"):
         load("openvino", "squeezenet1_1")
 
 

@@ -577,7 +577,7 @@ def test_other_weights_under_the_same_name_are_noticed(experiment: Path) -> None
     network = build(ARCHITECTURE, {**ARGUMENTS, "num_classes": 5})
     try:
         write_weights(path, network.state_dict(), **DESCRIBED)
-        with pytest.raises(PipelineError, match="this machine makes another embedding than the one that was stored"):
+        with pytest.raises(PipelineError, match="this machine computes another embedding than the stored one"):
             finetune.run(config)
     finally:
         path.write_bytes(original)

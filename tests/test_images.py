@@ -441,7 +441,7 @@ class TestPrepare:
     def test_wrong_arguments_are_refused(self) -> None:
         with pytest.raises(ValueError, match="unknown interpolation 'cubic'; there are nearest, bilinear, bicubic"):
             Preprocessing(256, 224, "cubic")
-        with pytest.raises(ValueError, match="antialias=False is not to be had"):
+        with pytest.raises(ValueError, match="antialias=False is not supported"):
             Preprocessing(256, 224, antialias=False)
         with pytest.raises(ValueError, match="unknown decode 'quick'; there are exact, standard, fast"):
             Preprocessing(256, 224, decode="quick")

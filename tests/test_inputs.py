@@ -160,7 +160,7 @@ def test_a_tar_that_is_cut_off_says_so_and_what_is_before_is_used(photos: Path, 
     assert archive.reason.startswith("it is cut off (unexpected end of data); the ")
     assert (member.path, member.reason) == (
         last.name.removeprefix("./"),
-        "it cannot be read: damaged in the archive: the archive ends before it does",
+        "it cannot be read: damaged in the archive: the archive ends before the file",
     )
     assert any("p.tar: it is cut off" in line for line in found.summary_lines())
 

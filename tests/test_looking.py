@@ -364,11 +364,9 @@ def test_heads_on_vectors_of_a_file_are_those_on_the_vectors_that_made_it(
     assert sorted(row["label"] for row in read(tmp_path / "other.csv")) == sorted(
         row["label"] for row in read(tmp_path / "out.csv")
     )
-    with pytest.raises(BackboneError, match=r"mine.parquet holds vectors .* to predict, give a .npy or .parquet file"):
+    with pytest.raises(BackboneError, match=r"mine.parquet holds precomputed .* to predict, give a .npy or .parquet"):
         predict.run(Path(config.output), [index.root], output=tmp_path / "out.csv")
-    with pytest.raises(
-        BackboneError, match=r"mine.parquet holds vectors that were made elsewhere, and no network is known"
-    ):
+    with pytest.raises(BackboneError, match=r"mine.parquet holds precomputed vectors of an unknown network"):
         similar.run([tmp_path / "mine.npy"], Path(config.output))
 
 

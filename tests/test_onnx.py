@@ -145,8 +145,8 @@ def test_other_estimators_are_written_by_skl2onnx_or_refused_in_one_line() -> No
     for model in (ExtraTreesClassifier(5, random_state=0), SGDClassifier(random_state=0)):
         assert far(bundle_of(Pipeline([("head", model.fit(X, KINDS))]), target), NEW) < 2e-6
     refused = {
-        "a kernel 'poly' has no form in ONNX here, which rbf has": [("head", SVC(kernel="poly"))],
-        "a MinMaxScaler before a head has no form in ONNX here": [
+        "a kernel 'poly' cannot be exported to ONNX, only rbf can": [("head", SVC(kernel="poly"))],
+        "a MinMaxScaler before a head cannot be exported to ONNX": [
             ("scaler", MinMaxScaler()),
             ("head", SGDClassifier()),
         ],
@@ -184,7 +184,7 @@ def test_images_of_any_size_are_prepared_as_predict_prepares_them(way: Preproces
 
 def test_an_interpolation_that_onnx_lacks_is_refused() -> None:
     with pytest.raises(
-        BundleError, match="ONNX resizes images by bilinear and bicubic without border here, not by lanczos"
+        BundleError, match="export to ONNX supports resizing by bilinear and bicubic without border, not by lanczos"
     ):
         add_prepared(Graph(), "images", Preprocessing(40, 32, "lanczos"))
 
@@ -288,7 +288,7 @@ def test_a_file_that_says_something_else_is_not_written(
     with pytest.raises(BundleError) as caught:
         export.run(Path(experiment.output), {"onnx": tmp_path / "a.onnx"}, "pixels/logistic_regression")
     assert re.fullmatch(
-        r"nothing was written: from prepared pixels the file is not as `predict` says of \S.*\.png: [\d.e-]+, more than 1e-05",
+        r"nothing was written: from prepared pixels the file differs from `predict` for \S.*\.png: [\d.e-]+, more than 1e-05",
         str(caught.value),
     )
     assert not (tmp_path / "a.onnx").exists()

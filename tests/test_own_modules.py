@@ -200,12 +200,12 @@ def test_the_identity_sees_weights_text_and_source_and_nothing_else(nets: Callab
         ("missing_file", "my_nets:missing_file: fails with {}: FileNotFoundError: weights.pt"),
         (
             "untrained",
-            "my_nets:untrained: has other weights each time; load trained ones in it, or say weights: random",
+            "my_nets:untrained: has different weights each time; load trained ones in it, or set weights: random",
         ),
         (
             "odd_transform",
             "my_nets:odd_transform: its transform is not understood (1 validation error for PreprocessingConfig); expected the keys "
-            "of preprocessing (resize, crop, interpolation, mean, std), or what weights.transforms() of torchvision gives",
+            "of preprocessing (resize, crop, interpolation, mean, std), or the result of torchvision's weights.transforms()",
         ),
         (
             "nett",
@@ -214,7 +214,7 @@ def test_the_identity_sees_weights_text_and_source_and_nothing_else(nets: Callab
         (
             "wants_32",
             "my_nets:wants_32: fails on images of 224 x 224 pixels (RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x150528 "
-            "and 3072x4)); say its image size under preprocessing, or in a transform that the function returns with it",
+            "and 3072x4)); set its image size under preprocessing, or in a transform that the function returns with it",
         ),
     ],
 )
@@ -297,7 +297,7 @@ def test_from_images_to_a_finetuned_network_and_a_strangers_experiment_is_refuse
     nets(NETS.replace("torch.relu", "torch.sigmoid"))
     with pytest.raises(BackboneError) as caught:
         open_record(read_records(Artifacts(config.output).features)[0], "cpu", trust_code=True)
-    assert caught.value.message.endswith("this machine makes another embedding than the one that was stored")
+    assert caught.value.message.endswith("this machine computes another embedding than the stored one")
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["code.source"]
     assert extract.run(config).work.vectors["my_nets_net-own-penultimate"] == 18
 

@@ -123,7 +123,7 @@ def test_an_embedding_this_machine_makes_otherwise_is_refused(experiment: Config
     rewrite(bundle / "bundle.json", document)
     with pytest.raises(BackboneError) as caught:
         predict.run(bundle, [make_photos(tmp_path / "new", per_class=1)], output=tmp_path / "out.csv")
-    assert "makes another embedding than the one that was stored" in caught.value.message
+    assert "computes another embedding than the stored one" in caught.value.message
     assert any(problem.startswith("weights") for problem in caught.value.problems)
 
 

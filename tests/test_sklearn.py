@@ -156,7 +156,7 @@ def test_images_that_cannot_be_used_are_named_all_at_once(photos, here: Path) ->
     for store in ("kept", None):
         with pytest.raises(DatasetError) as caught:
             Embedder("hog", store=store).transform(bad)
-        assert caught.value.message == "5 of 6 images cannot be used; mend them, or leave them out"
+        assert caught.value.message == "5 of 6 images cannot be used; repair or omit them"
         starts = ["gone.jpg: it cannot be read: No such", "broken.jpg: it is not an image", "folder: it is", "image 4: it has 32-bit, floating", "broken.jpg: it is not an image"]  # fmt: skip
         for problem, start in zip(caught.value.problems, starts, strict=True):
             assert problem.startswith(start)
@@ -188,7 +188,7 @@ def test_wrong_parameters_are_told_all_at_once_when_it_is_fitted() -> None:
         "backbones.0.pooling.0",
         "extraction.precision",
     ]
-    with pytest.raises(BackboneError, match=r"resnet50 has several weights; say which.*IMAGENET1K_V1, IMAGENET1K_V2"):
+    with pytest.raises(BackboneError, match=r"resnet50 has several weights; choose.*IMAGENET1K_V1, IMAGENET1K_V2"):
         Embedder("resnet50").fit()
     with pytest.raises(BackboneError, match="no network 'resnet81', did you mean 'resnet18'"):
         Embedder("resnet81").fit()
@@ -216,7 +216,7 @@ def test_columns_have_names_and_pandas_is_given_where_asked(photos, here: Path) 
 
 def test_vectors_of_another_identity_than_the_head_was_fitted_on_are_refused(photos, here: Path) -> None:
     embedder = small(store=None, seed=1, fingerprint=small(store=None)._spec().fingerprint())
-    with pytest.raises(BackboneError, match="its vectors are not those of the head now"):
+    with pytest.raises(BackboneError, match="its vectors are no longer those of the head"):
         embedder.transform(photos[0][:1])
 
 

@@ -207,7 +207,7 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
     network = replace(network, preprocessing=replace(network.preprocessing, decode=extraction.decode, view=view))
     own = family_of(network.architecture).auto_precision if extraction.precision == "auto" else ""
     dtype, precision, reason = resolve_precision(own or extraction.precision, device)
-    reason = f"the one for {network.name}, whose vectors bf16 may move" if own else reason
+    reason = f"the one for {network.name}, whose vectors bf16 may change" if own else reason
     if device.type == "cuda" and precision == "fp32":
         # cuDNN would round to 10 bits (TF32), and fp32 must mean the same on every device.
         torch.backends.cudnn.allow_tf32 = False

@@ -126,6 +126,6 @@ def load_vectors(section: BackboneConfig) -> Baseline:
 def no_network(name: str) -> BackboneError:
     """Return the error for precomputed vectors where a network is needed."""
     return BackboneError(
-        f"{name} holds vectors that were made elsewhere, and no network is known that makes such of an image; to predict, give "
-        "a .npy or .parquet file of vectors in place of images"
+        f"{name} holds precomputed vectors of an unknown network, so images cannot be embedded; to predict, give "
+        "a .npy or .parquet file of vectors instead of images"
     )

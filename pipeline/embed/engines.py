@@ -130,7 +130,7 @@ def choose_precision(asked: str, device: str, flags: frozenset[str], cuda_bf16: 
     native = sorted(native_bf16(flags))
     if native:
         return "bf16", f"the processor computes in it ({', '.join(native)}); precision: fp32 is exact and slower"
-    return "fp32", "the processor has no bf16 that is quicker"
+    return "fp32", "the processor has no faster bf16"
 
 
 def resolve_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str, str]:
@@ -197,7 +197,7 @@ def require_close(found: LayerFeatures, expected: LayerFeatures) -> None:
     for mine, torchs in zip(found, expected, strict=True):
         distance = np.linalg.norm(mine - torchs, axis=1)
         if not (distance <= MOST_DEVIATION * np.linalg.norm(torchs, axis=1) + 1e-6).all():
-            raise RuntimeError("the vectors of the probe images are not torch's")
+            raise RuntimeError("the vectors of the probe images differ from torch's")
 
 
 def compile_openvino(vectors: TorchForward, size: tuple[int, int], precision: str, threads: int) -> Forward:

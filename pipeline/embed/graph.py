@@ -82,7 +82,7 @@ def trace(model: nn.Module, probe: torch.Tensor | None = None) -> TracedNetwork:
         reason = "its graph computes something else"
     except Exception as error:  # a forward pass may run any Python code
         reason = first_line(error)
-    logger.info("%s runs as it is, as it cannot be traced: %s", type(model).__name__, reason)
+    logger.info("%s runs without a graph, as it cannot be traced: %s", type(model).__name__, reason)
     return Taps(model, ()), dict.fromkeys(name for name, _ in model.named_modules() if name)
 
 
@@ -458,11 +458,11 @@ def effective_pooling(output: torch.Tensor, pooling: str, tokens: Tokens, layer:
         why = "" if there else "it has no class token"
     elif pooling == "map":
         there = tokens.attention_pool and output.ndim == 2
-        why = "" if there else f"it is the network's own attention, at {PENULTIMATE} of a network that has one"
+        why = "" if there else f"it needs a network with attention pooling, and layer {PENULTIMATE}"
     elif output.ndim > 2 and pooling != "flatten" and not axes:
-        why = "places cannot be told from channels"
+        why = "its places cannot be distinguished from its channels"
     elif output.ndim > 2 and pooling == "grid" and (len(axes) == 1 or output.shape[axes[0]] < GRID):
-        why = f"it is no image of at least {GRID} x {GRID} places"
+        why = f"it has no map of at least {GRID} x {GRID} places"
     if why:
         shape = " x ".join(map(str, output.shape[1:]))
         raise BackboneError(f"layer {layer!r} gives {shape}, no pooling {pooling!r}: {why}; use avg, max or flatten")
@@ -543,7 +543,7 @@ def effective(
         found.setdefault((row.node, pooling), replace(row, pooling=pooling))
     problems = [problem for layer, problem in refused if layer not in fitting]
     if problems:
-        raise BackboneError("layers that have no pooling that was asked for", problems)
+        raise BackboneError("layers for which none of the given poolings is possible", problems)
     for _, problem in refused:
         logger.warning("left out: %s", problem)
     return list(found.values())

@@ -219,5 +219,5 @@ def in_passes(lane: Lane, pixels: NDArray[np.uint8]) -> LayerFeatures:
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()  # otherwise freed blocks keep the size of the larger batch
-        logger.warning("memory ran out; going on with %d images at a time", lane.limit)
+        logger.warning("memory ran out; continuing with %d images at a time", lane.limit)
     return tuple(np.concatenate(arrays) for arrays in zip(*passes, strict=True))

@@ -68,7 +68,7 @@ class OwnNetwork(nn.Module):
                 output = self.network(images)
         except Exception as error:  # a user's module may fail in any way
             raise BackboneError(
-                f"{self.name}: fails on images of {height} x {width} pixels ({type(error).__name__}: {first_line(error)}); say its "
+                f"{self.name}: fails on images of {height} x {width} pixels ({type(error).__name__}: {first_line(error)}); set its "
                 "image size under preprocessing, or in a transform that the function returns with it"
             ) from None
         if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != len(images):
@@ -116,7 +116,7 @@ def _call(name: str, arguments: Arguments) -> tuple[nn.Module, Preprocessing]:
     except (ValueError, TypeError, AttributeError) as error:
         raise BackboneError(
             f"{name}: its transform is not understood ({first_line(error)}); expected the keys of preprocessing (resize, crop, "
-            "interpolation, mean, std), or what weights.transforms() of torchvision gives"
+            "interpolation, mean, std), or the result of torchvision's weights.transforms()"
         ) from None
 
 
@@ -135,7 +135,7 @@ def _load(name: str, arguments: Arguments) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # the user's function may set a seed
         network, (again, _) = _build(name, arguments), _call(name, arguments)
     if tensors_digest(network.network.state_dict()) != tensors_digest(again.state_dict()):
-        raise BackboneError(f"{name}: has other weights each time; load trained ones in it, or say weights: random")
+        raise BackboneError(f"{name}: has different weights each time; load trained ones in it, or set weights: random")
     return network
 
 

@@ -311,7 +311,7 @@ def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = Fals
         if replace(made, engine=spec.engine).fingerprint() == record.fingerprint:
             return embedder, output
     closest = min((differences(spec.identity(), made.identity()) for made in embedder.specs), key=len)
-    raise BackboneError(f"{record.name}: this machine makes another embedding than the one that was stored", closest)
+    raise BackboneError(f"{record.name}: this machine computes another embedding than the stored one", closest)
 
 
 Places = Sequence[tuple[int, int]]
@@ -367,7 +367,7 @@ def find_parts(groups: Sequence[Sequence[str]], known: Mapping[str, PartT]) -> l
     for name in sorted({name for group in groups for name in group if name not in known}):
         problems.append(f"concat: no embedding {name!r}{guess(name, list(known))}; {there}")
     if problems:
-        raise PipelineError("concat: names what is no embedding of this config", problems)
+        raise PipelineError("concat: unknown embeddings", problems)
     return [tuple(map(known.__getitem__, group)) for group in groups]
 
 

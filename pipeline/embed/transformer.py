@@ -125,7 +125,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         if problems:
             told = [f"{_name(images, number)}: {problem.reason}" for number, problem in sorted(problems.items())]
             raise DatasetError(
-                f"{len(problems):,} of {number_of(len(images), 'image')} cannot be used; mend them, or leave them out",
+                f"{len(problems):,} of {number_of(len(images), 'image')} cannot be used; repair or omit them",
                 first(told, MOST_NAMED),
             )
         return vectors
@@ -205,7 +205,9 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
                     write_specs(path, known)
             (spec,) = known[key]
         if self.fingerprint not in (None, spec.fingerprint()):
-            raise BackboneError(f"{spec.name}: its vectors are not those of the head now; run `manyheads heads` again")
+            raise BackboneError(
+                f"{spec.name}: its vectors are no longer those of the head; run `manyheads heads` again"
+            )
         return spec
 
     def _network(self) -> specs.EmbeddingModel:
@@ -307,4 +309,4 @@ def _usual_weights(name: str) -> str | None:
     found = list(family_of(name).weights(name))
     if len(found) == 1:
         return found[0]
-    raise BackboneError(f"{name} has several weights; say which, such as weights={found[-1]!r}: {', '.join(found)}")
+    raise BackboneError(f"{name} has several weights; choose, for example, weights={found[-1]!r}: {', '.join(found)}")

@@ -191,7 +191,7 @@ def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
         others += [name for name in state if not name.startswith(prefix)]
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if others:
-        told = "%s: tensors that are no part of the network are left out: %d, such as %s"
+        told = "%s: tensors that are not part of the network are left out: %d, such as %s"
         logger.info(told, path, len(others), others[0])
     return state
 
@@ -298,7 +298,7 @@ def _from_state(
     arguments = {**description.get("arguments", {}), **config.arguments}
     module, has_classifier = _fill(architecture, arguments, state, origin)
     if not has_classifier:
-        logger.info("%s has no classifier: all that comes before one can be embedded", origin)
+        logger.info("%s has no classifier: only layers before it can be embedded", origin)
     if "preprocessing" in description:
         module.preprocessing = read_preprocessing(description["preprocessing"])  # type: ignore[assignment]
     elif not hasattr(module, "preprocessing"):

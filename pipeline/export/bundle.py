@@ -351,28 +351,28 @@ def _require(condition: bool, problem: str) -> None:
 
 def _check_tree(tree: Tree) -> None:
     """Check that children come after their node, so that every traversal ends, and that nodes use existing features."""
-    _require(0 < tree.node_count <= tree.capacity, "a tree says it has other nodes than it has")
+    _require(0 < tree.node_count <= tree.capacity, "a tree has a wrong count of nodes")
     nodes = tree.__getstate__()["nodes"]
     leaf = nodes["left_child"] == -1
     _require(bool((nodes["right_child"][leaf] == -1).all()), "a leaf of a tree has a child")
     node, inner = np.arange(len(nodes))[~leaf], nodes[~leaf]
     for children in (inner["left_child"], inner["right_child"]):
-        _require(bool(((children > node) & (children < len(nodes))).all()), "a node of a tree has a child that is none")
+        _require(bool(((children > node) & (children < len(nodes))).all()), "a node of a tree has an invalid child")
     inside = (inner["feature"] >= 0) & (inner["feature"] < tree.n_features)
-    _require(bool(inside.all()), "a node of a tree asks for a feature that does not exist")
+    _require(bool(inside.all()), "a node of a tree uses a feature that does not exist")
 
 
 def _check_decision_tree(owner: BaseDecisionTree) -> None:
     tree = getattr(owner, "tree_", None)
     _require(
         tree is None or (isinstance(tree, Tree) and tree.n_features == owner.n_features_in_),
-        "a tree is for other features than its owner",
+        "a tree has other features than its owner",
     )
 
 
 def _refuse(part: Any) -> None:
     """Refuse search trees outside of neighbours estimators, which rebuild theirs, and histogram trees, which skops does not trust."""
-    raise ValueError(f"it holds a {type(part).__name__} that compiled code would follow blindly")
+    raise ValueError(f"it holds a {type(part).__name__} that compiled code would use unchecked")
 
 
 def _check_neighbours(owner: NeighborsBase) -> None:
@@ -389,12 +389,12 @@ def _check_neighbours(owner: NeighborsBase) -> None:
         _require(same, "a search tree has other points than its owner")
         owner._tree = type(tree)(data, leaf_size=leaf_size, metric=state[11])
     if labels is not None and hasattr(owner, "classes_"):
-        _require(len(labels) == points.shape[0], "there are other labels than points")
+        _require(len(labels) == points.shape[0], "the numbers of labels and points differ")
         classes = owner.classes_ if isinstance(owner.classes_, list) else [owner.classes_]
         columns = np.asarray(labels).reshape(len(labels), -1)
-        _require(columns.shape[1] == len(classes), "there are other labels than classes")
+        _require(columns.shape[1] == len(classes), "the numbers of labels and classes differ")
         for column, known in zip(columns.T, classes, strict=True):
-            _require(bool(((column >= 0) & (column < len(known))).all()), "a label is of no class")
+            _require(bool(((column >= 0) & (column < len(known))).all()), "a label has no class")
 
 
 def _check_libsvm(owner: BaseLibSVM) -> None:
@@ -404,10 +404,10 @@ def _check_libsvm(owner: BaseLibSVM) -> None:
     vectors, total = owner.support_vectors_, len(owner.support_)
     pairs = len(counts) * (len(counts) - 1) // 2 if len(counts) > 1 else 1
     rows = max(len(counts) - 1, 1)
-    _require(bool((counts >= 0).all()), "a class has fewer than no support vectors")
+    _require(bool((counts >= 0).all()), "a class has a negative number of support vectors")
     outlier = owner._impl == "one_class" or "svr" in owner._impl
-    _require(outlier or int(counts.sum()) == total, "the classes have other support vectors than there are")
-    _require(vectors.shape[0] in (0, total), "there are other support vectors than rows of them")
+    _require(outlier or int(counts.sum()) == total, "the classes have another number of support vectors in total")
+    _require(vectors.shape[0] in (0, total), "the numbers of support vectors and their rows differ")
     _require(owner._dual_coef_.shape == (1 if outlier else rows, total), "coefficients do not fit the support vectors")
     _require(len(owner._intercept_) == (1 if outlier else pairs), "intercepts do not fit the classes")
     for name in ("_probA", "_probB"):
@@ -419,7 +419,7 @@ def _check_ensemble(owner: Any) -> None:
     features = getattr(owner, "estimators_features_", None)
     trees = [part for part in _parts(getattr(owner, "estimators_", ())) if isinstance(part, BaseDecisionTree)]
     taken = {owner.n_features_in_} if features is None else {*map(len, features)}
-    _require({tree.n_features_in_ for tree in trees} <= taken, "a tree is for other features than its ensemble")
+    _require({tree.n_features_in_ for tree in trees} <= taken, "a tree has other features than its ensemble")
 
 
 CHECKS: tuple[tuple[Any, Callable[[Any], None]], ...] = (

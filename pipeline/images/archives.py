@@ -285,7 +285,7 @@ def _tar(
         wanted = place[1] if most is None else min(place[1], most)
         data = bytes_at(place[0], wanted)
         if len(data) < wanted:
-            raise EOFError("the archive ends before it does")
+            raise EOFError("the archive ends before the file")
         return data
 
     return Archive(stat, members, read, problem and f"{problem}; the {len(members):,} files before that are read")
@@ -295,7 +295,7 @@ def _compressed_tar(path: str, file: BinaryIO, stat: Stat, opener: Callable[[Any
     """Decompress a compressed tar to a temporary file without a name, and index that."""
     laid_out = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the archive is cached
     logger.info(
-        "%s is compressed as a whole and cannot be read at random places: it is laid out once for this run, in %s; a zip or plain "
+        "%s is compressed as a whole and has no random access: it is decompressed once for this run, to %s; a zip or plain "
         "tar needs no such step",
         path,
         tempfile.gettempdir(),

@@ -67,7 +67,7 @@ class Preprocessing:
             if (word := getattr(self, key)) not in words:
                 raise ValueError(f"unknown {key} {word!r}; there are {', '.join(words)}")
         if not self.antialias:
-            raise ValueError("antialias=False is not to be had: Pillow always smooths when it makes an image smaller")
+            raise ValueError("antialias=False is not supported: Pillow always smooths when it makes an image smaller")
 
     @property
     def size(self) -> tuple[int, int]:

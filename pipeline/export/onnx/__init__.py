@@ -72,7 +72,7 @@ def _vectors(g: Graph, embedder: EmbeddingModel, pixels: str) -> list[str]:
     if spec.architecture == "pixels":
         colours = g("Div", g("Transpose", pixels, perm=[0, 2, 3, 1]), np.float32(255))
         return [g("Reshape", colours, np.array([0, -1]))]
-    raise BundleError(f"{spec.name} has no form in ONNX here; export a head of a network")
+    raise BundleError(f"{spec.name} cannot be exported to ONNX; export a head of a network")
 
 
 def _metadata(model: Model, proof: Proof) -> dict[str, str]:
@@ -156,7 +156,7 @@ def _runner(content: bytes) -> Callable[[Mapping[str, NDArray[Any]]], NamedOutpu
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base class
-        raise BundleError(f"onnxruntime cannot run what was made ({error}); nothing was written") from None
+        raise BundleError(f"onnxruntime cannot run the file ({error}); nothing was written") from None
     names = [output.name for output in session.get_outputs()]
     return lambda given: dict(zip(names, session.run(names, given), strict=True))
 
@@ -175,7 +175,7 @@ def _compare(
         for place in np.flatnonzero(~(far <= most) | (wrong & sure)):
             says = "another label" if wrong[place] and far[place] <= most else f"{far[place]:.2g}, more than {most:g}"
             photo = f"{batch[place].name}, target {name}" if name else batch[place].name
-            raise BundleError(f"nothing was written: from {way} the file is not as `predict` says of {photo}: {says}")
+            raise BundleError(f"nothing was written: from {way} the file differs from `predict` for {photo}: {says}")
     return largest
 
 

@@ -117,7 +117,7 @@ def add_prepared(g: Graph, images: str, preprocessing: Preprocessing) -> str:
     """Add `prepare` for images, uint8 (n, height, width, 3); its output is 0 to 255, float32 (n, 3, *size). BundleError if unsupported."""
     if preprocessing.interpolation not in _FILTERS or preprocessing.fit == "border":
         way = f"{preprocessing.interpolation} with fit {preprocessing.fit}"
-        raise BundleError(f"ONNX resizes images by {' and '.join(_FILTERS)} without border here, not by {way}")
+        raise BundleError(f"export to ONNX supports resizing by {' and '.join(_FILTERS)} without border, not by {way}")
     sides = g("Slice", g("Shape", images), [1], [3])
     resized = _resized(g, sides, preprocessing)
     crop = np.array(preprocessing.size)

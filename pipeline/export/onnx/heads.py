@@ -116,7 +116,7 @@ def _columns(g: Graph, estimator: Any, x: str) -> OutputColumns:
             linear = step.components_.T / (np.sqrt(step.explained_variance_) if step.whiten else 1.0)
             x = g("Cast", _affine(g, x, linear, -(step.mean_ @ linear)), to=FLOAT)
         else:
-            raise BundleError(f"a {type(step).__name__} before a head has no form in ONNX here")
+            raise BundleError(f"a {type(step).__name__} before a head cannot be exported to ONNX")
     convert = next((convert for kinds, convert in _CONVERTERS if type(steps[-1]) in kinds), _by_skl2onnx)
     return convert(g, steps[-1], x)
 
@@ -180,7 +180,7 @@ def _squared_distances(g: Graph, x: str, references: NDArray[Any]) -> str:
 def _kernel(g: Graph, model: Any, x: str) -> OutputColumns:
     """Return decision values or numbers; for three classes or more, votes plus margins of all pairs, as in `decision_function`."""
     if model.kernel != "rbf":
-        raise BundleError(f"a kernel {model.kernel!r} has no form in ONNX here, which rbf has")
+        raise BundleError(f"a kernel {model.kernel!r} cannot be exported to ONNX, only rbf can")
     vectors, dual, bias = model.support_vectors_, np.asarray(model.dual_coef_), np.asarray(model.intercept_)
     kernel = g("Exp", g("Mul", -float(model._gamma), _squared_distances(g, g.double(x), vectors)))
     if isinstance(model, SVR):
@@ -205,7 +205,7 @@ def _kernel(g: Graph, model: Any, x: str) -> OutputColumns:
 
 def _perceptron(g: Graph, model: Any, x: str) -> OutputColumns:
     if model.activation != "relu":
-        raise BundleError(f"a perceptron of {model.activation!r} has no form in ONNX here, which one of relu has")
+        raise BundleError(f"a perceptron of {model.activation!r} cannot be exported to ONNX, only relu can")
     for place, (weights, bias) in enumerate(zip(model.coefs_, model.intercepts_, strict=True)):
         x = _affine(g, g("Relu", x) if place else x, weights, bias)
     if isinstance(model, MLPRegressor):
@@ -231,7 +231,7 @@ def _neighbours(g: Graph, model: Any, x: str) -> OutputColumns:
     """Return the mean label or number of the nearest training images, with weights 1 or 1 / distance."""
     metric, x, references = model.effective_metric_, g.double(x), np.asarray(model._fit_X)
     if metric not in ("euclidean", "cosine") or model.weights not in ("uniform", "distance"):
-        raise BundleError(f"neighbours are found in ONNX by euclidean and cosine here, not by {metric!r}")
+        raise BundleError(f"neighbours can be exported to ONNX for euclidean and cosine, not for {metric!r}")
     if metric == "cosine":
         lengths = np.linalg.norm(references.astype(np.float64), axis=1, keepdims=True)
         directions = _products(g, _unit(g, x), references / np.where(lengths > 0, lengths, 1.0))
