@@ -235,7 +235,7 @@ def test_predict_aligns_a_folder_with_its_own_statistics_on_request(done: Config
     assert re.search(r"told these images with AUC 0\.\d\d \[", text)
     assert "drift: " in text
     np.save(tmp_path / "far.npy", X[:20])
-    with pytest.raises(ConfigError, match="--align: 20 images, expected 50 at least"):
+    with pytest.raises(ConfigError, match="--align: 20 images; a covariance needs at least 50"):
         right(align=True)
 
 

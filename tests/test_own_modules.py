@@ -278,7 +278,7 @@ def test_from_images_to_a_finetuned_network_and_a_strangers_experiment_is_refuse
     assert json.loads((bundle / "bundle.json").read_text("utf-8"))["runs_code_when_loaded"]
     done = predict.run(bundle, [tmp_path / "photos"], output=tmp_path / "labels.csv", trust=True)
     assert sum(done.labels[""].values()) == 18
-    refused = "its network is code, my_nets:net, which can do anything when it is run; only if you know who wrote it"
+    refused = "its network is code, my_nets:net, which can do anything when run; if you trust its author"
     nets("raise SystemExit('ran')")
     with pytest.raises(BackboneError, match=refused):
         predict.run(bundle, [tmp_path / "photos"], output=tmp_path / "labels.csv")

@@ -292,8 +292,8 @@ def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = Fals
         raise baselines.no_network(section.name)
     if section is not None and names_code(section.name) and not trust_code:
         raise BackboneError(
-            f"{record.name}: its network is code, {section.name}, which can do anything when it is run; only if you know who "
-            "wrote it, add --trust (predict), or name it under backbones in the config"
+            f"{record.name}: its network is code, {section.name}, which can do anything when run; if you trust its author, "
+            "add --trust (predict), or name it under backbones in the config"
         )
     decode = spec.preprocessing["decode"]["mode"]
     if decode not in DECODE_MODES:
