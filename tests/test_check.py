@@ -64,7 +64,7 @@ def test_problems_of_every_part_are_told_together(tmp_path: Path) -> None:
 def test_heads_without_probabilities_are_left_out_of_log_loss(tmp_path: Path) -> None:
     make_photos(tmp_path)
     reason = (
-        "head ridge: tuning.scoring 'log_loss' needs probabilities, which it does not give; the others are accuracy, "
+        "head ridge: tuning.scoring 'log_loss' needs probabilities, which this head lacks; scores that do not: accuracy, "
         "balanced_accuracy, macro_f1"
     )
     both = make_config(tmp_path, heads=["ridge", "knn"], tuning={"scoring": "log_loss"})
@@ -165,4 +165,4 @@ def test_classes_with_few_images_are_named_unless_all_have_too_few_for_the_folds
     (named,) = warnings(5)
     assert "fewer training images, groups or distinct contents than the 5 folds in class 'day'" in named
     (lowered,) = warnings(1000)
-    assert lowered.startswith("warning: tuning.folds is 1000, and the training images allow 5")
+    assert lowered.startswith("warning: tuning.folds is 1000, but the training images allow 5")

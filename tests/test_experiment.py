@@ -140,7 +140,7 @@ def test_a_damaged_journal_is_kept_aside_and_the_search_goes_on_from_the_lines_b
         experiment.read_lines(path, TRIALS)
     journal = Journal.open(path, {"seed": 0})
     assert [event["score"] for event in journal.events] == [0.5]
-    assert "line 3 is not the one that was written; the search goes on from the 2 before it" in caplog.text
+    assert "line 3 is damaged; the search resumes from the 2 lines before it" in caplog.text
     journal.append([{"event": "fit", "score": 0.6}])
     journal.close()
     assert (tmp_path / "trials.jsonl.damaged").read_bytes() == damaged
@@ -152,7 +152,7 @@ def test_a_journal_is_never_opened_through_a_link_and_a_strangers_file_never_cut
     diary.write_text("not yours")
     path = tmp_path / "trials.jsonl"
     path.symlink_to(diary)
-    with pytest.raises(HeadError, match=r"trials.jsonl: the trials cannot be written down there \(Too many levels"):
+    with pytest.raises(HeadError, match=r"trials.jsonl: the trials cannot be written to it \(Too many levels"):
         Journal.open(path, {"seed": 0})
     assert diary.read_text() == "not yours"
     path.unlink()

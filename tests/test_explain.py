@@ -276,7 +276,7 @@ def test_pages_carry_all_that_they_show_and_the_first_images_are_told(
 def test_a_bundle_that_lies_in_no_experiment_has_no_neighbours_and_says_so(experiment: Config, tmp_path: Path) -> None:
     bundle = shutil.copytree(Artifacts(experiment.output).bundle("pixels", "logistic_regression"), tmp_path / "alone")
     result = explained(bundle, [make_photos(tmp_path / "new", per_class=1)], tmp_path)
-    reason = f"no neighbours are shown: {bundle} lies in no experiment, whose training images they would be"
+    reason = f"no neighbours are shown: {bundle} is in no experiment with training images"
     assert result.summary_lines()[1:] == [reason]
     assert reason in (tmp_path / "why" / "0001.html").read_text(encoding="utf-8")
 
@@ -293,7 +293,7 @@ def test_the_page_explains_its_worst_mistakes_where_that_is_asked(shapes: Config
         (gone,) = explain.mistakes(output)
     finally:
         shutil.move(photos.with_name("elsewhere"), photos)
-    assert gone.startswith("mistakes   none is explained: ")
+    assert gone.startswith("mistakes   none explained: ")
     assert "manyheads report --explain" in section("mistakes", gather(output))
     done = CliRunner().invoke(cli, ["report", str(output), "--explain"])
     assert f"mistakes   2 images explained, by exact class activation map: {output}/mistakes/index.html" in done.output

@@ -221,7 +221,7 @@ def test_what_is_wrong_with_a_users_own_head_is_told(own_heads):
     assert messages["NO_HEAD"] == "head 'own_heads_for_test:NO_HEAD': is of type int, expected a pipeline.heads.Head"
     lines = messages["FLAWED"].splitlines()
     assert lines[0] == "head 'own_heads_for_test:FLAWED': 4 problems"
-    assert lines[1] == "  name: 'naive bayes' names files; use letters, digits, '.', '_' and '-'"
+    assert lines[1] == "  name: 'naive bayes' cannot be part of a file name; use letters, digits, '.', '_' and '-'"
     assert lines[2] == "  defaults: expected a value for each parameter of the space, and for no other"
     assert lines[3] == "  defaults.smoothing: 3.0 is not in Real(low=1, high=2, prior='uniform')"
     assert lines[4].startswith("  build: a pipeline with the defaults cannot be built (ValueError: Invalid parameter")

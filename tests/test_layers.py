@@ -265,7 +265,7 @@ def test_what_does_not_fit_into_memory_takes_no_part(finished: Config, caplog: p
     files.layers.unlink()
     with pytest.raises(PipelineError, match="no network of this config has several layers"):
         layers.run(small)
-    told = f"{NETWORK} takes no part in the profile of layers: tuning.memory is too small for it"
+    told = f"{NETWORK} is left out of the layer profile: tuning.memory is too small for it"
     assert told in [record.getMessage() for record in caplog.records]
     files.layers.unlink()
     assert layers.run(finished)

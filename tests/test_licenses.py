@@ -67,7 +67,7 @@ def test_a_word_finds_names_and_licences_and_what_was_fetched_is_here(hub: Path)
         "cc-by-nc-4.0",
         "to fetch",
     ]
-    with pytest.raises(BackboneError, match="no network, weights, family or licence has 'resnet5000' in its name"):
+    with pytest.raises(BackboneError, match="no network, weights, family or licence contains 'resnet5000'"):
         backbones.run("resnet5000")
 
 

@@ -211,7 +211,7 @@ def test_pick_leaves_out_what_is_labelled_and_says_why_it_picks(experiment: Conf
     assert {row["suggested"] for row in rows} <= {*known.classes}
     assert "the 30 labelled training images are 10 per class, and from 10 on" in result.phase
     assert result.gain.startswith("not known: too few labelled images")
-    with pytest.raises(DatasetError, match="is there already, and may have labels"):
+    with pytest.raises(DatasetError, match="exists already, and may have labels"):
         pick.run(small_config(new, tmp_path / "new-output"), output=tmp_path / "next.csv")
     labelled = small_config(known.root, tmp_path / "old-output")
     with pytest.raises(
@@ -259,7 +259,7 @@ def test_a_cleaned_manifest_proposes_and_relabels_nothing() -> None:
 def test_a_cleaned_manifest_goes_back_in(experiment: Config, tmp_path: Path) -> None:
     output = tmp_path / "cleaned.csv"
     result = clean.run(experiment, output)
-    with pytest.raises(DatasetError, match="is there already, and may have been edited"):
+    with pytest.raises(DatasetError, match="exists already, and may have been edited"):
         clean.run(experiment, output)
     lines = output.read_text(encoding="utf-8").splitlines()
     output.write_text("\n".join([lines[0], lines[1].replace(",train,", ",excluded,"), *lines[2:]]), encoding="utf-8")
@@ -290,7 +290,7 @@ def test_predict_says_how_often_it_agrees_with_class_folders(experiment: Config,
     lines = result.summary_lines()
     (accuracy,) = [line for line in lines if line.startswith("accuracy")]
     assert accuracy.startswith(f"accuracy {100 * right / 8:.1f} % [")
-    assert accuracy.endswith(f"{right} of 8 images are labelled as their folders are called")
+    assert accuracy.endswith(f"{right} of 8 images are labelled with the name of their folder")
     assert "not counted: 4 images in folders that are no known class" in lines
 
 
@@ -298,7 +298,7 @@ def test_predict_does_not_count_what_the_head_has_learned_from(experiment: Confi
     index = DatasetIndex.read(Artifacts(experiment.output).dataset)
     tested, taught = len(index.select("test")), len(index.select("train"))
     lines = predict.run(Path(experiment.output), [index.root], output=tmp_path / "out.csv").summary_lines()
-    assert any(f"of {tested} images are labelled as" in line for line in lines)
+    assert any(f"of {tested} images are labelled with" in line for line in lines)
     assert f"not counted: {taught} training images, which the head has learned from" in lines
 
 

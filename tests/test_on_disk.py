@@ -313,7 +313,7 @@ def test_nothing_that_fits_is_told_in_one_line_per_row(
     )
     assert caught.value.problems[1].endswith(
         "0.1 MB are allowed; raise tuning.memory, set tuning.pca to a smaller number of components, or choose a layer or "
-        "pooling with fewer numbers"
+        "pooling with fewer dimensions"
     )
 
 

@@ -245,7 +245,7 @@ def test_where_no_image_can_be_read_the_rows_are_written_and_the_run_fails(exper
     (tmp_path / "a.jpg").write_bytes(b"no image")
     (tmp_path / "b.jpg").write_bytes(b"")
     with pytest.raises(
-        DatasetError, match=r"none of the 2 images could be read; .*out\.csv says why of each"
+        DatasetError, match=r"none of the 2 images could be read; .*out\.csv gives the reason for each"
     ) as caught:
         predict.run(pixels_bundle(experiment), [tmp_path], output=tmp_path / "out.csv")
     rows = read(tmp_path / "out.csv")

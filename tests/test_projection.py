@@ -199,7 +199,7 @@ def test_components_make_room_for_every_head() -> None:
     share = tuning.model_copy(update={"pca": 0.95})
     assert objections(HEADS["knn"], shape, 10, needed, share, folds=5)[0].endswith(
         "even with its features on disk it needs about 90.3 GB, and 8.0 GB are allowed; raise tuning.memory, set tuning.pca "
-        "to a smaller number of components, or choose a layer or pooling with fewer numbers"
+        "to a smaller number of components, or choose a layer or pooling with fewer dimensions"
     )
 
 

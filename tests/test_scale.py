@@ -174,9 +174,9 @@ def test_a_shard_is_one_of_so_many(text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--shard", "1/2", "--plan"], "--shard goes without --plan and --engine"),
-        (["--shard", "1/2", "--engine", "ray"], "--shard goes without --plan and --engine"),
-        (["--parts", "x"], "--parts with --shard or --engine"),
+        (["--shard", "1/2", "--plan"], "--shard excludes --plan and --engine"),
+        (["--shard", "1/2", "--engine", "ray"], "--shard excludes --plan and --engine"),
+        (["--parts", "x"], "--parts needs --shard or --engine"),
         (["--workers", "2"], "they need --engine"),
         (["--engine", "spark"], "'spark' is not 'ray'"),
     ],

@@ -136,11 +136,9 @@ def test_size_is_said_to_have_told_it_only_where_it_did() -> None:
     said = lines(small, entry("large", 189, 90, 0.05), entry("hog", 188, 0, 0.001))
     assert "size alone" not in said
     assert "~ these cannot be told apart from small on 200 images." in said
-    assert (
-        "use small: the best; that a quicker one is nearly as good is not shown on these images. That a network" in said
-    )
-    assert said.count("That a network helps is not shown: see hog\n") == 1
-    assert "use hog: all others are shown to be worse. That a network helps is not shown: see hog" in lines(
+    assert "use small: the best; no faster one is shown to be nearly as good on these images. These images" in said
+    assert said.count("These images do not show that a network helps: see hog\n") == 1
+    assert "use hog: all others are shown to be worse. These images do not show that a network helps: see hog" in lines(
         entry("small", 60, 10, 0.01), entry("hog", 190, 0, 0.001)
     )
 
@@ -209,7 +207,7 @@ def test_candidates_that_are_not_to_be_had_are_one_line(
     assert list(caught.value.problems) == [
         "candidate 'resnet50' is to fetch",
         "candidate 'resnet5' is none of those that `manyheads backbones` lists",
-        "a shortlist is made of what is here, and fetches nothing",
+        "a shortlist uses only networks that are here, and fetches nothing",
     ]
     with pytest.raises(PipelineError, match="no network is left to write a config of"):
         shortlist.run(config(photos), 30, ["hog"])

@@ -258,7 +258,7 @@ def test_an_unchanged_experiment_gives_every_number_again(experiment: Config) ->
     said = CliRunner().invoke(cli.cli, ["replay", experiment.output], standalone_mode=False)
     assert said.return_value == 0
     (line,) = without_stores(said.stdout)
-    told = re.fullmatch(r"(.*): the same again, all (\d+) numbers", line)
+    told = re.fullmatch(r"(.*): reproduced, all (\d+) numbers equal", line)
     assert told is not None
     assert told[1] == experiment.output
     assert int(told[2]) > 100
@@ -289,7 +289,7 @@ def test_a_number_that_is_not_what_the_features_give_is_named(copied: Config) ->
 
 def test_rows_that_only_one_has_are_named(copied: Config) -> None:
     found = manyheads.replay(copied, heads=["logistic_regression"])[0]
-    assert any(line.endswith("head: was nearest_centroid, is not there") for line in found.differences)
+    assert any(line.endswith("head: was nearest_centroid, is absent") for line in found.differences)
 
 
 # ---- a budget

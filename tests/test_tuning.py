@@ -197,7 +197,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setitem(files.SYSTEM, "write", full)
-    with pytest.raises(HeadError, match=r"trials.jsonl: the trials cannot be written down there \(No space left"):
+    with pytest.raises(HeadError, match=r"trials.jsonl: the trials cannot be written to it \(No space left"):
         tune(LDA, X, y, make_folds(y, 3, 0), TuningConfig(trials=2), 0, tmp_path / "trials.jsonl")
 
 
@@ -338,7 +338,7 @@ def test_a_foreign_file_is_set_aside_and_an_unwritable_place_is_told(tmp_path, c
     tune(counting(), X, y, make_folds(y, 3, 0), TuningConfig(trials=1), 0, journal)
     assert "a new search begins, because " in caplog.text
     (tmp_path / "file").write_text("")
-    with pytest.raises(HeadError, match="the trials cannot be written down there"):
+    with pytest.raises(HeadError, match="the trials cannot be written to it"):
         tune(counting(), X, y, make_folds(y, 3, 0), TuningConfig(trials=1), 0, tmp_path / "file" / "trials.jsonl")
 
 

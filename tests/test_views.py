@@ -118,9 +118,9 @@ def test_rows_with_views_stand_apart_and_say_what_they_brought_and_cost(done: Co
     text = board.to_text()
     assert "With views of the images: the best head of a network" in text
     assert "out of fold and " in text
-    assert "6.1 kB of vectors an image in place of 2.0" in text
+    assert "6.1 kB of vectors per image instead of 2.0" in text
     assert "that it helps is not shown" in text
-    assert "ms to embed an image in place of" in text
+    assert "ms to embed an image instead of" in text
 
 
 def test_no_view_of_an_image_that_is_judged_was_learned_from(done: Config, monkeypatch: pytest.MonkeyPatch):

@@ -115,7 +115,7 @@ def _mismatch(dimension: Dimension, values: Sequence[Scalar]) -> str | None:
             if type(value) not in kinds and not (type(value) is int and float in kinds):
                 return f"{value!r} is not a choice; expected a list such as {choices}"
         return (
-            None if values and len({*map(repr, values)}) == len(values) else f"expected different choices, got {given}"
+            None if values and len({*map(repr, values)}) == len(values) else f"expected distinct choices, got {given}"
         )
     whole = isinstance(dimension, Integer)
     numbers = [value for value in values if type(value) is int or (type(value) is float and not whole)]
@@ -157,7 +157,7 @@ def load_own(path: str) -> Head:
         raise HeadError(f"head {path!r}: is of type {type(head).__name__}, expected a pipeline.heads.Head")
     problems = []
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", head.name):
-        problems.append(f"name: {head.name!r} names files; use letters, digits, '.', '_' and '-'")
+        problems.append(f"name: {head.name!r} cannot be part of a file name; use letters, digits, '.', '_' and '-'")
     if set(head.space) != set(head.defaults):
         problems.append("defaults: expected a value for each parameter of the space, and for no other")
     for key, dimension in head.space.items():

@@ -203,7 +203,7 @@ def profile(
         return Predictions(truth.y_true[rows], labels[rows], units=units, target=truth.target)
 
     n, held_out = len(truth), [rows for _, rows in folds]
-    # Every layer, each with the usual one, and all together.
+    # Every single layer, each with the default one, and all together.
     sets = [*((layer,) for layer in blocks), *((usual, layer) for layer in blocks if layer != usual)]
     sets += [tuple(blocks)] if len(blocks) > 2 else []
     groups, every = {"+".join(layers): layers for layers in sets}, np.arange(n)

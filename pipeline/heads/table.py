@@ -199,7 +199,7 @@ FOR_PHOTOS = ("logistic_regression", "linear_svm", "rbf_svm", "random_forest", "
 def constant_guess(y: NDArray[Any], width: int) -> Head:
     """The constant guess: the most frequent class of all training images, or the frequency of each label, equal in every fold.
 
-    Fitted per fold, it could pick another class in each: the one that the fold holds out least, and so be wrong most often.
+    Fitted per fold, it could pick another class in each, namely the one held out least, and so be wrong most often.
 
     y : of all training images, indices of `width` classes, int64 of shape (n,), or the labels of each, bool of shape (n, width)
     """
@@ -304,7 +304,7 @@ def listed() -> list[str]:
         cells = []
         for head in table.known.values():
             photos = kind == "classification" and head.name in FOR_PHOTOS
-            tuned = ", ".join(f"{name} {_told(dimension)}" for name, dimension in head.space.items())
+            tuned = ", ".join(f"{name} {_range_text(dimension)}" for name, dimension in head.space.items())
             tuned = f"nothing; needs manyheads[{head.name}]" if head.name in table.optional else tuned
             cells.append((head.name, "yes" * head.probabilities, "yes" * photos, tuned))
         lines += [f"== {kind} ==", *tabulate(cells, headers, "simple", disable_numparse=True).splitlines(), ""]
@@ -315,7 +315,7 @@ def listed() -> list[str]:
     ]
 
 
-def _told(dimension: Dimension) -> str:
+def _range_text(dimension: Dimension) -> str:
     """Return the range of a parameter, or its choices."""
     if isinstance(dimension, Categorical):
         return "/".join(str(choice) for choice in dimension.categories)

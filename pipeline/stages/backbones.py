@@ -61,7 +61,7 @@ def run(word: str = "") -> list[str]:
         shown = [row for row in found if word.lower() in " ".join(row.cells(False)).lower()]
     if not shown:
         raise BackboneError(
-            f"no network, weights, family or licence has {word!r} in its name; leave it out to see what is here"
+            f"no network, weights, family or licence contains {word!r}; leave it out to see what is available"
         )
     short = len({row.name for row in shown}) <= MOST_BUILT
     cells = [row.cells(short or row.where == HERE) for row in shown]

@@ -60,7 +60,7 @@ class CleanRun:
 def run(config: Config, output: Path) -> CleanRun:
     """Write the manifest of an experiment with tuned heads; an existing file, which may have been edited, is never overwritten."""
     if output.exists():
-        raise DatasetError(f"{output}: is there already, and may have been edited; name another file with --output")
+        raise DatasetError(f"{output}: exists already, and may have been edited; name another file with --output")
     require_place(output)
     files, data = Artifacts(config.output, config.store), config.dataset
     index, findings = DatasetIndex.read(files.dataset), read_findings(files.audit)

@@ -119,14 +119,14 @@ def mistakes(output: Path) -> list[str]:
     files, shown = Artifacts(output), material.gather(output)
     found = [] if shown.best is None else sections.worst(shown.best.test)[0]
     if shown.index is None or not found:
-        return ["mistakes   none is explained: there are no predictions, no images, or no mistakes"]
+        return ["mistakes   none explained: there are no predictions, no images, or no mistakes"]
     root, row, folder = shown.index.root, shown.leaderboard.best, files.mistakes.parent
     paths = {absolute(str(root / path)): path for path, *_ in found}
     try:
         images = [Path(each) for each in paths]
         made = predict.run(output / str(row.bundle), images, output=folder / "labels.csv", explain=folder).explained
     except (PipelineError, OSError) as error:
-        return [f"mistakes   none is explained: {error}"]
+        return [f"mistakes   none explained: {error}"]
     assert made is not None  # because `explain` was given
     explained.keep(files, row.key, {paths[absolute(each.path)]: each for each in made.found})
     return [f"mistakes   {line}" for line in made.summary_lines()]
@@ -225,7 +225,7 @@ def _neighbours(
     """
     files = experiment_around(place)
     if files is None:
-        return f"no neighbours are shown: {place} lies in no experiment, whose training images they would be"
+        return f"no neighbours are shown: {place} is in no experiment with training images"
     try:
         stored = Stored.open(files, str(bundle.parts[0].embedding["name"]))
     except PipelineError as error:

@@ -52,7 +52,7 @@ def run(experiment: Path, files: Mapping[str, Path], row: str | None = None, tru
     lines = [f"head    {folder}" for folder in folders.values()]
     for name, file in files.items():
         total = min(len(index), MOST_IMAGES) + len(ODD_SIZES)
-        with bar(total, "images", f"proving {file.name}") as progress:
+        with bar(total, "images", f"verifying {file.name}") as progress:
             content, about = EXPORTS[name].write(model, map(progress.passed, photos(index, ways)))
         write_atomic(file, content)
         lines += [*about, f"written to {file}, {len(content) / 1e6:.1f} MB"]
@@ -75,9 +75,7 @@ def opened(heads: Mapping[str, bundles.ModelBundle], trust_code: bool) -> Model:
     """Open each network of some heads once; those that `predict` runs in bf16 or with OpenVINO also in torch's float32."""
     records = records_of(heads, dict.fromkeys(heads, Path("this head")))
     if any(record.kind == VIEW for own in records.values() for record in own):
-        raise BundleError(
-            "this head is averaged over views of an image, which no file for other programs makes; name another"
-        )
+        raise BundleError("this head is averaged over views of an image, which exports do not support; name another")
     networks = open_networks(records, "cpu", trust_code=trust_code)
     exact = {target: list(map(_in_torch, own)) for target, own in records.items()}
     if exact == records:
@@ -96,7 +94,7 @@ def test_images(bundle: Path) -> DatasetIndex:
     if files := experiment_around(bundle):
         return DatasetIndex.read(files.dataset).select("test")
     raise BundleError(
-        f"{bundle}: has no experiment around it, whose test images an export is proven on; export it where it was made"
+        f"{bundle}: is in no experiment, whose test images an export is verified on; export it where it was made"
     )
 
 
@@ -117,7 +115,7 @@ def photos(index: DatasetIndex, ways: Collection[Preprocessing]) -> Iterator[Pho
         yield photo
     if not read:
         raise DatasetError(
-            f"{index.root}: has no test image that can be read, to prove the export on", first(problems, EXAMPLES)
+            f"{index.root}: has no readable test image to verify the export on", first(problems, EXAMPLES)
         )
     side = max(max(way.size) for way in ways)
     for (down, across), photo in zip(ODD_SIZES, cycle(read), strict=False):

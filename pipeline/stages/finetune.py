@@ -1,7 +1,7 @@
-"""Stage three: the best backbone trained end to end from the best linear head; its result is one more weights file.
+"""Stage three: fine-tune the best backbone end to end from the best linear head; the result is a new weights file.
 
-Reads what stages one and two wrote, and the images. The training images are divided once more: one part is learned from,
-the other chooses weights. Test images are used at the very end, for one paired comparison with stage two.
+Reads the results of stages one and two, and the images. The training images are divided again: one part is trained on,
+the other chooses weights. Test images are used only at the end, for a paired comparison with stage two.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinetuneRun:
-    """What stage three wrote: `result` is result.json, `weights` the weights file, `network` what a config calls it."""
+    """The result of stage three: `result` is result.json, `weights` the weights file, `network` its name in a config."""
 
     result: Mapping[str, Any]
     weights: Path
@@ -42,7 +42,7 @@ class FinetuneRun:
     reused: bool
 
     def summary_lines(self) -> list[str]:
-        """The verdict, what it rests on, and how to go on with the weights."""
+        """Return the verdict, its evidence, and the next step."""
         said = [*lines(self.result), f"weights    {self.weights} ({self.result['bytes'] / 1e6:.1f} MB)"]
         if self.result["alpha"]:
             backbone = json.dumps({"name": self.network, "weights": str(self.weights)}, ensure_ascii=False)
@@ -51,10 +51,10 @@ class FinetuneRun:
 
 
 def run(config: Config) -> FinetuneRun | None:
-    """Fine-tune a backbone of the leaderboard and say whether it was worth it; None where the advice is followed, and is against it.
+    """Fine-tune a backbone of the leaderboard and judge whether it was worth it; None if `unfreeze: auto` follows advice against it.
 
-    A finished run is kept; a stopped one goes on from its last checkpoint.
-    PipelineError where stages one and two have not been run, the target, embedding or head cannot be fine-tuned, or the plan is wrong.
+    A finished run is kept; an interrupted one continues from its last checkpoint.
+    PipelineError if stages one and two have not been run, the target, embedding or head cannot be fine-tuned, or the plan is invalid.
     """
     if config.finetune.unfreeze == "auto":
         advice = advise.run(config)
@@ -146,7 +146,7 @@ def _key(config: Config, choice: Choice, store: FeatureStore, parts: Parts) -> s
 
 
 def _finished(folder: Path, key: str, weights: Path) -> dict[str, Any] | None:
-    """The result of an earlier run that answered the same question and whose weights are there and whole."""
+    """Return the result of an earlier run with the same key, if its weights are intact."""
     try:
         found = read_document(folder / "result.json", FINETUNING)
         return found if found["key"] == key and found["weights_digest"] == file_digest(weights) else None

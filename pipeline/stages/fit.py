@@ -1,7 +1,7 @@
-"""Fit: from photos to a leaderboard and its page in one go, and what is asked of the result most.
+"""Fit: from photos to a leaderboard and its page in one command, and the most common uses of the result.
 
-It looks at the data and embeds, tunes, compares as `features` and `heads` do: what they have finished is not done again, and its
-config, which lies in the output folder, is theirs. What only embeds or predicts is imported there, as `heads` needs none of it.
+It checks the data, embeds, tunes and compares as `features` and `heads` do: their finished work is not repeated, and its
+config, in the output folder, is theirs. Modules for embedding or predicting are imported where used, as `heads` does not need them.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ HINTS = {
     "dataset.label_columns": "--target COLUMN says which column to learn",
     "dataset.target": "--set dataset.target=regression, or another kind, says what it is",
 }
-"""What to write on the command line, by what problems name."""
+"""Command line options to suggest, by the config key in a problem."""
 
 NOTHING_NEW = "nothing changed since the last scan"
-"""What the stage after the look says of the data, a moment later."""
+"""A line of stage one that repeats the check just before."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished experiment, by its output folder; all it says is read from the files in there."""
+    """A finished experiment, given by its output folder; all values are read from its files."""
 
     output: Path
 
     @property
     def boards(self) -> dict[str, Leaderboard]:
-        """The leaderboard of each of several targets by its name; '' for the one of a single target."""
+        """The leaderboard of each target by its name; '' for a single target."""
         return {name: read_leaderboard(folder) for name, folder in Artifacts(self.output).each_target().items()}
 
     @property
     def leaderboard(self) -> pd.DataFrame:
-        """One row for each embedding and head, the best first; of several targets those of each, with its name in a column."""
+        """The leaderboard with one row per embedding and head, best first; with several targets, a `target` column is added."""
         import pandas as pd
 
         tables = {name: board.to_frame() for name, board in self.boards.items()}
@@ -69,7 +69,7 @@ class Run:
         return best_estimator(self.output)
 
     def predict(self, images: str | Path | Sequence[str | Path], **options: Any) -> pd.DataFrame:
-        """Label image files, and all images in folders, by the best head: a row for each image, as `manyheads predict` writes them.
+        """Label image files, and all images in folders, with the best head: one row per image, as written by `manyheads predict`.
 
         `options` are those of `manyheads.predict`, such as `top=5`, or `output` to keep the CSV file too.
         """
@@ -92,7 +92,7 @@ class Run:
         return found
 
     def report(self, open: bool = False) -> Path:
-        """Return the path of the report page, made again where it is not current; `open` shows it in the browser."""
+        """Return the path of the report page, rebuilt if outdated; `open` shows it in the browser."""
         page = report.refresh(self.output)
         if open:
             webbrowser.open(page.resolve().as_uri())
@@ -107,7 +107,7 @@ class Run:
 
 
 def heads(config: Config, engine: Engine | None = None) -> Generator[str, None, dict[str, HeadsRun]]:
-    """Tune and compare heads on the stored features of each target; yield what there is to say, return the results by their names.
+    """Tune and compare heads on the stored features of each target; yield lines of output, return the results by target name.
 
     The name of a single target is ''.
     """
@@ -128,7 +128,7 @@ def settings_of(
     budget: str | None = None,
     output: str | Path | None = None,
 ) -> Config:
-    """Return the config of photos, or a config file's, with what was said besides: columns to learn, time, where results go."""
+    """Return the config of photos or of a config file, with options applied: target columns, time budget, output folder."""
     config = settings.load(given, overrides)
     if target and config.dataset.source != "manifest":
         raise ConfigError(
@@ -142,7 +142,7 @@ def settings_of(
 
 
 def run(config: Config) -> Iterator[str]:
-    """Look, embed, tune, compare, write the page; yield what is found as it is, and at the end what to do next."""
+    """Check, embed, tune, compare, write the page; yield results as they arrive, and finally the next steps."""
     from pipeline.stages import check, extract
 
     files = Artifacts(config.output, config.store)
@@ -168,8 +168,8 @@ def run(config: Config) -> Iterator[str]:
         f"  look          {report.refresh(root)} says how sure this is, which images are doubtful and whether more would help",
         f"  label photos  manyheads predict {place} PHOTOS --output labels.csv{trust}",
         f"  label more    manyheads pick PHOTOS --in {place} says which photos without labels would help most",
-        f"  mend labels   manyheads clean {place} leaves out labels that look wrong",
-        f"  search on     manyheads heads {place} --set tuning.trials=64",
-        f"  take along    manyheads export {place} --onnx {quote(root.name)}.onnx{trust} is one file from pixels to answer",
+        f"  fix labels    manyheads clean {place} leaves out labels that look wrong",
+        f"  tune more     manyheads heads {place} --set tuning.trials=64",
+        f"  deploy        manyheads export {place} --onnx {quote(root.name)}.onnx{trust} writes one file from pixels to labels",
         f"  check it      manyheads replay {place}",
     ]

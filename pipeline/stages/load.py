@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class Features(NamedTuple):
-    """n images: what a classifier takes, and what they are."""
+    """The features of n images, with their labels, paths and groups."""
 
     X: StoredRows
-    """Vectors, float32 of shape (n, dim), read and checked where they are indexed; scikit-learn takes it as it is."""
+    """Vectors, float32 of shape (n, dim), read and checked when indexed; accepted by scikit-learn."""
     y: NDArray[np.object_]
-    """Labels, `str`, shape (n,), or (n, k) of k columns."""
+    """Labels, `str`, shape (n,), or (n, k) for k columns."""
     paths: NDArray[np.object_]
     """Relative to the data set's root, with '/'; shape (n,)."""
     groups: NDArray[np.object_] | None
@@ -35,7 +35,7 @@ class Features(NamedTuple):
         return f"Features(X: {self.X}, y: {len(np.unique(self.y)):,} classes, paths{groups})"
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return them as a table: a row for each image under its path, `label` (of several `label_0`, ...), `group`, then X."""
+        """Return a table with a row per image, indexed by path: `label` (or `label_0`, ...), `group`, then X."""
         import pandas
 
         labels = {"label": self.y} if self.y.ndim == 1 else {f"label_{k}": column for k, column in enumerate(self.y.T)}
@@ -46,10 +46,10 @@ class Features(NamedTuple):
 
 
 def load(path: str | Path, split: str | None = None, embedding: str | None = None) -> Features:
-    """Open the features of an experiment's output folder, or of a packed file alone; nothing is read but the index.
+    """Open the features of an experiment's output folder, or of a packed file alone; only the index is read.
 
-    `split` : 'train', 'validation', 'test' or 'excluded'; all but the excluded images when not given.
-    `embedding` : its name; may be left out where there is one backbone. Images without a vector are left out.
+    `split` : 'train', 'validation', 'test' or 'excluded'; by default all but the excluded images.
+    `embedding` : its name; optional with a single backbone. Images without a vector are left out.
     Returns X, float32 of shape (n, dim), and y, paths and groups (or None), object (str) of shape (n,).
     """
     path = Path(path)
@@ -76,9 +76,9 @@ def load(path: str | Path, split: str | None = None, embedding: str | None = Non
 def open_images(
     source: Path | Artifacts, embedding: str | None = None, option: str = "`embedding`"
 ) -> tuple[ImageTable, FeatureStore]:
-    """Return the images of an experiment that have a vector of one embedding, or of a packed file, and the open store.
+    """Return the images with a vector, of an experiment's embedding or of a packed file, and the open store.
 
-    Of several embeddings one must be named; `option` is how.
+    With several embeddings one must be named; `option` is the name of that option in messages.
     """
     if isinstance(source, Path):
         return read_packed_index(source), FeatureStore.open(source)

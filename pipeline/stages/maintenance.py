@@ -1,6 +1,6 @@
-"""Care for an experiment's feature stores: status, verify, repair, gc, pack, export, merge.
+"""Maintenance of an experiment's feature stores: status, verify, repair, gc, pack, export, merge.
 
-The store knows contents, the index knows images; here the two are joined, so that damage is told as image paths.
+Stores contain contents, the index contains images; this module combines them, so that damage is reported as image paths.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from pipeline.store.reader import open_segment
 from pipeline.store.writer import groups
 
 EXAMPLES = 10
-"""Image paths named per store; the count is always told in full."""
+"""Number of image paths listed per store; the count is always complete."""
 
 SAME_COSINE = 0.9999
-"""Two embeddings of one image on one kind of machine differ by rounding only; the probe vectors use the same bound."""
+"""Two embeddings of an image on the same kind of machine differ by rounding only; the probe vectors use the same bound."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What stage one left behind: its records and the index."""
+    """The results of stage one: its records and the index."""
 
     config: Config
     files: Artifacts
@@ -48,16 +48,16 @@ class Experiment:
 
     @staticmethod
     def open(config: Config) -> Experiment:
-        """Read the records and the index; PipelineError when stage one has not been run."""
+        """Read the records and the index; PipelineError if stage one has not been run."""
         files = Artifacts(config.output, config.store)
         return Experiment(config, files, read_records(files.features), DatasetIndex.read(files.dataset))
 
     def path(self, record: EmbeddingRecord) -> Path:
-        """The store of an embedding."""
+        """Return the path of an embedding's store."""
         return self.files.find_store(record.store)
 
     def own(self, path: Path) -> Path:
-        """A store that may be changed, as it lies where this config has its stores, and no symbolic link leads elsewhere."""
+        """Return the path of a store if it may be changed: it must be in this experiment's folders, also after resolving symbolic links."""
         real = path.resolve()
         if not any(real.is_relative_to(folder.resolve()) for folder in (self.files.root, self.files.stores)):
             raise StoreError(
@@ -67,12 +67,12 @@ class Experiment:
         return path
 
     def paths_of(self, digests: Digests) -> tuple[str, ...]:
-        """The images that have one of k contents, uint64 of shape (k, 2)."""
+        """Return the paths of the images with one of k contents, uint64 of shape (k, 2)."""
         return _names_of(self.index.paths, self.index.digests, digests)
 
 
 def _names_of(names: Texts, contents: Digests, digests: Digests) -> tuple[str, ...]:
-    """Those of n names whose content, uint64 of shape (n, 2), is one of k digests, uint64 of shape (k, 2)."""
+    """Return those of n names whose content, uint64 of shape (n, 2), is one of k digests, uint64 of shape (k, 2)."""
     return tuple(map(str, names[np.isin(digest_keys(contents), digest_keys(digests))].tolist()))
 
 
@@ -86,7 +86,7 @@ def _named(what: str, paths: Sequence[str]) -> Iterator[str]:
 
 
 def status(config: Config) -> list[str]:
-    """Say what is cached, missing, changed, stale and failed, and where. The images are looked at as they are now."""
+    """Return lines on what is cached, missing, changed, stale and failed, and where. The images are scanned as they are now."""
     here = Experiment.open(config)
     index, changes = _as_of_now(here)
     failed = failed_digests(here.files.dataset, policy_key(config.dataset.max_pixels))
@@ -105,7 +105,7 @@ def status(config: Config) -> list[str]:
     asked = [record.instead_of for record in here.records if record.instead_of is not None]
     lines += dict.fromkeys(f"warning: {about_stand_in(section)}" for section in asked)
     others, problems = contents_of_others(here.files)
-    used = None if problems else np.unique(np.concatenate([live, others]), axis=0)  # else nobody can say what is stale
+    used = None if problems else np.unique(np.concatenate([live, others]), axis=0)  # else not known
     remedy = "`manyheads store gc`" + (" after `manyheads features`" if changes else "")
     for record in here.records:
         name = f"{record.name}{' (untrained)' if record.untrained else ''}"
@@ -114,7 +114,7 @@ def status(config: Config) -> list[str]:
 
 
 def _as_of_now(here: Experiment) -> tuple[DatasetIndex, list[str]]:
-    """The index of the images that there are now, and what is different from the last run of stage one."""
+    """Return the index of the current images, and the changes since the last run of stage one."""
     config = here.config
     if needs_download(config.dataset):
         return here.index, ["the images are not looked at, because that means a download"]
@@ -136,8 +136,8 @@ def store_lines(
 ) -> Iterator[str]:
     """Describe a store or a packed file.
 
-    live : distinct contents that it should have, uint64 of shape (n, 2)
-    used : those that somebody uses, uint64 of shape (m, 2), and `remedy` is what removes the others
+    live : distinct contents that it should contain, uint64 of shape (n, 2)
+    used : contents used by any experiment, uint64 of shape (m, 2); `remedy` is the command that removes the others
     """
     store = FeatureStore.open(path)
     missing = 0 if live is None else int(store.missing(live).sum())
@@ -146,9 +146,9 @@ def store_lines(
     yield f"  {vectors} of {store.dim} {store.dtype.name} in {number_of(len(store.segments), 'segment')}, {size}"
     yield f"  {path}  digest {store.digest[:16]}"
     if used is not None and (stale := store.rows - int((~store.missing(used)).sum())):
-        yield f"  {number_of(stale, 'vector')} of no image any more; {remedy} removes them"
+        yield f"  {number_of(stale, 'vector')} of no image; {remedy} removes them"
     if waiting := sum(len(open_segment(group, store.store_type).bulk) for group in groups(path)):
-        yield f"  {number_of(waiting, 'vector')} of a run that was stopped, for the next `manyheads features`"
+        yield f"  {number_of(waiting, 'vector')} of an interrupted run, which the next `manyheads features` will take over"
     if writer := lock.holder(path):
         yield f"  being written by {writer}"
 
@@ -165,23 +165,23 @@ def status_of_pack(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Check:
-    """One store's verification: the files, and where asked a sample of images embedded anew."""
+    """The verification of one store: its files, and optionally a sample of images embedded again."""
 
     name: str
-    """The embedding's, or the packed file's."""
+    """Name of the embedding or of the packed file."""
     report: maintain.VerifyReport
     damaged_images: tuple[str, ...]
     sampled: int = 0
     deviating_images: tuple[str, ...] = ()
-    """Sampled images whose vector is not the stored one."""
+    """Sampled images whose vector differs from the stored one."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no problem was found."""
         return self.report.ok and not self.deviating_images
 
     def lines(self) -> Iterator[str]:
-        """The outcome in plain lines."""
+        """Return the result as plain lines."""
         report = self.report
         depth = "every byte" if report.full else "file heads, sizes and structure"
         found = "ok" if self.ok else "DAMAGED" if not report.ok else "DEVIATES"
@@ -197,7 +197,7 @@ class Check:
 
 
 def verify(config: Config, *, full: bool = False, sample: int = 0) -> list[Check]:
-    """Check every store; `sample` images per store are embedded anew and compared."""
+    """Check every store; `sample` images per store are embedded again and compared."""
     here = Experiment.open(config)
     checks = []
     for record in here.records:
@@ -211,7 +211,7 @@ def verify(config: Config, *, full: bool = False, sample: int = 0) -> list[Check
 
 
 def _embed_again(here: Experiment, record: EmbeddingRecord, sample: int) -> tuple[int, tuple[str, ...]]:
-    """Embed random images anew; return how many, and those whose vector differs from the stored one."""
+    """Embed random images again; return their number, and those whose vector differs from the stored one."""
     from pipeline.stages.estimators import embedder_of
 
     stored = FeatureStore.open(here.path(record), record.fingerprint)
@@ -245,7 +245,7 @@ def verify_pack(path: Path, *, full: bool = False) -> Check:
 
 
 def verify_files(config: Config) -> tuple[bool, list[str]]:
-    """Check the digest of every file beside the stores; return whether nothing is wrong, and the outcome in plain lines."""
+    """Check the digests of all files outside the stores; return whether all are intact, and the result as plain lines."""
     files = Artifacts(config.output, config.store)
     found = [(path, check) for pattern, check in _CHECKS.items() for path in sorted(files.root.rglob(pattern))]
     found += [(path, require_whole) for path in sorted(files.stores.glob("experiments/*.json"))]
@@ -296,7 +296,7 @@ _CHECKS: dict[str, Callable[[Path], object]] = {
     "*.safetensors": _check_weights,
     HASH_STORE: _check_store,
 }
-"""Files anywhere below the output folder, and what reads each: PipelineError or ValueError for one that is not what was written."""
+"""Patterns of files anywhere below the output folder -> their checks, which raise PipelineError or ValueError for damage."""
 
 
 # ---- repair, gc, pack, export, merge
@@ -315,9 +315,9 @@ def repair(config: Config) -> list[str]:
 
 
 def gc(config: Config) -> list[str]:
-    """Remove the vectors that belong to no image of any experiment any more.
+    """Remove vectors that are no longer used by any image of any experiment.
 
-    StoreError, and nothing is removed, when an experiment that uses the stores cannot be read.
+    StoreError if an experiment that uses the stores cannot be read; then nothing is removed.
     """
     here = Experiment.open(config)
     require_index(here.files.features, here.index.fingerprint())
@@ -341,7 +341,7 @@ def gc(config: Config) -> list[str]:
 
 
 def pack(config: Config, output: Path, *, embedding: str | None = None, anonymous: bool = False) -> str:
-    """Write one embedding with its paths, labels, splits and groups into a single HDF5 file."""
+    """Write one embedding with its paths, labels, splits and groups to a single HDF5 file."""
     images, opened = open_images(Artifacts(config.output, config.store), embedding, "--embedding")
     if "labels" not in images.columns:
         raise StoreError(
@@ -354,7 +354,7 @@ def pack(config: Config, output: Path, *, embedding: str | None = None, anonymou
 
 
 def export(source: Config | Path, output: Path, *, embedding: str | None = None) -> str:
-    """Write one embedding of every image as `.npy` or `.parquet`, rows in the order of the index.
+    """Write one embedding of every image as `.npy` or `.parquet`, with rows in the order of the index.
 
     `source` : an experiment, or a packed file.
     """
@@ -365,7 +365,7 @@ def export(source: Config | Path, output: Path, *, embedding: str | None = None)
 
 
 def merge(target: Path, sources: Sequence[str]) -> list[str]:
-    """Add the vectors of other stores or packed files of the same identity to a store, or those of parts to the stores in a folder."""
+    """Merge other stores or packed files of the same identity into a store, or parts into the stores in a folder."""
     of_parts = [source for source in sources if share.part_folders(source)]
     is_folder = target.suffix != ".store" and not any(target.glob("snapshot-*.h5"))
     if of_parts and is_folder and len(of_parts) == len(sources):
@@ -384,6 +384,6 @@ def merge(target: Path, sources: Sequence[str]) -> list[str]:
 
 
 def _size(path: Path) -> str:
-    """The bytes of a file, or of all in a folder, for people."""
+    """Return the size of a file, or of all files in a folder, as text."""
     size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
     return size_text(size)

@@ -1,4 +1,4 @@
-"""Pick: which unlabelled images to label next, why these, and what as many labels are expected to bring."""
+"""Pick: which unlabelled images to label next, the reason, and the expected gain."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from pipeline.stages.predict import to_lines
 from pipeline.stages.similar import embedding_of, experiment_at
 
 MOST_IMAGES = 20_000
-"""Unlabelled images that are compared with each other; of more a random part."""
+"""Largest number of unlabelled images to compare with each other; of more, a random sample is used."""
 
 
 @dataclass(frozen=True)
 class PickRun:
-    """What was picked."""
+    """The picked images."""
 
     output: Path
     picked: int
     images: int
-    """Unlabelled images there are, copies once."""
+    """Number of unlabelled images, without copies."""
     phase: str
     gain: str
 
     def summary_lines(self) -> list[str]:
-        """What was picked and why, and what to expect of it."""
+        """Return the number picked, the reason, and the expected gain."""
         return [
             f"{self.picked:,} of {number_of(self.images, 'unlabelled image')} picked",
             f"phase  {self.phase}",
@@ -50,12 +50,12 @@ class PickRun:
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """What there is already: labelled images, their embedding, and a head that has learned from them, where it gives probabilities."""
+    """The labelled images, their embedding, and a head trained on them if it gives probabilities."""
 
     config: Config
     record: EmbeddingRecord
     index: DatasetIndex
-    """Images with a label and a vector, test images too."""
+    """Images with a label and a vector, including test images."""
     head: ModelBundle | None
 
     @property
@@ -65,19 +65,19 @@ class EarlierRun:
 
     @property
     def train(self) -> DatasetIndex:
-        """The images that heads learn from."""
+        """The training images of heads."""
         return self.index.select("train", "validation")
 
 
 def run(
     config: Config, place: Path | None = None, *, count: int = 50, output: Path = Path("next.csv"), trust: bool = False
 ) -> PickRun:
-    """Pick images of a data set without labels, which is embedded first, and write them as a CSV file.
+    """Embed a data set without labels, pick images, and write them as a CSV file.
 
-    `place` is the experiment of the images that have labels, as `similar` takes it. `trust` loads a head that is a pickle.
+    `place` is the experiment with the labelled images, as for `similar`. `trust` allows loading a pickled head.
     """
     if output.exists():
-        raise DatasetError(f"{output}: is there already, and may have labels; name another file with --output")
+        raise DatasetError(f"{output}: exists already, and may have labels; name another file with --output")
     require_place(output)
     known = None if place is None else _known(experiment_at(place), trust)
     made = extract.without_labels(config if known is None else _embedded_alike(config, known))
@@ -101,7 +101,7 @@ def run(
     guesses, probabilities = [["", ""]] * len(pool), None
     if known is not None and known.head is not None:
         labels, probabilities = known.head.predict(X)
-        assert probabilities is not None  # `_known` takes no other head
+        assert probabilities is not None  # `_known` keeps only heads with probabilities
         guesses = [[str(label), f"{p:.3f}"] for label, p in zip(labels, probabilities.max(axis=1), strict=True)]
     if probabilities is not None and phase.startswith(UNSURE):
         rows = unsure(X, probabilities, count, config.seed)
@@ -126,7 +126,7 @@ def _known(files: Artifacts, trust: bool) -> EarlierRun:
 
 
 def _embedded_alike(config: Config, known: EarlierRun) -> Config:
-    """Return the config of the unlabelled images with the embedding of those that have labels, in the same stores."""
+    """Return the config of the unlabelled images with the embedding and stores of the labelled images."""
     parts = known.record.parts or (known.record,)
     spec = next((part.spec for part in parts if part.section is not None), known.record.spec)
     arithmetic = {"precision": spec.precision, "engine": spec.engine} if known.record.kind != "baseline" else {}
@@ -144,21 +144,21 @@ TYPICAL, UNSURE = "typical", "unsure"
 
 
 def _phase(known: EarlierRun | None) -> str:
-    """Say which kind of image is picked, and why."""
+    """Return the kind of images to pick, and the reason."""
     n = 0 if known is None else len(known.train)
     if known is None or not n:
-        return f"{TYPICAL}: no image has a label yet, so the commonest kinds of image come first"
+        return f"{TYPICAL}: no image has a label yet, so typical images come first"
     if known.head is None:
-        return f"{TYPICAL}: there is no head that gives each class a probability, so kinds of image without a label come first"
+        return f"{TYPICAL}: there is no head that gives each class a probability, so typical images unlike the labelled ones come first"
     per_class = n / len(set(known.train.labels.ravel().tolist()))
     have = f"the {number_of(n, 'labelled training image')} are {per_class:.0f} per class"
     if per_class < TYPICAL_UNTIL:
-        return f"{TYPICAL}: {have}, and below {TYPICAL_UNTIL} a head does not know yet what it does not know"
-    return f"{UNSURE}: {have}, and from {TYPICAL_UNTIL} on images that the best head is unsure of, unlike one another, teach it more"
+        return f"{TYPICAL}: {have}, and below {TYPICAL_UNTIL} a head's uncertainty is not yet reliable"
+    return f"{UNSURE}: {have}, and from {TYPICAL_UNTIL} on diverse images that the best head is unsure of are more informative"
 
 
 def _gain(known: EarlierRun | None, count: int) -> str:
-    """Say what a learning curve lets expect of as many images, and what that rests on."""
+    """Return the gain that a learning curve predicts for as many images, and the evidence."""
     if known is None or not known.files.leaderboard.exists():
         return "not known: there is no learning curve before `manyheads heads` has compared heads on labelled images"
     found = gather(known.files.root)
@@ -170,7 +170,7 @@ def _gain(known: EarlierRun | None, count: int) -> str:
     expected = float(curve.law.accuracy([now + count])[0]) - before
     sizes = f"{curve.points[0].size:,} to {curve.points[-1].size:,}"
     return (
-        f"{100 * expected:+.1f} points of accuracy [{100 * (low - before):+.1f}, {100 * (high - before):+.1f}] were they picked at random, by "
-        f"the learning curve of {CURVE_HEAD} on {found.view.embedding}, measured with {sizes} labelled images and drawn on from {now:,} to "
+        f"{100 * expected:+.1f} points of accuracy [{100 * (low - before):+.1f}, {100 * (high - before):+.1f}] if picked at random, by "
+        f"the learning curve of {CURVE_HEAD} on {found.view.embedding}, measured with {sizes} labelled images and extrapolated from {now:,} to "
         f"{now + count:,}"
     )

@@ -1,7 +1,7 @@
-"""Predict: a bundle, or one of each target, and new images become labels and probabilities, one row of a CSV file per image.
+"""Predict: label new images with a bundle, or one per target, and write labels and probabilities as a CSV file, one row per image.
 
-An image that cannot be read has a row too, with the reason in its `status`; what else is passed over in a folder is counted.
-Rows are written as batches come: what grows in memory with the number of images is the names of one folder.
+An unreadable image has a row too, with the reason in its `status`; other files passed over in a folder are counted.
+Rows are written batch by batch: only the file names of one folder grow in memory with the number of images.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ log = logging.getLogger(__name__)
 
 BATCH_SIZE = 32
 MANY = 4096
-"""Vectors that a head is given at a time, where they come from a file."""
+"""Vectors passed to a head at a time, if they come from a file."""
 EXAMPLES = 5
-"""Reasons told when no image can be read."""
+"""Number of reasons shown if no image can be read."""
 
 Made = tuple[Batch, list[Part | None]]
-"""A batch of images, and what each network made of them."""
+"""A batch of images, and each network's output for it."""
 
 
 @dataclass(frozen=True)
 class PredictRun:
-    """What was written."""
+    """The result of a run."""
 
     output: Path
     bundles: Mapping[str, Path]
@@ -73,17 +73,17 @@ class PredictRun:
     """Target -> label -> images."""
     unreadable: int
     passed_over: Sequence[str]
-    """Lines on the files in the folders that are no images, and on what else is not looked at."""
+    """Lines on files in the folders that are not images, and on other skipped files."""
     untrained: bool
     agreement: Agreement
-    """With the names of the folders, where they are called like classes."""
+    """Agreement with the names of folders, if these are classes."""
     models: Mapping[str, LoadedHead]
-    """By target, with what was found of images unlike those of training, and how they were aligned."""
+    """Heads by target, with their novelty detection and alignment."""
     explained: ExplainRun | None
-    """Why the first images got their labels, where that was asked."""
+    """Explanations of the first images' labels, if requested."""
 
     def summary_lines(self) -> list[str]:
-        """How many images got which label, and where the file is."""
+        """Return the number of images per label, warnings, and the path of the file."""
         lines = []
         for target, labels in self.labels.items():
             name, model = f"{target}: " if target else "", self.models[target]
@@ -103,18 +103,18 @@ class PredictRun:
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """One image's outcome: what each target's head says of it, nothing where `status` says why the image could not be read."""
+    """The result for one image; without labels if it could not be read, as `status` explains."""
 
     path: str
     status: str
     labels: Sequence[Any] = ()
     cells: Sequence[str] = ()
-    """Labels, probabilities and how strange it is, as they are written."""
+    """Labels, probabilities and novelty as written."""
 
 
 @dataclass(frozen=True)
 class LoadedHead:
-    """A head of one target, and for each of its parts the lane and output of each block of its vectors."""
+    """A head of one target; `places` holds, for each of its parts, the lane and output of each block of its vectors."""
 
     bundle: ModelBundle
     places: Sequence[Places]
@@ -122,25 +122,25 @@ class LoadedHead:
     aligned: Aligned | None = None
 
     def vectors(self, made: Sequence[Part]) -> list[NDArray[np.float32]]:
-        """Return the vectors of n images for each part of the head, float32 of shape (n, dim), of what all lanes made of them."""
+        """Return the vectors of n images for each part of the head, float32 of shape (n, dim), from the outputs of all lanes."""
         return [together(made, blocks) for blocks in self.places]
 
 
 def together(made: Sequence[Part], blocks: Places) -> NDArray[np.float32]:
-    """Return vectors of n images, float32 of shape (n, dim), by the lane and output of each block."""
+    """Return concatenated vectors of n images, float32 of shape (n, dim), from the lane and output of each block."""
     return np.concatenate([made[lane].vectors[output] for lane, output in blocks], axis=1)
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """How the images of a folder are moved to the training images' mean and covariance, and how far they were from these."""
+    """The alignment of images to the training images' mean and covariance, and their distance before it."""
 
     alignment: Alignment
     apart: Apart
 
     @staticmethod
     def of(batches: Iterable[Made], model: LoadedHead, folder: Path) -> Aligned:
-        """Align images with what a head keeps of its training images; ConfigError where it keeps none, or they are too few."""
+        """Fit an alignment to a head's stored training images; ConfigError if it has none, or there are too few images."""
         known = None if model.strangers.known is None else model.strangers.known.vectors()
         if known is None or not len(known) or model.bundle.members:
             raise ConfigError(
@@ -159,12 +159,12 @@ class Aligned:
         return Aligned(fit_alignment(known, X), apart(known, X[some], 0))
 
     def line(self) -> str:
-        """Say what was done, and how far the images were."""
+        """Return a line on the alignment and the distance of the images."""
         auc, (low, high) = self.apart.auc, self.apart.interval
         alike = "" if self.apart.shown else "; no difference is shown, so labels without --align are as good or better"
         return (
             f"aligned: features moved to the mean and covariance of the training images, from which a linear classifier told these images "
-            f"with AUC {auc:.2f} [{low:.2f}, {high:.2f}] (0.5: alike){alike}. It takes the mix of labels to be that of training: of another it does harm"
+            f"with AUC {auc:.2f} [{low:.2f}, {high:.2f}] (0.5: alike){alike}. It assumes the mix of labels of training: with another mix it does harm"
         )
 
 
@@ -182,10 +182,10 @@ def run(
     explain: Path | None = None,
     align: bool = False,
 ) -> PredictRun:
-    """Label image files and folders of them with a saved head, as `manyheads predict` does, whose options these are.
+    """Label image files and folders with a saved head, with the options of `manyheads predict`.
 
-    Files of vectors are labelled where the head was fitted on such. With `align` all vectors are held in memory. A run that is stopped
-    leaves its rows beside `output`, as `NAME.*.partial`; where no image can be read, the rows are written before the error.
+    Files of vectors are labelled if the head was fitted on such. With `align` all vectors are held in memory. An interrupted run
+    leaves its rows next to `output`, as `NAME.*.partial`; if no image can be read, the rows are written before the error.
     """
     try:
         checked_device(device)
@@ -198,7 +198,7 @@ def run(
     records = [record for own in taken.values() for record in own]
     only_vectors = all(record.section is not None and names_vectors(record.section.name) for record in records)
     if explain is not None:
-        # It finds neighbours by `similar`, which imports this module.
+        # It imports `similar`, which imports this module.
         from pipeline.stages import explain as explaining
 
         if align or only_vectors:
@@ -247,7 +247,8 @@ def run(
             raise
     if unreadable == done:
         raise DatasetError(
-            f"none of the {number_of(done, 'image')} could be read; {output} says why of each", first(reasons, EXAMPLES)
+            f"none of the {number_of(done, 'image')} could be read; {output} gives the reason for each",
+            first(reasons, EXAMPLES),
         )
     explained = None
     if explain is not None:
@@ -258,20 +259,20 @@ def run(
     return PredictRun(output, folders, labels, unreadable, given.passed_over, untrained, agreement, models, explained)
 
 
-# ---- what there is to label
+# ---- the input
 
 
 @dataclass(frozen=True)
 class ToLabel:
-    """What there is to label, on its way to the heads."""
+    """The images or vectors to label."""
 
     batches: Iterable[Made]
     paths: Iterator[str]
-    """Of the images in the batches, in their order, as the user wrote them."""
+    """Paths of the images in the batches, in order, as the user wrote them."""
     total: int
-    """Images in the batches."""
+    """Number of images in the batches."""
     places: Mapping[str, Sequence[Places]]
-    """By target, those of `LoadedHead`."""
+    """The `places` of each target's `LoadedHead`."""
     lanes: Sequence[Lane] = ()
     unread: Sequence[PredictionRow] = ()
     """Rows of images that were passed over."""
@@ -279,7 +280,7 @@ class ToLabel:
 
 
 def _of_vectors(files: Sequence[Path], heads: Mapping[str, ModelBundle]) -> ToLabel:
-    """Return the vectors in files, which were made elsewhere, as if a network made them batch by batch."""
+    """Return the vectors in files as batches, as if a network had computed them."""
     read = [(path, *read_vectors(path)) for path in files]
 
     def batches() -> Iterator[Made]:
@@ -299,7 +300,7 @@ def _of_vectors(files: Sequence[Path], heads: Mapping[str, ModelBundle]) -> ToLa
 def _of_images(
     images: Sequence[Path], taken: Mapping[str, Sequence[EmbeddingRecord]], limit: int, device: str, trust: bool
 ) -> ToLabel:
-    """Return image files, and those in folders, as they come out of the networks of some embeddings."""
+    """Return image files, and those in folders, as batches of vectors of some embeddings."""
     walks = [Listing(path) for path in images if is_folder(path)]
     total = sum(1 for _ in images_in(images, walks))
     unread, passed_over = _passed_over(walks)
@@ -314,13 +315,13 @@ def _of_images(
 
 
 def find_bundles(path: Path) -> dict[str, Path]:
-    """Return the bundle of each target of an experiment's output folder by its name; '' for a single target."""
+    """Return the bundle of each target of an experiment's output folder by name; '' for a single target."""
     settings.require_there(path, expected="an experiment's output folder, or a bundle's folder in it")
     return {name: find_bundle(folder) for name, folder in Artifacts(path).each_target().items()}
 
 
 def records_of(heads: Mapping[str, ModelBundle], folders: Mapping[str, Path]) -> dict[str, list[EmbeddingRecord]]:
-    """Return the embeddings that the parts of each head take; BundleError for the constant guess, which takes none."""
+    """Return the embeddings that each head's parts need; BundleError for the constant baseline, which needs none."""
     found = dict[str, list[EmbeddingRecord]]()
     for target, head in heads.items():
         if not all(part.embedding for part in head.parts):
@@ -352,14 +353,14 @@ def find_bundle(path: Path) -> Path:
 
 
 def experiment_around(bundle: Path) -> Artifacts | None:
-    """Return the experiment that a bundle lies in, or that is named in its place."""
+    """Return the experiment that contains a bundle, or that the path itself names."""
     place = Path(os.path.abspath(bundle))
     around = map(Artifacts, (place, *place.parents))
     return next((files for files in around if (files.dataset / INDEX_FILE).exists()), None)
 
 
 def expanded(paths: Sequence[Path]) -> list[Path]:
-    """Return the paths, each pattern replaced by the archives that it names; DatasetError with a line for each that is not there."""
+    """Return the paths, with patterns replaced by the archives that they match; DatasetError with a line per missing path."""
     for path in paths:
         forget(str(path))
     found = [archives_of(path) if is_pattern(str(path)) else (path, [""]) for path in paths]
@@ -371,7 +372,7 @@ def expanded(paths: Sequence[Path]) -> list[Path]:
 
 
 def images_in(paths: Sequence[Path], walks: Sequence[Listing]) -> Iterator[str]:
-    """Yield the files named, and every image in the folders named, each once and in order; `walks` has a new walk of each folder."""
+    """Yield the given files, and every image in the given folders, each once and in order; `walks` holds a new walk of each folder."""
     seen: set[str] = set()
     left = iter(walks)
     files: Iterable[str]
@@ -382,7 +383,7 @@ def images_in(paths: Sequence[Path], walks: Sequence[Listing]) -> Iterator[str]:
         else:
             files = [address_of(path) or str(path)]
         for file in files:
-            if len(paths) > 1:  # one folder has no file twice, and millions of names are memory
+            if len(paths) > 1:  # a single folder has no duplicates, and a set of millions of names costs memory
                 if file in seen:
                     continue
                 seen.add(file)
@@ -395,7 +396,7 @@ def _full(walk: Listing, path: str) -> str:
 
 
 def _passed_over(walks: Sequence[Listing]) -> tuple[list[PredictionRow], list[str]]:
-    """Return a row for each image that finished walks passed over, and lines on the rest."""
+    """Return a row for each image passed over by finished walks, and lines on the other files."""
     unread, others, ignored = set[tuple[str, str]](), set[Failure](), Counter[str]()
     for walk in walks:
         ignored += walk.ignored
@@ -409,15 +410,15 @@ def _passed_over(walks: Sequence[Listing]) -> tuple[list[PredictionRow], list[st
     return rows, passed_over_lines(sorted(others), ignored, "")
 
 
-# ---- labels, and the file that they are written to
+# ---- labels, and the output file
 
 
 def _rows(
     batch: Batch, parts: Sequence[Part | None], paths: Iterator[str], models: Sequence[LoadedHead], top: int
 ) -> Iterator[PredictionRow]:
-    """Label a batch; `paths` are those of its images, and of all after it, as the user wrote them."""
+    """Label a batch; `paths` yields the paths of its images and of all later ones, as the user wrote them."""
     labels, cells, strange = defaultdict[int, Any](list), defaultdict[int, Any](list), defaultdict[int, Any](list)
-    made = [part for part in parts if part is not None]  # an image that can be read is read for every lane
+    made = [part for part in parts if part is not None]  # a readable image is in every lane's part
     for model in models if made else ():
         vectors = model.vectors(made)
         moved = vectors if model.aligned is None else [model.aligned.alignment(vectors[0])]
@@ -435,12 +436,12 @@ def _rows(
 
 
 def shown(path: str) -> str:
-    """Return a path as text that can be written: bytes of it that are not UTF-8 as `\\xff`."""
+    """Return a path as text that can be written: bytes that are not UTF-8 become `\\xff`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def csv_header(models: Mapping[str, LoadedHead], top: int) -> list[str]:
-    """Return the names of the columns: path, status, labels and probabilities of each target, and how strange an image is."""
+    """Return the names of the columns: path, status, labels and probabilities of each target, and novelty."""
     cells = ["path", "status"]
     for name, model in models.items():
         first, *others = model.bundle.target.csv_columns(top)
@@ -449,32 +450,32 @@ def csv_header(models: Mapping[str, LoadedHead], top: int) -> list[str]:
 
 
 def to_lines(rows: Iterable[Iterable[str]]) -> str:
-    """Return rows as CSV; a cell that a spreadsheet would run begins with `'`."""
+    """Return rows as CSV; a cell that a spreadsheet would execute gets a leading `'`."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(map(to_cell, row) for row in rows)
     return text.getvalue()
 
 
-# ---- how often a head says what the folder of an image is called, where folders are called like its classes
+# ---- agreement of labels with the names of folders, where these are classes
 
 
 @dataclass
 class Agreement:
-    """How many images each target's head labels as the folder is called in which they lie, right below one of `roots`.
+    """Number of images per target whose label is the name of their folder directly below one of `roots`.
 
-    Images that the head has learned from are counted apart: of those it says more than it can know.
+    Training images of the head are counted separately, as their accuracy is too good.
     """
 
     roots: Sequence[str]
     targets: Mapping[str, Target]
     learned: frozenset[str]
-    """Where the training images of the experiment lie."""
+    """Paths of the experiment's training images."""
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(target, `right`, `wrong`, `taught` or `other`) -> images."""
 
     @staticmethod
     def of(images: Sequence[Path], bundle: Path, targets: Mapping[str, Target]) -> Agreement:
-        """Prepare for the images of some folders, and the bundle of an experiment or that experiment."""
+        """Create the counter for the images of some folders, and the bundle of an experiment or that experiment."""
         roots, learned = [absolute(path) for path in images if is_folder(path)], frozenset[str]()
         if roots and (files := experiment_around(bundle)):
             index = DatasetIndex.read(files.dataset)
@@ -484,7 +485,7 @@ class Agreement:
         return Agreement(roots, {name: target for name, target in targets.items() if target.exclusive}, learned)
 
     def add(self, path: str, target: str, label: str) -> None:
-        """Count what the head of a target says of an image file."""
+        """Count the label that a target's head gives an image file."""
         whole = absolute(path)
         root = next((each for each in self.roots if whole.startswith(f"{each}/")), None)
         folder, inside, _ = whole[len(root or "") + 1 :].partition("/")
@@ -496,13 +497,13 @@ class Agreement:
         self.counts[target, kind] += 1
 
     def lines(self, target: str) -> Iterator[str]:
-        """Say how many are right; nothing where no folder is called like a class."""
+        """Return lines on the accuracy; none if no folder is named like a class."""
         right, wrong, taught, others = (self.counts[target, kind] for kind in ("right", "wrong", "taught", "other"))
         if total := right + wrong:
             low, high = wilson(right, total)
             yield (
                 f"accuracy {100 * right / total:.1f} % [{100 * low:.1f}, {100 * high:.1f}]: {right:,} of {number_of(total, 'image')} are "
-                "labelled as their folders are called"
+                "labelled with the name of their folder"
             )
         if taught:
             yield f"not counted: {number_of(taught, 'training image')}, which the head has learned from"

@@ -1,7 +1,7 @@
-"""Refit: new images, or a new class, into a head at the parameters that its search chose, and whether a new search is worth it.
+"""Refit: fit saved heads on additional images or classes with their tuned hyperparameters, and judge whether a new search is worthwhile.
 
-The leaderboard and its bundles stay what they are. What is made lies in the folder `refit` of the experiment, of several targets in
-a folder for each, and `predict` takes it in place of the experiment's.
+The leaderboard and its bundles do not change. Results are in the experiment's folder `refit`, with several targets in
+one folder each, and `predict` accepts it like an experiment's folder.
 """
 
 from __future__ import annotations
@@ -48,65 +48,65 @@ MOST_CURVE_IMAGES = 5_000
 
 @dataclass(frozen=True)
 class NewClass:
-    """A class that the stored head does not know."""
+    """A class that the stored head does not have."""
 
     name: str
     images: int
     test: int
     """How many of them are test images."""
     right: int
-    """How many of these are labelled right."""
+    """How many of the test images are labelled correctly."""
 
 
 @dataclass(frozen=True)
 class Refitted:
-    """One head fitted again, and the evidence for and against a new search; scores are higher where they are better."""
+    """One refitted head, and the evidence for and against a new search; higher scores are better."""
 
     key: str
     """The row's name: `embedding/head`."""
     bundle: str
-    """Its folder, as seen from that of refits."""
+    """Its folder, relative to the folder of refits."""
     params: Mapping[str, Any]
     scoring: str
     train: tuple[int, int]
-    """Training images before and now."""
+    """Number of training images before and now."""
     test: int
     of_all: float
-    """Score on all test images there are now."""
+    """Score on all current test images."""
     same: int
     """How many of them were test images before, with the same label."""
     before: float
-    """The old head's score on these, and the new one's."""
+    """Score of the old head on these."""
     now: float
     change: Paired
-    """From the one to the other."""
+    """The paired difference between the two."""
     new_classes: tuple[NewClass, ...]
     expected: float | None
-    """By how much a learning curve lets the score rise with the images added; None without one."""
+    """The gain in score that a learning curve predicts for the added images; None without a curve."""
     held_out: float
-    """Score of the stored parameters in cross-validation on all training images there are now."""
+    """Score of the stored parameters in cross-validation on all current training images."""
     tried: int
-    """Neighbours of the stored parameters that were judged likewise."""
+    """Number of neighbouring parameters that were evaluated likewise."""
     best: Mapping[str, Any]
-    """What the best neighbour has for another value; empty where none has a higher score."""
+    """The changed values of the best neighbour; empty if no neighbour has a higher score."""
     gain: float
-    """How much more the best neighbour scores; the interval allows for having picked it."""
+    """The best neighbour's gain in score; the interval accounts for its selection."""
     gain_interval: Interval
     shown: bool
-    """Whether the gain is beyond chance."""
+    """Whether the gain is statistically significant."""
     sound: bool
     seconds: float
-    """Of the fit, with its cross-validation."""
+    """Duration of the fit, with its cross-validation."""
 
     @property
     def reasons(self) -> list[str]:
-        """Say what speaks for a new search; nothing where nothing does."""
+        """Return the reasons for a new search; empty if there are none."""
         found = []
         if self.shown:
             found.append("other parameters are better than the stored ones, beyond chance")
         if not self.sound:
             found.append("with the stored parameters the last fit is worse than those of cross-validation")
-        if self.new_classes:  # the same images are a harder question now: a fall tells nothing of the parameters
+        if self.new_classes:  # more classes are a harder task: a lower score says nothing about the parameters
             return found
         if self.change.shown < 0:
             found.append("the refitted head is worse than the old one on the same test images, beyond chance")
@@ -115,7 +115,7 @@ class Refitted:
         return found
 
     def lines(self) -> list[str]:
-        """Say what was made and found, in plain words."""
+        """Return the result as plain lines."""
         metric = METRICS[self.scoring]
         words = {-1: "worse, beyond chance", 0: "no difference is shown", 1: "better, beyond chance"}
         lines = [
@@ -143,9 +143,7 @@ class Refitted:
             stored = f"held out, the stored ones have {metric.text(self.held_out)}{metric.percent}"
             lines.append(f"  parameters        {stored}; {other}")
         why = "; ".join(self.reasons)
-        verdict = (
-            f"is worth it (`manyheads heads`): {why}" if why else "is not worth it yet: nothing above speaks for it"
-        )
+        verdict = f"is worth it (`manyheads heads`): {why}" if why else "is not worth it yet: nothing above supports it"
         return [*lines, f"  a new search      {verdict}"]
 
 
@@ -161,13 +159,13 @@ def _gap(metric: Metric, difference: float, interval: Interval | None = None) ->
 
 @dataclass(frozen=True)
 class RefitRun:
-    """What was written; by the name of each target, '' for one alone."""
+    """The refitted heads by the name of each target, '' for a single one."""
 
     folder: Path
     heads: Mapping[str, Sequence[Refitted]]
 
     def summary_lines(self) -> list[str]:
-        """What was made and found, and how to use it."""
+        """Return the results, and the command to use them."""
         lines = []
         for name, heads in self.heads.items():
             lines += [*targets.heading(name), *(line for head in heads for line in head.lines())]
@@ -180,9 +178,9 @@ class RefitRun:
 
 
 def run(config: Config, row: str | None = None) -> RefitRun:
-    """Fit saved heads again on all training images that have features; a head that was fitted on the same is kept.
+    """Refit saved heads on all training images with features; a head already fitted on these images is kept.
 
-    `row` is `embedding/head`, or `all`; the recommended one where it is not given. The config must still ask for what it was made with.
+    `row` is `embedding/head`, or `all`; by default the recommended row. The config must still contain the row's backbone and head.
     """
     folder, each = Artifacts(config.output).refit, targets.experiments(config)
     make_folder(folder)
@@ -200,7 +198,7 @@ def _refit(config: Config, folder: Path, name: str | None) -> list[Refitted]:
 
 
 def _chosen(board: Leaderboard, name: str | None) -> list[LeaderboardRow]:
-    """Return the rows to fit again, the first being the one to use."""
+    """Return the rows to refit, starting with the one to use."""
     recommended = board.recommended.key
     ordered = sorted(board.rows, key=lambda row: row.key != recommended)
     able = {row.key: row for row in ordered if row.bundle and not row.constant and row.embedding != VOTE}
@@ -257,7 +255,7 @@ def _refitted(row: LeaderboardRow, asked: Asked, files: Artifacts) -> Refitted:
 
 
 def _asked_for(row: LeaderboardRow, asked: Asked) -> tuple[Config, Embedding, Head]:
-    """Return what a row is fitted on, and its head; no search is repeated."""
+    """Return a row's config, embedding and head, set to a single search trial."""
     once = {"trials": 1, "nested": False, "seeds": 1}
     config = asked.config.model_copy(update={"tuning": asked.config.tuning.model_copy(update=once)})
     for embedding in asked.embeddings:
@@ -268,7 +266,7 @@ def _asked_for(row: LeaderboardRow, asked: Asked) -> tuple[Config, Embedding, He
 
 
 def _same(before: Predictions, now: Predictions, key: str) -> tuple[Predictions, Predictions]:
-    """Return the predictions of two heads for the test images that both have, with the same label; both in the second's target."""
+    """Return two heads' predictions for the test images that both have, with the same label; both encoded by the second's target."""
     place = {path: row for row, path in enumerate(np.asarray(before.paths).tolist())}
     rows = np.array([place.get(path, -1) for path in np.asarray(now.paths).tolist()])
     now, before = now.rows(rows >= 0), before.rows(rows[rows >= 0])
@@ -293,10 +291,10 @@ def _same(before: Predictions, now: Predictions, key: str) -> tuple[Predictions,
 def _expected(
     embedding: Embedding, vectors: SharedFeatures, metric: Metric, train: tuple[int, int], journal: Path, seed: int
 ) -> float | None:
-    """Return by how much a learning curve lets the score rise with the images added; None for scores whose best is not 1.
+    """Return the gain in score that a learning curve predicts for the added images; None for metrics whose best value is not 1.
 
-    It is of ridge, which is quick, as in the report. Each fold is a draw: growing parts of its training images, judged on those it
-    holds out; no test image has a part.
+    The curve is that of ridge, which is fast, as in the report. Each fold is a draw: growing parts of its training images, scored on those it
+    holds out; test images are not used.
     """
     if metric.high != 1 or metric.needs_probabilities:
         return None
@@ -320,12 +318,12 @@ def _expected(
 def _beside(
     head: Head, fixed: Head, embedding: Embedding, vectors: SharedFeatures, metric: Metric, journal: Path, seed: int
 ) -> dict[str, Any]:
-    """Judge the stored parameters beside their neighbours by cross-validation on all training images there are now.
+    """Compare the stored parameters with their neighbours by cross-validation on all current training images.
 
     Returns the fields `held_out` to `shown` of a `Refitted`; neighbours that cannot be fitted on every fold are left out.
     """
     stored, others = fixed.defaults, neighbours(head, fixed.defaults)
-    # Of many parameters some of each, not the first alone.
+    # Evenly spread, so that every parameter is varied, not only the first.
     some = np.unique(np.linspace(0, max(0, len(others) - 1), min(len(others), MOST_NEIGHBOURS)).astype(int))
     points = {"stored": stored, **{str(place): others[place] for place in some}}
     task, X, y, book = embedding.task, vectors.train, embedding.task.y_train, journal / "neighbours.jsonl"
@@ -350,11 +348,11 @@ def _beside(
 
 
 def _out_of_fold(folds: Sequence[FoldOutcome], task: Task, metric: Metric) -> Predictions:
-    """Join what one set of parameters says of the images that each fold holds out."""
+    """Join the predictions of one set of parameters for the held-out images of each fold."""
     narrowed, codes, _ = task.target.narrowed(task.y_train)
     parts = []
     for fold, ((_, held), outcome) in enumerate(zip(task.folds, folds, strict=True)):
-        assert outcome.predictions is not None  # such are left out
+        assert outcome.predictions is not None  # incomplete outcomes were removed
         units, of = (None if task.groups is None else task.groups[held]), np.full(len(held), fold)
         parts.append(Predictions(codes[held], outcome.predictions, outcome.scores, units, folds=of, target=narrowed))
     said = joined(parts)

@@ -1,6 +1,6 @@
-"""Replay: make every number of a leaderboard again from the stored features, in a folder that is thrown away, and compare.
+"""Replay: recompute every number of a leaderboard from the stored features, in a temporary folder, and compare.
 
-Seconds are not compared: they say something of the machine.
+Durations are not compared: they depend on the machine.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ NO_RESULTS = ("fit_seconds", "predict_seconds", "search_seconds", "embed_seconds
 """Fields of a row that are not compared."""
 
 CONDITIONS = ("seed", "scoring", "folds", "images", "index", "task", "stores", "precision", "versions", "machine")
-"""What a leaderboard says of how it was made, and is told where it is not so now."""
+"""Fields of a leaderboard's provenance whose changes are reported."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """One leaderboard, made again."""
+    """The comparison of one leaderboard with its recomputation."""
 
     output: Path
     numbers: int
-    """How many were compared."""
+    """Number of values compared."""
     differences: tuple[str, ...]
-    """A line for each value that is another now, and for each row that only one of the two has."""
+    """A line per changed value, and per row that only one of the two has."""
     conditions: tuple[str, ...]
-    """Lines on what it was made of and with, where that is not the same now."""
+    """Lines on changed inputs, settings and versions."""
 
     @property
     def ok(self) -> bool:
-        """Whether every number is the same."""
+        """Whether all numbers are equal."""
         return not self.differences
 
     def summary_lines(self) -> list[str]:
-        """What differs, and what else is not as it was."""
+        """Return the differences, and the changed conditions."""
         count = number_of(self.numbers, "number")
         different = f"{number_of(len(self.differences), 'difference')}, {count} compared"
-        found = f"the same again, all {count}" if self.ok else different
+        found = f"reproduced, all {count} equal" if self.ok else different
         return [f"{self.output}: {found}", *(f"  {line}" for line in (*self.differences, *self.conditions))]
 
 
 def run(config: Config) -> list[Replay]:
-    """Make the leaderboard of a config's output folder again, of several targets each, and compare; nothing in the folder changes."""
+    """Recompute the leaderboard of a config's output folder, or of each target, and compare; the folder is not changed."""
     return [_replay(alone) for alone in targets.experiments(config).values()]
 
 
@@ -63,11 +63,11 @@ def _replay(config: Config) -> Replay:
     before = read_leaderboard(files.root)
     records = read_asked_records(files.features, config)
     tuning = config.tuning
-    if tuning.budget is not None:  # for how many trials there was time is nothing that can be made again
+    if tuning.budget is not None:  # the number of trials within a time budget is not reproducible
         trials = before.provenance["config"]["tuning"]["trials"]
         tuning = tuning.model_copy(update={"trials": trials, "budget": None})
     with tempfile.TemporaryDirectory(prefix="manyheads-replay-") as folder:
-        scratch = Path(folder, "output")  # with what stage one wrote, beside links to the feature stores
+        scratch = Path(folder, "output")  # the results of stage one, next to links to the feature stores
         copytree(files.dataset, scratch / files.dataset.name)
         copy2(files.features, scratch)
         places = dict.fromkeys(
@@ -79,7 +79,7 @@ def _replay(config: Config) -> Replay:
         after = train_heads.run(config.model_copy(update=changed)).leaderboard
     old, new = (dict(_leaves(_results(board))) for board in (before, after))
     found = [
-        f"{place}: was {old.get(place, 'not there')}, is {new.get(place, 'not there')}"
+        f"{place}: was {old.get(place, 'absent')}, is {new.get(place, 'absent')}"
         for place in dict.fromkeys([*old, *new])
         if old.get(place) != new.get(place)
     ]
@@ -88,7 +88,7 @@ def _replay(config: Config) -> Replay:
 
 
 def _results(board: Leaderboard) -> dict[str, Any]:
-    """Return what a leaderboard says of its rows, by their names, and of all of them, as plain values."""
+    """Return a leaderboard's rows, by name, and its overall results as plain values."""
     told = json.loads(board.to_json())
     rows = {
         f"{row['embedding']}/{row['head']}": {key: value for key, value in row.items() if key not in NO_RESULTS}
@@ -98,7 +98,7 @@ def _results(board: Leaderboard) -> dict[str, Any]:
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value that is no mapping or list, and where it is: `hog/knn: cv_scores[2]`."""
+    """Yield every scalar value with its location: `hog/knn: cv_scores[2]`."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _leaves(item, f"{place}{': ' if ':' not in place else '.'}{key}" if place else key)
@@ -113,4 +113,4 @@ def _changed(before: Leaderboard, after: Leaderboard) -> Iterator[str]:
     old, new = (dict(_leaves({key: board.provenance.get(key) for key in CONDITIONS})) for board in (before, after))
     for place in dict.fromkeys([*old, *new]):
         if old.get(place) is not None and old[place] != new.get(place):
-            yield f"made with {place} {old[place]}, now {new.get(place, 'not there')}"
+            yield f"made with {place} {old[place]}, now {new.get(place, 'absent')}"

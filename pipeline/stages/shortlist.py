@@ -1,8 +1,8 @@
-"""Shortlist: which networks are worth a full run on these images, and what each costs, judged on a sample of the training images.
+"""Shortlist: which networks are worth a full run on these images, and their costs, based on a sample of the training images.
 
-Candidates are embedded through the feature stores, so a later run of `features` embeds the sample no more. Each is judged by
-ridge and by nearest neighbours, out of fold; losers are dropped early, by successive halving over the sample (Jamieson and
-Talwalkar, AISTATS 2016), though none that is not shown to be worse than the best. Test images are not looked at.
+Candidates are embedded into the feature stores, so a later run of `features` reuses the sample. Each is evaluated with
+ridge and nearest neighbours, out of fold; losers are dropped early, by successive halving over the sample (Jamieson and
+Talwalkar, AISTATS 2016), but only if they are significantly worse than the best. Test images are not used.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from pipeline.stages.targets import of_classes
 
 FOLDS = 5
 RUNGS = (4, 2, 1)
-"""The sample is looked at in such parts, smallest first: a quarter, a half, all of it."""
+"""Divisors of the sample's size per rung: a quarter, a half, all of it."""
 LEAST_IMAGES = 10
-"""Training images below which a full run would be refused, or tell nothing."""
+"""Number of training images below which a full run would be refused or uninformative."""
 LEAST = 100
-"""Images of a rung at least: of fewer no candidate is shown to be worse."""
+"""Smallest number of images of a rung: with fewer no candidate is shown to be worse."""
 JUDGES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     RIDGE.name: [{"alpha": 10.0**power} for power in (0, 1, 2, 3, 4)],
     KNN.name: [{}, {"n_neighbors": 15}],
 }
-"""Heads that are fitted in no time, and the parameters that are tried; the best of them judges a candidate."""
+"""Fast heads and the parameters to try; the best of them scores a candidate."""
 TIMED, REPEATS = 4, 3
-"""Images of the batch whose time is taken, and how often."""
+"""Number of images in the timed batch, and number of repetitions."""
 
 ShortlistCandidate = BackboneConfig | str
 """A network, or the name of a baseline."""
@@ -64,7 +64,7 @@ ShortlistCandidate = BackboneConfig | str
 
 @dataclass(frozen=True)
 class Entry:
-    """One candidate's embedding, as it was last judged."""
+    """One candidate's embedding and its latest evaluation."""
 
     candidate: ShortlistCandidate
     spec: EmbeddingSpec
@@ -73,25 +73,25 @@ class Entry:
     evidence: float
     """LogME on the sample."""
     parameters: int
-    """0 of a baseline."""
+    """0 for a baseline."""
     megabytes: float
-    """Of the weights."""
+    """Size of the weights."""
     seconds: float
-    """What its network takes for an image here; decoding is the same for all."""
+    """Seconds of its network per image on this machine; decoding is the same for all."""
     dropped: bool = False
     tied: bool = False
-    """Nothing shows that it is worse than the best."""
+    """Whether it is not significantly worse than the best."""
     behind: float = 0.0
-    """How much less accurate than the best it may be: the end of the interval of the difference."""
+    """The largest plausible difference in accuracy to the best: the upper end of the interval."""
 
     @property
     def section(self) -> BackboneConfig | None:
-        """That of its network; None of a baseline."""
+        """The section of its network; None for a baseline."""
         return None if isinstance(self.candidate, str) else self.candidate
 
     @property
     def accuracy(self) -> float:
-        """Out of fold."""
+        """Out-of-fold accuracy."""
         return float(self.out_of_fold.correct.mean())
 
     @property
@@ -102,26 +102,26 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shortlist:
-    """What was found: `entries` best first, those that were dropped last."""
+    """The result: `entries` with the best first and dropped ones last."""
 
     entries: tuple[Entry, ...]
     images: int
     of: int
-    """Training images that there are."""
+    """Number of training images available."""
     left_out: tuple[str, ...]
     """Lines on candidates that were not compared."""
     config: Path
 
     @property
     def chosen(self) -> Entry:
-        """The quickest of those that are shown to be worse than the best by little at most, else the best."""
+        """The fastest entry that is shown to be at most slightly worse than the best, or else the best."""
         best = self.entries[0]
         allowed = margin(ACCURACY, best.accuracy, len(best.out_of_fold))
         near = [entry for entry in self.entries if entry is best or (entry.tied and entry.behind <= allowed)]
         return min(near, key=lambda entry: entry.seconds)
 
     def summary_lines(self) -> Iterator[str]:
-        """The table, and what follows from it."""
+        """Return the table, and the conclusions."""
         yield f"{len(self.entries)} embeddings on {self.images:,} of {self.of:,} training images; test images are not looked at"
         yield from ("", self._table(), "")
         best, tied = self.entries[0], [entry for entry in self.entries if entry.tied]
@@ -160,19 +160,19 @@ class Shortlist:
     def _why(self) -> str:
         best, chosen, tied = self.entries[0], self.chosen, [entry for entry in self.entries if entry.tied]
         if chosen is not best:
-            why = f"the quickest that is shown to be at most {100 * chosen.behind:.1f} points worse than the best, {best.spec.name}"
+            why = f"the fastest that is shown to be at most {100 * chosen.behind:.1f} points worse than the best, {best.spec.name}"
         elif len(tied) == 1:
             why = "all others are shown to be worse"
         else:
-            why = "the best; that a quicker one is nearly as good is not shown on these images"
+            why = "the best; no faster one is shown to be nearly as good on these images"
         floors = [entry.spec.name for entry in tied if entry.section is None]
-        return f"{why}. That a network helps is not shown: see {' and '.join(floors)}" if floors else why
+        return f"{why}. These images do not show that a network helps: see {' and '.join(floors)}" if floors else why
 
 
 def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> Shortlist:
-    """Judge the candidates on a stratified sample of the training images, and write the config of those worth a full run.
+    """Evaluate the candidates on a stratified sample of the training images, and write the config of those worth a full run.
 
-    `candidates` are NAME or NAME/WEIGHTS of networks, `module:function`, or baselines; all that are here where none is named.
+    `candidates` are NAME or NAME/WEIGHTS of networks, `module:function`, or baselines; by default all that are available here.
     """
     columns = config.dataset.label_columns
     of_classes(config, "shortlists are")
@@ -214,14 +214,14 @@ def run(config: Config, images: int = 1000, candidates: Sequence[str] = ()) -> S
 
 
 def _candidates(config: Config, words: Sequence[str]) -> tuple[list[ShortlistCandidate], list[str]]:
-    """What to judge; and lines on the networks that are not here, or that the config's `licenses` does not allow."""
+    """Return the candidates, and lines on networks that are not available or not permitted by the config's `licenses`."""
     table = [row for row in rows([word.partition("/")[0] for word in words]) if row.weights]
     sections = list(config.backbones)
     if words:
         found = [_named(word, table) for word in words if word not in baselines.NAMES]
         wrong = [each for each in found if isinstance(each, str)]
         if wrong:
-            problems = [*wrong, "a shortlist is made of what is here, and fetches nothing"]
+            problems = [*wrong, "a shortlist uses only networks that are here, and fetches nothing"]
             raise BackboneError(f"{number_of(len(wrong), 'candidate')} cannot be had", problems)
         sections = [section for each in found if not isinstance(each, str) for section in each]
     else:
@@ -240,7 +240,7 @@ def _candidates(config: Config, words: Sequence[str]) -> tuple[list[ShortlistCan
 
 
 def _named(word: str, table: Sequence[NetworkRow]) -> list[BackboneConfig] | str:
-    """Return the networks that a word names, or why there are none."""
+    """Return the networks with a name, or the reason why there are none."""
     if names_code(word):
         return [BackboneConfig.model_validate({"name": word})]
     name, _, weights = word.partition("/")
@@ -257,7 +257,7 @@ def _named(word: str, table: Sequence[NetworkRow]) -> list[BackboneConfig] | str
 def _judged(
     candidate: ShortlistCandidate, config: Config, index: DatasetIndex, contents: Contents, some: Contents
 ) -> Iterator[Entry]:
-    """Embed a part of the sample by one candidate, and judge its embeddings."""
+    """Embed a part of the sample with one candidate, and evaluate its embeddings."""
     for target, store in embed_some(config, candidate, contents, some):
         there = ~store.missing(some.digests)
         part = index.rows(some.rows[there])
@@ -270,7 +270,7 @@ def _judged(
 
 
 def _seconds(embedder: EmbeddingModel) -> float:
-    """What an image takes, the best of some times, as whatever else runs here can only add to it."""
+    """Return the seconds per image, as the minimum of several runs, since other load can only add to it."""
     size, spent = embedder.preprocessing.size, []
     batch = np.resize(probe_images(size), (TIMED, *size, 3))
     for _ in range(REPEATS):
@@ -281,7 +281,7 @@ def _seconds(embedder: EmbeddingModel) -> float:
 
 
 def _comparable(judged: Sequence[Entry]) -> tuple[dict[str, Entry], list[str]]:
-    """Return the entries that can be compared, by their fingerprints, and lines on the others."""
+    """Return the comparable entries by fingerprint, and lines on the others."""
     found, lines = dict[str, Entry](), list[str]()
     most = max((len(entry.out_of_fold) for entry in judged), default=0)
     for entry in judged:
@@ -299,7 +299,7 @@ def _comparable(judged: Sequence[Entry]) -> tuple[dict[str, Entry], list[str]]:
 def best_guesses(
     X: NDArray[np.float32], y: NDArray[np.int64], folds: Folds, seed: int
 ) -> tuple[str, NDArray[np.int64]]:
-    """Return the judge that is right most often out of fold, and what it says of each row.
+    """Return the name of the head with the highest out-of-fold accuracy, and its predictions.
 
     X : ndarray of shape (n, dim), float32; y : ndarray of shape (n,), int64; returns the head's name, and an ndarray of y's shape
     """
@@ -316,7 +316,7 @@ def best_guesses(
 
 
 def _compared(found: dict[str, Entry], seed: int, final: bool) -> dict[str, Entry]:
-    """Say of each entry of a rung whether it is shown to be worse than the best; of the worse half such are dropped."""
+    """Mark the entries of a rung that are not significantly worse than the best; the other ones in the worse half are dropped."""
     order = sorted(found, key=lambda name: (-found[name].accuracy, found[name].seconds))
     answers = {name: found[name].out_of_fold for name in order}
     behind = compare(answers, order[0], seed=seed, metric=ACCURACY) if len(order) > 1 else ()
@@ -337,7 +337,7 @@ def _compared(found: dict[str, Entry], seed: int, final: bool) -> dict[str, Entr
 def _written(
     config: Config, files: Artifacts, entries: Sequence[Entry], images: int, of: int, left_out: Sequence[str]
 ) -> Shortlist:
-    """Write the config of the survivors."""
+    """Write the config of the remaining networks."""
     networks = [entry for entry in entries if entry.section is not None and not entry.dropped]
     if not networks:
         raise BackboneError("no network is left to write a config of; name some with --candidates")

@@ -1,4 +1,4 @@
-"""Similar: the stored images that an image is nearest to, with their labels; the image itself may be stored or new."""
+"""Similar: the stored images nearest to an image, with their labels; the image itself may be stored or new."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pipeline.store.rows import Nearest
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A stored image that is near: 1 - cosine, its label ('' where it has none), its split, and where it is."""
+    """A nearby stored image: its distance, 1 - cosine, its label ('' if it has none), its split, and its path."""
 
     distance: float
     label: str
@@ -39,17 +39,17 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class SimilarRun:
-    """What was found: for each image its neighbours, nearest first, or why it could not be read."""
+    """The results: for each image its neighbours, nearest first, or the reason why it could not be read."""
 
     embedding: str
     images: int
-    """Stored images that were searched."""
+    """Number of stored images searched."""
     found: Mapping[str, Sequence[Neighbour]]
     problems: Mapping[str, str]
     output: Path | None
 
     def summary_lines(self) -> list[str]:
-        """A table for each image."""
+        """Return a table per image."""
         lines = [
             f"nearest of {number_of(self.images, 'image')} by {self.embedding}; 0 is the same, 1 has nothing in common"
         ]
@@ -70,11 +70,11 @@ def run(
     output: Path | None = None,
     trust: bool = False,
 ) -> SimilarRun:
-    """Find the stored images nearest to some image files, and to all in the folders given.
+    """Find the stored images nearest to the given image files, and to all images in the given folders.
 
-    `place` is an output folder, a config or a folder of photos; without it the one experiment in `artifacts`. The embedding is the
-    best row's of the leaderboard unless one is named. An image that is stored needs no network, and is not its own neighbour; a
-    copy of it is. `trust` allows a network of code. Images that cannot be read are told, where others can.
+    `place` is an output folder, a config or a folder of photos; by default the only experiment in `artifacts`. The embedding is the
+    leaderboard's best row's unless one is named. A stored image needs no network, and is not its own neighbour; a
+    copy of it is. `trust` allows networks defined by code. Unreadable images are reported unless all are unreadable, which is an error.
     """
     images = expanded(images)
     if output is not None:
@@ -102,9 +102,7 @@ def run(
 
 
 def experiment_at(place: Path | None) -> Artifacts:
-    """Return the experiment of an output folder, a config or a folder of photos, which has features; without a place the only one in
-    `artifacts`.
-    """
+    """Return the experiment, with features, of an output folder, a config or a folder of photos; by default the only one in `artifacts`."""
     if place is None:
         there = sorted(path.parent for path in Path("artifacts").glob("*/features.json"))
         if len(there) != 1:
@@ -124,31 +122,31 @@ def experiment_at(place: Path | None) -> Artifacts:
 
 
 def embedding_of(files: Artifacts, name: str | None = None) -> tuple[EmbeddingRecord, Path | None]:
-    """Return an experiment's embedding of a name, or else its best row's, and the best bundle on it; None where there is none."""
+    """Return an experiment's embedding of a name, or its best row's, and the best bundle on it; None if there is no bundle."""
     if files.leaderboard.exists():
         for row in read_leaderboard(files.root).rows:
             if row.bundle and not row.constant and name in (None, row.embedding):
                 made = bundles.describe(files.root / row.bundle)["embedding"]
-                if made:  # a soft vote has several
+                if made:  # a soft vote has several instead
                     return from_plain(EmbeddingRecord, made), files.root / row.bundle
     return choose(read_records(files.features), name, "--embedding"), None
 
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """The n images of an experiment that have a vector of one embedding, ready to be searched more than once."""
+    """The n images of an experiment with a vector of one embedding, prepared for repeated searches."""
 
     record: EmbeddingRecord
     store: FeatureStore | JoinedStores
     index: DatasetIndex
     search: Nearest
-    """Among the distinct contents."""
+    """Nearest-neighbour search among the distinct contents."""
     copies: NDArray[np.int64]
-    """For each image the place of its content, shape (n,)."""
+    """The position of each image's content, shape (n,)."""
 
     @staticmethod
     def open(files: Artifacts, embedding: str | None = None) -> Stored:
-        """Open an embedding of an experiment; PipelineError when it is not there."""
+        """Open an embedding of an experiment; PipelineError if it does not exist."""
         record, _ = embedding_of(files, embedding)
         store, index = open_features(record, files), DatasetIndex.read(files.dataset)
         index = index.rows(~store.missing(index.digests))
@@ -162,13 +160,13 @@ class Stored:
         return Stored(record, store, index, Nearest.of(store, contents), copies.reshape(-1))
 
     def part(self, rows: NDArray[np.bool_]) -> Stored:
-        """Return some of the images, bool of shape (n,), to be searched alone."""
+        """Return a search among some of the images only, bool of shape (n,)."""
         return Stored._of(self.record, self.store, self.index.rows(rows))
 
     def embed(self, paths: Sequence[str], trust: bool = False) -> tuple[NDArray[np.float32], dict[str, str]]:
-        """Return the vectors of those of some image files that can be read, float32 of shape (k, dim), and why others cannot.
+        """Return the vectors of the readable ones of some image files, float32 of shape (k, dim), and the reasons for the others.
 
-        Those with a vector in the store are looked up; the network is loaded for the others alone, of which nothing is stored.
+        Vectors in the store are looked up; the network is loaded only for other images, whose vectors are not stored.
         """
         digests, problems = digests_of(paths, self.record.max_pixels)
         missing = self.store.missing(digests)
@@ -184,7 +182,7 @@ class Stored:
         return vectors[ok], {paths[row]: problem.reason for row, problem in problems.items()}
 
     def neighbours(self, paths: Sequence[str], vectors: NDArray[np.float32], count: int) -> list[list[Neighbour]]:
-        """Return the nearest images of some files, for their vectors, float32 of shape (k, dim); none is its own."""
+        """Return the nearest images of some files, given their vectors, float32 of shape (k, dim); a file is not its own neighbour."""
         order = np.argsort(self.copies, kind="stable")
         starts = np.searchsorted(self.copies[order], np.arange(len(self.search.order) + 1))
         places, away = self.search.find(vectors, count + 1)

@@ -1,7 +1,7 @@
-"""Several targets: where the data set has several columns of labels, each is an experiment of its own on the same vectors and split.
+"""Several targets: with several label columns, each becomes its own experiment on the same vectors and split.
 
-`features` writes the experiments' folders, `targets/NAME`, each with the index of its column; what comes after knows nothing of the
-others and takes such a folder, or the config in it, as any other.
+`features` writes the experiments' folders, `targets/NAME`, each with the index of its column; later stages treat such a folder, or the
+config in it, like any other experiment.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ R = TypeVar("R", bound=Any)
 
 
 def experiments(config: Config) -> dict[str, Config]:
-    """Return the config of each target's experiment by its name; where the data set has one target, the config itself by ''.
+    """Return the config of each target's experiment by name; for a single target, the config itself under ''.
 
-    Of the heads and the score each has those that serve its kind; where none does, all heads, and the usual score.
+    Each has the heads and the metric that support its kind; if none does, all heads, and the default metric.
     """
     data, found = config.dataset, {}
     if len(data.kinds) < 2:
@@ -53,7 +53,7 @@ def experiments(config: Config) -> dict[str, Config]:
 
 
 def of_classes(config: Config, what: str) -> dict[str, Config]:
-    """Return the experiments whose labels are classes; ConfigError where there is none: `what` says what needs classes."""
+    """Return the classification experiments; ConfigError if there are none: `what` names the feature that needs classes in the message."""
     each = experiments(config).items()
     found = {name: alone for name, alone in each if kind_of(alone.dataset.kinds[0]) == Classification.kind}
     if not found:
@@ -62,7 +62,7 @@ def of_classes(config: Config, what: str) -> dict[str, Config]:
 
 
 def each(found: Mapping[str, Config], run: Callable[[Config], R]) -> Generator[str, None, dict[str, R]]:
-    """Run a stage for each target; yield its lines below the target's name, and where its page is; return the results by name."""
+    """Run a stage for each target; yield its lines below the target's name, and its report's path; return the results by name."""
     made = {}
     for name, alone in found.items():
         made[name] = result = run(alone)
@@ -73,12 +73,12 @@ def each(found: Mapping[str, Config], run: Callable[[Config], R]) -> Generator[s
 
 
 def heading(name: str) -> list[str]:
-    """Return the line above what is said of one of several targets; none for a single one, whose name is ''."""
+    """Return the heading line for one of several targets; empty for a single one, whose name is ''."""
     return [f"== {name} =="] if name else []
 
 
 def write_experiments(config: Config, index: DatasetIndex, records: Sequence[EmbeddingRecord]) -> None:
-    """Write stage one's results once more for each of several targets, with the images that have a label of it."""
+    """Write stage one's results again for each of several targets, with the images that have a label for it."""
     files, found = Artifacts(config.output, config.store), experiments(config)
     if "" in found:
         remove(files.targets)

@@ -135,7 +135,7 @@ class Screening:
     cheaper: Callable[[Problem, Params], Params]
     """(problem, candidate) -> the parameters to replace for a cheap fit."""
     budget: float
-    """Total cost of the full fits, in units of a fit of the head's defaults."""
+    """Cost limit of the full fits, in units of a fit of the head's defaults."""
     cost: Callable[[Problem, Params], float]
     """(problem, candidate) -> the relative cost of its full fit."""
 

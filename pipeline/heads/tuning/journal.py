@@ -112,10 +112,8 @@ class Journal:
                     aside, why = path.with_name(f"{path.name}.old"), _changed(found.get("identity"), identity)
                     log.info("%s: a new search begins, because %s changed; the old one is in %s", path, why, aside.name)
                 else:
-                    problem = (
-                        f"line {good + 1} is not the one that was written; the search goes on from the {good} before it"
-                    )
-                    log.warning("%s: %s, and the file as it was is kept in %s", path, problem, aside.name)
+                    problem = f"line {good + 1} is damaged; the search resumes from the {good} lines before it"
+                    log.warning("%s: %s, and the original file is kept in %s", path, problem, aside.name)
                 files.SYSTEM["rename"](path, aside)
                 other, descriptor = descriptor, _open_alone(path)
                 files.close_alone(other)
@@ -149,8 +147,8 @@ class Journal:
 
 def _unwritable(path: Path, error: OSError) -> HeadError:
     return HeadError(
-        f"{path}: the trials cannot be written down there ({error.strerror}); make room or choose another output folder, "
-        "and run again: what is written is kept"
+        f"{path}: the trials cannot be written to it ({error.strerror}); free space or choose another output folder, "
+        "and run again: trials written so far are kept"
     )
 
 

@@ -71,8 +71,8 @@ def check(head: Head, tuning: TuningConfig, kind: str = "classification") -> lis
         return [f"tuning.scoring: {unknown(what, tuning.scoring, ('auto', *serving))}"]
     if serving[tuning.scoring].needs_probabilities and not head.probabilities:
         others = ", ".join(name for name, metric in serving.items() if not metric.needs_probabilities)
-        needs = f"tuning.scoring {tuning.scoring!r} needs probabilities, which it does not give"
-        return [f"head {head.name}: {needs}; the others are {others}"]
+        needs = f"tuning.scoring {tuning.scoring!r} needs probabilities, which this head lacks"
+        return [f"head {head.name}: {needs}; scores that do not: {others}"]
     return []
 
 

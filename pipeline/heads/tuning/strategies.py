@@ -230,7 +230,7 @@ def _draw(dimension: Dimension, share: float) -> Any:
 
 
 def neighbours(head: Head, params: Params) -> list[Params]:
-    """Return points of a head's space that differ from `params` in one parameter: by a step in either direction, or by another choice."""
+    """Return points of a head's space that differ from `params` in one parameter, by a step in either direction or another choice."""
     return [
         {**params, key: value}
         for key, dimension in head.space.items()

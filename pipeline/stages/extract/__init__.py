@@ -1,9 +1,9 @@
-"""Stage one: embed what the feature stores do not have yet.
+"""Stage one: embed the images that the feature stores are missing.
 
     stores.py      the folder of stores that experiments share
-    targets.py     what a config asks to embed, and what each store is missing
-    work.py        batches through the networks (`pipeline.embed.loader`) and into the stores, or into parts; vectors of the user's own
-    spread.py      one of many shards, or workers on Ray, whose parts are merged later
+    targets.py     the embeddings of a config, and the images that each store is missing
+    work.py        embedding batches (`pipeline.embed.loader`) into the stores, or into parts; the user's own vectors
+    spread.py      shards, or workers on Ray, whose parts are merged later
 
 The images are read and decoded once for all networks. A run with nothing to do imports no torch.
 """
@@ -51,30 +51,30 @@ from pipeline.store.writer import StoreWriter
 log = logging.getLogger(__name__)
 
 LONG_SECONDS = 60.0
-"""A run that takes longer says when more machines would pay."""
+"""Runs longer than this report when more machines would pay off."""
 
 
 @dataclass(frozen=True, eq=False)
 class FeaturesRun:
-    """What stage one found and did."""
+    """The findings and results of stage one."""
 
     scan: ScanResult
     targets: tuple[EmbeddingTarget, ...]
     records: tuple[EmbeddingRecord, ...]
     work: Work | None
-    """None when nothing was embedded: a plan, or nothing to do."""
+    """None if nothing was embedded: a plan, or no images were missing."""
     pool: Pool | None
-    """The engine's workers, where there was one."""
+    """The engine's workers, if one was used."""
     planned: bool
     total_seconds: float
 
     @property
     def pending(self) -> int:
-        """Distinct images that some store is missing."""
+        """The number of distinct images missing in some store."""
         return max((int(target.pending.sum()) for target in self.targets), default=0)
 
     def summary_lines(self) -> list[str]:
-        """What the data are, what was done or would be, and where the time went."""
+        """Return lines on the data, the work done or planned, and the time spent."""
         lines = [*self.scan.summary_lines(), *(self._plan_lines() if self.planned else self._work_lines())]
         if any(record.untrained for record in self.records):
             lines.append("note: weights: random is an untrained control, marked `untrained` wherever it shows")
@@ -101,7 +101,7 @@ class FeaturesRun:
             yield f"  {name}: {count:,} new vectors" + (f"; {anew[name]}" if name in anew else "")
         told = {name: f"{name} {seconds:.1f}" for name, seconds in work.seconds.items()}
         threads = ", ".join(told.pop(name) for name in SUMMED_OVER_THREADS)
-        yield f"seconds: {', '.join(told.values())}; beside them, summed over threads: {threads}"
+        yield f"seconds: {', '.join(told.values())}; in parallel, summed over threads: {threads}"
         if self.pool is not None:
             yield self.pool.line(work)
         elif work.loop_seconds > LONG_SECONDS:
@@ -120,13 +120,13 @@ def asked(
     address: str | None = None,
     workers: int | None = None,
 ) -> FeaturesRun | ShardRun:
-    """Do what `features` does: a run on this machine, by the workers of an engine, or of one shard.
+    """Run `features`: on this machine, with the workers of an engine, or for one shard.
 
-    PipelineError for options that mean nothing together, and as the runs raise it.
+    PipelineError for options that exclude each other, and as raised by the runs.
     """
     chosen = Engine.of(engine, address, workers)
     if (shard and (plan or chosen)) or (parts and not (shard or chosen)):
-        raise PipelineError("--shard goes without --plan and --engine, and --parts with --shard or --engine")
+        raise PipelineError("--shard excludes --plan and --engine, and --parts needs --shard or --engine")
     if shard is not None:
         return run_shard(config, Shard.parse(shard), parts, rehash=rehash)
     return run(config, plan=plan, rehash=rehash, engine=chosen, place=parts)
@@ -140,12 +140,12 @@ def run(
     engine: Engine | None = None,
     place: str | None = None,
 ) -> FeaturesRun:
-    """Bring the index and every store up to date, or with `plan` only say what that would take.
+    """Update the index and every store, or with `plan` only report what is missing.
 
-    With an `engine` its workers embed, and write parts in `place`, a folder or an address that all of them see.
+    With an `engine` its workers embed, and write parts to `place`, a folder or an address that all of them can access.
 
-    PipelineError for unusable data, a network or weights that are not to be had, a store that cannot be written, too many failed
-    images; KeyboardInterrupt after a signal to stop. What was embedded before stays.
+    PipelineError for unusable data, unavailable networks or weights, a store that cannot be written, too many failed
+    images; KeyboardInterrupt after a signal to stop. Vectors embedded before are kept.
     """
     began = time.perf_counter()
     require_permitted(config)
@@ -156,7 +156,7 @@ def run(
     if not plan:
         enter(files)
     start = time.perf_counter()
-    sources = resolve(config, files, contents.digests)  # loads the networks whose embeddings are not known yet
+    sources = resolve(config, files, contents.digests)  # loads networks whose embeddings are not yet known
     find_parts(config.concat, {spec.name: source for source in sources for spec in source.specs})
     resolving = time.perf_counter() - start
     if not plan:
@@ -174,7 +174,7 @@ def run(
     if pending and not plan:
         work, pool = _embed(pending, contents, config, files, engine, place)
         work.seconds["start-up"] += resolving
-        # An image costs its reading and decoding, and its own network.
+        # The time per image is that of reading and decoding, and of the embedding's own network.
         shared = (work.seconds["read"] + work.seconds["decode"]) / work.workers / max(work.images, 1)
         rates |= {name: shared + work.network_seconds[name] / count for name, count in work.vectors.items() if count}
         contents = Contents.of(scanned.index, files, config)
@@ -193,7 +193,7 @@ def _embed(
     engine: Engine | None = None,
     place: str | None = None,
 ) -> tuple[Work, Pool | None]:
-    """Embed into the stores, here or by an engine's workers, whose parts are merged whatever happens."""
+    """Embed into the stores, here or with an engine's workers, whose parts are merged even after an error."""
     images = contents.part(~contents.failed)
     pending = [replace(target, pending=target.pending[~contents.failed]) for target in pending]
     pool = None
@@ -209,9 +209,9 @@ def _embed(
 
 
 def without_labels(config: Config) -> FeaturesRun:
-    """Like `run`, for images that have no labels yet, or whose labels do not matter.
+    """Like `run`, for images without labels, or whose labels are ignored.
 
-    PipelineError where the output folder has an experiment with labels, which would be lost.
+    PipelineError if the output folder has an experiment with labels, which would be lost.
     """
     files = Artifacts(config.output, config.store)
     before = WrittenIndex.read(files.dataset).index
@@ -226,9 +226,9 @@ def without_labels(config: Config) -> FeaturesRun:
 def embed_some(
     config: Config, by: BackboneConfig | str, contents: Contents, some: Contents
 ) -> list[tuple[EmbeddingTarget, FeatureStore]]:
-    """Embed a part of a data set by one section of a config, or a baseline, where the stores do not have it yet.
+    """Embed part of a data set with one section of a config, or a baseline, as far as the stores are missing it.
 
-    The embeddings are those that `run` makes of all `contents`, which finds them in the stores; no experiment is written.
+    The embeddings are the same as those of `run` for all `contents`, which later reuses them; no experiment is written.
     """
     files = Artifacts(config.output, config.store)
     sections, floors = ((), (by,)) if isinstance(by, str) else ((by,), ())
@@ -254,7 +254,7 @@ def _write(
     targets: Sequence[EmbeddingTarget],
     rates: Mapping[str, float],
 ) -> list[EmbeddingRecord]:
-    """Write features.json, and the config as it was read."""
+    """Write features.json, and the config as read."""
     records = [
         EmbeddingRecord(
             name=target.spec.name,
@@ -273,14 +273,14 @@ def _write(
     write_records(files.features, records, config, scanned.index.fingerprint())
     write_text_atomic(files.config, dump_yaml(config, files.root))
     if len(config.dataset.kinds) > 1 or files.targets.exists():
-        from pipeline.stages.targets import write_experiments  # with scikit-learn, which no worker should wait for
+        from pipeline.stages.targets import write_experiments  # imports scikit-learn, which workers do not need
 
         write_experiments(config, scanned.index, records)
     return records
 
 
 def _duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Return a duration in seconds as text with a suitable unit."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,12 +1,12 @@
-"""Stage one on many machines: one shard of a data set, or the workers of a Ray cluster; both write parts, which are merged later.
+"""Stage one on many machines: shards of a data set, or the workers of a Ray cluster; both write parts, which are merged later.
 
-A shard takes the images whose content digest gives its number, wherever they lie and however many there are besides, so adding
-images moves none. It can be killed and run again, and run twice at once: parts are never changed, and who reads them takes each
+An image's shard depends only on its content digest, not on its path or on the other images, so adding
+images moves none. A shard can be killed and run again, or run twice at once: parts are never changed, and their readers take each
 content once.
 
-A worker on Ray loads the networks once and is given digests and paths. No pixels and no vectors go through Ray, so its object store
-stays empty; images and parts must be where all nodes see them. A worker is given work when it asks for it. What becomes of workers
-that die, and how many nodes there are, is Ray's business.
+A worker on Ray loads the networks once and receives digests and paths. No pixels or vectors pass through Ray, so its object store
+stays empty; images and parts must be accessible to all nodes. Workers get a new piece of work when they finish one. Ray restarts
+workers that die, and manages the number of nodes.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from pipeline.store import differences, lock
 from pipeline.store.share import PartWriter
 
 PATIENCE = 24 * 3600.0
-"""Seconds to wait while another shard reads the images for the index that they share."""
+"""Seconds to wait while another shard reads the images for the shared index."""
 
 CORES = 4
-"""Per worker, where no GPU and no number of workers says otherwise."""
+"""Cores per worker, if neither GPUs nor a number of workers determine it."""
 
 MOST_IMAGES = 4096
-"""In one piece of work: what a worker that dies costs at most."""
+"""Largest number of images in a piece of work, which is the most that a dying worker loses."""
 
 RETRIES = 3
-"""As often is a piece of work given to a worker again that ended with it."""
+"""How often a piece of work is retried after its worker died."""
 
 
 # ---- shards
@@ -75,25 +75,25 @@ class Shard:
         return Shard(int(found[1]), int(found[2]))
 
     def has(self, digests: Digests) -> NDArray[np.bool_]:
-        """Say for each of n digests, uint64 of shape (n, 2), whether it is in this shard: bool of shape (n,)."""
+        """Return which of n digests, uint64 of shape (n, 2), are in this shard: bool of shape (n,)."""
         return np.asarray(digests[:, 0] % np.uint64(self.count) == self.number - 1)
 
 
 @dataclass(frozen=True)
 class ShardRun:
-    """What a shard did."""
+    """The result of a shard."""
 
     shard: Shard
     images: int
-    """Distinct images in it."""
+    """Number of distinct images in the shard."""
     work: Work
     place: str
     next: str
-    """The command that takes the parts."""
+    """The command that merges the parts."""
     seconds: float
 
     def summary_lines(self) -> Iterator[str]:
-        """What was done, and what comes next."""
+        """Return the work done, and the next step."""
         work, shard = self.work, self.shard
         yield (
             f"shard {shard.number}/{shard.count}: {number_of(self.images, 'image')}, {work.images:,} embedded ({work.rate:,.0f} images/s), "
@@ -104,10 +104,10 @@ class ShardRun:
 
 
 def run_shard(config: Config, shard: Shard, place: str | None = None, *, rehash: bool = False) -> ShardRun:
-    """Embed the images of one shard that neither the stores nor the parts in `place`, a folder or an address, have yet.
+    """Embed the images of one shard that are missing in the stores and in the parts in `place`, a folder or an address.
 
-    Shards that share an output folder share its index: the first reads the images, the others wait for it. Raises as `extract.run`
-    does; what was finished before stays, after a signal the part in hand too.
+    Shards with the same output folder share its index: the first reads the images, the others wait for it. Raises as `extract.run`
+    does; finished vectors are kept, after a signal also those of the current part.
     """
     began = time.perf_counter()
     require_permitted(config)
@@ -134,7 +134,7 @@ def run_shard(config: Config, shard: Shard, place: str | None = None, *, rehash:
 
 @dataclass
 class Pool:
-    """What a run had: how many workers, of how many cores, ready after so many seconds, the most bytes one of them took."""
+    """The workers of a run: their number, their cores and GPUs, the seconds until ready, and the largest memory of one, in bytes."""
 
     workers: int
     cores: int
@@ -144,13 +144,13 @@ class Pool:
 
     @staticmethod
     def of(resources: dict[str, float], asked: int | None) -> Pool:
-        """Decide on workers, which share the cores: one per GPU, else one per `CORES` of what there is now."""
+        """Choose the number of workers, which share the cores: one per GPU, or else one per `CORES` of the available cores."""
         cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
         workers = asked or gpus or max(1, cpus // CORES)
         return Pool(workers, max(1, cpus // workers), min(gpus, 1))
 
     def line(self, work: Work) -> str:
-        """Say what the engine cost, and from how many images of these networks on it pays."""
+        """Return the engine's cost, and the number of these networks' images from which it pays off."""
         per_image = work.loop_seconds * self.workers / max(work.images, 1)
         kind = "1 GPU" if self.gpus else number_of(self.cores, "core")
         return (
@@ -160,7 +160,7 @@ class Pool:
 
 
 def pays(start_up: float, per_image: float, workers: int) -> str:
-    """Say from how many images on several workers take less time than one that needs no start-up: n t = s + n t / w."""
+    """Return the number of images from which several workers are faster than one without start-up: n t = s + n t / w."""
     if workers < 2:
         return "one worker is no quicker than a run without an engine"
     images = start_up / (per_image * (1 - 1 / workers))
@@ -171,32 +171,32 @@ def pays(start_up: float, per_image: float, workers: int) -> str:
 
 
 class Worker:
-    """What runs in each of Ray's actors: the networks, loaded once."""
+    """A Ray actor with the networks, loaded once."""
 
     def __init__(self, targets: Sequence[EmbeddingTarget], config: Config, place: str, working: str) -> None:
         sources = {id(target.source): replace(target.source, load=cache(target.source.load)) for target in targets}
         self._targets = [replace(target, source=sources[id(target.source)]) for target in targets]
         self._config, self._place = config, place
-        os.chdir(working)  # paths of a config may be relative
+        os.chdir(working)  # paths in a config may be relative
         look_in(Path(working))
 
     def load(self) -> None:
-        """Load the networks, once; BackboneError when they do not make the vectors that the driver's machine would."""
+        """Load the networks, once; BackboneError if their vectors would differ from those of the driver's machine."""
         for target in self._targets:
             for spec, own in zip(target.source.specs, target.source.load().specs, strict=True):
                 if spec.fingerprint() != own.fingerprint():
                     raise BackboneError(
-                        f"{spec.name}: a worker makes other vectors than the driver's machine would; give all nodes the same versions and "
+                        f"{spec.name}: a worker's vectors would differ from those of the driver's machine; give all nodes the same versions and "
                         "kind of processor, or set extraction.engine, precision and device",
                         differences(spec.identity(), own.identity(), "the driver", "the worker"),
                     )
 
     def embed(self, images: Contents, pending: NDArray[np.bool_]) -> tuple[int, Work, int]:
-        """Embed k images, for each of t targets those that are pending, bool of shape (t, k).
+        """Embed k images for t targets, where pending, bool of shape (t, k).
 
-        Returns how many there were, what was done, and the most bytes that this process took.
+        Returns the number of images, the work done, and the peak memory of this process in bytes.
         """
-        self.load()  # again in one that takes the place of one that died
+        self.load()  # needed in a restarted worker
         targets = [replace(target, pending=own) for target, own in zip(self._targets, pending, strict=True)]
         work = embed(targets, images, self._config, Path(HASH_STORE), partial(PartWriter, self._place, look=False))
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -206,10 +206,10 @@ class Worker:
 def embed_on(
     targets: Sequence[EmbeddingTarget], images: Contents, config: Config, place: str, engine: Engine
 ) -> tuple[Work, Pool]:
-    """Embed the pending ones of n images into parts in `place`, on all of a cluster.
+    """Embed the pending images of n into parts in `place`, on all machines of a cluster.
 
-    Ray starts a worker anew that died, and gives it its piece again. PipelineError when there is no cluster, its workers cannot load
-    the networks, or one ends with the same piece again and again. Finished parts stay.
+    Ray restarts a worker that died, and retries its piece. PipelineError if there is no cluster, the workers cannot load
+    the networks, or workers keep dying on the same piece. Finished parts are kept.
     """
     began = time.perf_counter()
     with connected(engine.address) as ray:
@@ -235,7 +235,7 @@ def embed_on(
 
         workers = [actor.remote(light, config, place, os.getcwd()) for _ in pieces[: pool.workers]]
         try:
-            ray.get(ray.wait([worker.load.remote() for worker in workers])[0])  # others may wait for a node
+            ray.get(ray.wait([worker.load.remote() for worker in workers])[0])  # the others may still wait for a node
             pool.ready_seconds = time.perf_counter() - began
             with bar(len(needed), "images", f"embedding on {pool.workers} workers") as progress:
                 for count, done, size in ActorPool(workers).map_unordered(give, pieces):
@@ -246,7 +246,7 @@ def embed_on(
             raise error.cause if isinstance(error.cause, PipelineError) else error from None
         except ray.exceptions.RayError as error:
             found = " ".join(str(error).split())[:300]
-            raise BackboneError(f"the engine's workers end, and end again with the same images: {found}") from None
+            raise BackboneError(f"the engine's workers keep dying on the same images: {found}") from None
         work.loop_seconds = time.perf_counter() - began - pool.ready_seconds
         work.seconds["start-up"] = pool.ready_seconds
     return work, pool

@@ -1,11 +1,11 @@
-"""The folder of feature stores that experiments share: where a store is, what is taken over, and who uses the folder.
+"""The shared folder of feature stores: taking over stores and parts, and the list of experiments that use the folder.
 
     FOLDER/NAME-FINGERPRINT.store     one store per embedding, and one of perceptual hashes
-    FOLDER/experiments/DIGEST.json    one experiment that uses them, by its place seen from here
-    FOLDER/LOCK                       held while vectors are removed, or an experiment is added
+    FOLDER/experiments/DIGEST.json    one experiment that uses them, by its path relative to the folder
+    FOLDER/LOCK                       held while vectors are removed or an experiment is added
 
-Vectors are removed only when the index of every experiment in the list could be read and names them no more. An experiment
-enters the list after its index is written and before it looks what the stores have: so what it finds there stays.
+Vectors are removed only if the indexes of all experiments in the list could be read and none names them. An experiment
+enters the list after writing its index and before reading the stores, so the vectors that it finds there are kept.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ PATIENCE = 10.0
 
 
 def take_over(specs: Sequence[EmbeddingSpec], files: Artifacts, digests: Digests) -> None:
-    """Bring the vectors of n contents, uint64 of shape (n, 2), into the shared folder from where this experiment has them elsewhere.
+    """Bring the vectors of n contents, uint64 of shape (n, 2), from this experiment's former folders into the shared folder.
 
-    A store of the experiment alone, as release 0.1 made them, is moved, where that is one step; otherwise the rows are copied
-    and the old store stays as it is. Killed at any moment, every vector is in the one place or the other.
+    A store used by this experiment only, as in release 0.1, is renamed if possible; otherwise its rows are copied
+    and the old store is not changed. After a kill at any moment, every vector is in at least one of the two places.
     """
     wanted = [(place(spec, files), named(spec)) for spec in specs]
     own = {files.root / "features", files.dataset}
@@ -57,7 +57,7 @@ def take_over(specs: Sequence[EmbeddingSpec], files: Artifacts, digests: Digests
 
 
 def _moved(source: Path, target: Path) -> bool:
-    """Rename a store that nobody writes to; False where that cannot be done in one step."""
+    """Rename a store that has no writer; return False if that cannot be done in one step."""
     if target.exists() or source.is_symlink() or source.parent.is_symlink():
         return False
     try:
@@ -84,9 +84,9 @@ def _copy(source: Path, target: Path, digests: Digests) -> None:
 
 
 def take_parts(place: str | Path, stores: Path, *, remove: bool = False) -> dict[str, int]:
-    """Merge the parts in a place, a folder or an address, into the stores of their names; return how many vectors were new in each.
+    """Merge the parts in a place, a folder or an address, into the stores of their names; return each store's number of new vectors.
 
-    A damaged part is passed over with a warning, and its images are embedded again. `remove` is for a folder of one's own.
+    A damaged part is skipped with a warning, and its images are embedded again. Use `remove` only for one's own folder.
     """
     new = {}
     for name in part_folders(place):
@@ -104,7 +104,7 @@ def take_parts(place: str | Path, stores: Path, *, remove: bool = False) -> dict
         if remove:
             for path in found:
                 system.remove(Path(path))
-            with contextlib.suppress(OSError):  # somebody makes more
+            with contextlib.suppress(OSError):  # another process writes more
                 os.rmdir(Path(place) / f"{name}{PARTS}")
                 os.rmdir(place)
     return new
@@ -114,13 +114,13 @@ def take_parts(place: str | Path, stores: Path, *, remove: bool = False) -> dict
 
 
 def alone(files: Artifacts, patience: float = 0.0) -> contextlib.AbstractContextManager[None]:
-    """Keep every other experiment from entering the list, and from removing vectors."""
+    """Hold the lock that keeps other experiments from entering the list and from removing vectors."""
     system.make_folder(files.stores)
     return lock.held(files.stores, patience)
 
 
 def enter(files: Artifacts) -> None:
-    """Write this experiment into the list, in place of where it was before it was moved."""
+    """Add this experiment to the list, replacing its entry from before it was moved."""
     try:
         with alone(files, PATIENCE):
             write_entry(files)
@@ -133,7 +133,7 @@ def enter(files: Artifacts) -> None:
 
 
 def write_entry(files: Artifacts) -> None:
-    """Like `enter`, for who is alone."""
+    """Like `enter`, for a caller that holds the lock."""
     system.make_folder(files.entry.parent)
     with contextlib.suppress(PipelineError, OSError, KeyError):
         before = files.entry.with_name(f"{read_document(files.features, FEATURES)['entry']}.json")
@@ -143,7 +143,7 @@ def write_entry(files: Artifacts) -> None:
 
 
 def _root(stores: Path, entry: Path) -> Path:
-    """The output folder that an entry of the list names."""
+    """Return the output folder named by an entry of the list."""
     where = read_document(entry, USER).get("path")
     if not isinstance(where, str) or not where:
         raise USER.damaged(entry, f"its path is {where!r}")
@@ -151,7 +151,7 @@ def _root(stores: Path, entry: Path) -> Path:
 
 
 def others(files: Artifacts) -> tuple[list[Artifacts], list[str]]:
-    """The other experiments in the list, and a line for each entry that is damaged or leads to none."""
+    """Return the other experiments in the list, and a line for each entry that is damaged or whose experiment is missing."""
     found, problems = [], []
     for entry in sorted((files.stores / "experiments").glob("*.json")):
         if entry == files.entry:
@@ -171,7 +171,7 @@ def others(files: Artifacts) -> tuple[list[Artifacts], list[str]]:
 
 
 def contents_of_others(files: Artifacts) -> tuple[Digests, list[str]]:
-    """The contents, uint64 of shape (n, 2), that the indexes of the other experiments name, and a line for each unreadable one."""
+    """Return the contents, uint64 of shape (n, 2), in the other experiments' indexes, and a line for each unreadable index."""
     roots, problems = others(files)
     contents = [np.zeros((0, 2), np.uint64)]
     for other in roots:

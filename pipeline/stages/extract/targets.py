@@ -1,8 +1,8 @@
-"""What a config asks to embed, and what each embedding's store is missing: the decision that comes before any work.
+"""The embeddings of a config and the images that each store is missing, determined before any work.
 
-The embeddings of a section are known only once its network has been loaded (the digest of its weights, the length of its
-vectors). They are therefore kept in `specs.json` under all that they depend on, and the next run loads no network to learn
-that there is nothing to do. So `engine: auto` is decided once, by the images that there were then.
+The specs of a section's embeddings are known only once its network has been loaded (the digest of its weights, the length of its
+vectors). They are therefore stored in `specs.json` under a key of all that they depend on, so that the next run can find
+out without loading a network that nothing is missing. `engine: auto` is thus decided once, by the images at that time.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Source:
     section: BackboneConfig | None
     specs: tuple[EmbeddingSpec, ...]
     load: Callable[[], EmbeddingModel] = field(repr=False)
-    """Return the live embedder: the network is loaded when it is first needed."""
+    """Return the live embedder; its network is loaded on first use."""
     instead_of: BackboneConfig | None = None
-    """The config's section that `section` stands in for."""
+    """The config's section that `section` replaces."""
 
     def elsewhere(self, config: Config) -> Source:
-        """Return the same for another process, which loads the network itself."""
+        """Return a copy for another process, which loads the network itself."""
         extraction = config.extraction
         if self.section is not None:
             extraction = extraction.model_copy(update={"engine": self.specs[0].engine})
@@ -58,9 +58,9 @@ class Source:
 
 
 def require_permitted(config: Config) -> None:
-    """See that the weights of every section have a licence that the config allows, which loads and fetches none of them.
+    """Check that the config allows the licence of every section's weights, without loading or downloading them.
 
-    BackboneError with one line for each that has not.
+    BackboneError with one line per forbidden licence.
     """
 
     def license_of(section: BackboneConfig) -> str:
@@ -72,12 +72,12 @@ def require_permitted(config: Config) -> None:
 
 
 def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
-    """Return every source with its embeddings, under names that are unique in the experiment.
+    """Return every source with its embeddings, under unique names.
 
-    `digests` are the distinct images of the data set, uint64 of shape (n, 2). An engine is chosen for their number, unless another
-    experiment has embedded most of them with one. Where the weights of a section are not installed, and never were when this
-    experiment was embedded, the section that stands in for it is embedded. BackboneError when a network that has to be loaded for it
-    is not to be had.
+    `digests` are the distinct images of the data set, uint64 of shape (n, 2). The engine is chosen by their number, unless another
+    experiment has already embedded most of them. If the weights of a section are not installed, and never were when this
+    experiment was embedded, its stand-in is embedded. BackboneError if a network that must be loaded
+    is not available.
     """
     known = read_specs(files.specs)
     found = dict(known)
@@ -93,7 +93,7 @@ def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
         if key in found:
             extraction = extraction.model_copy(update={"engine": found[key][0].engine})
         live: Callable[[], EmbeddingModel] = partial(load, section, "", extraction, config.seed, len(digests))
-        if key not in found or names_code(section.name):  # which files code reads is known to nobody
+        if key not in found or names_code(section.name):  # the files that user code reads are unknown
             live = cache(live)
             found[key] = live().specs
         sources.append(Source(section, found[key], live, instead_of))
@@ -107,7 +107,7 @@ def resolve(config: Config, files: Artifacts, digests: Digests) -> list[Source]:
 
 
 def _specs_of_others(key: str, files: Artifacts, digests: Digests) -> tuple[EmbeddingSpec, ...]:
-    """The embeddings that another experiment found out for the same section, where they have most of n images already.
+    """Return another experiment's embeddings of the same section, if their stores have most of n images already.
 
     `digests` : uint64 of shape (n, 2).
     """
@@ -120,7 +120,7 @@ def _specs_of_others(key: str, files: Artifacts, digests: Digests) -> tuple[Embe
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:
-    """Tell apart embeddings whose readable names agree though their vectors do not, by the start of the fingerprint."""
+    """Append the start of the fingerprint to names shared by different embeddings."""
     distinct = {spec.fingerprint(): spec.name for source in sources for spec in source.specs}
     several = {name for name, count in Counter(distinct.values()).items() if count > 1}
 
@@ -138,14 +138,14 @@ class Contents:
     rows: NDArray[np.int64]
     """The first row of the index with each content, shape (n,)."""
     paths: NDArray[np.object_]
-    """Where each is under `root`, shape (n,)."""
+    """The path of each under `root`, shape (n,)."""
     failed: NDArray[np.bool_]
-    """Known not to decode, shape (n,)."""
+    """Whether each is known not to decode, shape (n,)."""
     root: Path
 
     @staticmethod
     def of(index: DatasetIndex, files: Artifacts, config: Config) -> Contents:
-        """Take the distinct contents of an experiment's index."""
+        """Return the distinct contents of an experiment's index."""
         rows = np.sort(np.unique(index.digests, axis=0, return_index=True)[1]).astype(np.int64)
         digests = index.digests[rows]
         failed = failed_digests(files.dataset, policy_key(config.dataset.max_pixels))
@@ -153,31 +153,31 @@ class Contents:
         return Contents(digests, rows, index.paths[rows], is_failed, index.root)
 
     def part(self, chosen: NDArray[Any]) -> Contents:
-        """Return some of them, by a mask, bool of shape (n,), or by their places, int64 of shape (k,)."""
+        """Return some of them, selected by mask, bool of shape (n,), or by position, int64 of shape (k,)."""
         return Contents(self.digests[chosen], self.rows[chosen], self.paths[chosen], self.failed[chosen], self.root)
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingTarget:
-    """One embedding and its store, as they were found."""
+    """One embedding and the state of its store."""
 
     source: Source
     output: int
-    """Which of the source's outputs."""
+    """The index among the source's outputs."""
     spec: EmbeddingSpec
     path: Path
     pending: NDArray[np.bool_]
-    """Which contents are to be embedded, shape (n,)."""
+    """Which contents must be embedded, shape (n,)."""
     why: str
-    """Why something is missing; '' when nothing is."""
+    """The reason why contents are missing; '' if none are."""
 
 
 def find_targets(
     sources: Sequence[Source], contents: Contents, files: Artifacts, folders: Sequence[Path] = ()
 ) -> list[EmbeddingTarget]:
-    """Compare every embedding's store with the data set; the same embedding asked for twice is one target.
+    """Compare every embedding's store with the data set; duplicate embeddings are merged into one target.
 
-    `folders` : where else a store may lie, for who only looks.
+    `folders` : other folders to search for stores, for callers that only read.
     """
     targets: dict[Path, EmbeddingTarget] = {}
     for source, output, spec in ((one, *each) for one in sources for each in enumerate(one.specs)):
@@ -196,10 +196,10 @@ def find_targets(
 
 
 def _why_no_store(spec: EmbeddingSpec, files: Artifacts) -> str:
-    """Name what is new in this identity against the most similar store there is."""
+    """Return the differences between this identity and that of the most similar store."""
     found: list[tuple[int, str, list[str]]] = []
     for other in (each for folder in (files.stores, *files.stores_before()) for each in sorted(folder.glob("*.store"))):
-        with suppress(StoreError):  # whoever uses that store will hear of it
+        with suppress(StoreError):  # reported when that store is used
             store = FeatureStore.open(other)
             if store.rows and all(
                 store.identity.get(name) == getattr(spec, name) for name in ("architecture", "layer")

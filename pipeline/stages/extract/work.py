@@ -1,4 +1,4 @@
-"""Embedding what is missing: finished batches into the stores, committed whatever happens."""
+"""Embedding of missing images: finished batches are written to the stores and committed even after an error."""
 
 from __future__ import annotations
 
@@ -42,32 +42,32 @@ SUMMED_OVER_THREADS = ("read", "decode")
 
 @dataclass
 class Work:
-    """What was done, and where the time went."""
+    """The work done, and the time spent on each part."""
 
     images: int = 0
-    """Distinct contents that went through at least one network or recipe."""
+    """Number of distinct contents that went through at least one network or baseline."""
     vectors: Counter[str] = field(default_factory=Counter)
-    """Embedding -> vectors that are new in its store."""
+    """Embedding -> number of new vectors in its store."""
     failures: list[Failure] = field(default_factory=list)
     unavailable: list[str] = field(default_factory=list)
-    """Images that could not be read this time, with the reason: gone, or changed since the scan."""
+    """Images that could not be read this time, with the reason: removed, or changed since the scan."""
     loop_seconds: float = 0.0
     workers: int = 1
-    """Threads that read and decoded."""
+    """Threads for reading and decoding."""
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("start-up", "read", "decode", "network", "write"), 0.0)
     )
-    """Per kind of work; reading and decoding are summed over threads and go on beside the network."""
+    """Seconds per kind of work; reading and decoding are summed over threads and run in parallel to the network."""
     network_seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Embedding -> seconds in its network."""
 
     @property
     def rate(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.images / self.loop_seconds if self.loop_seconds else 0.0
 
     def problem_lines(self) -> Iterator[str]:
-        """Say which images could not be used or read."""
+        """Return lines on images that could not be used or read."""
         if self.failures:
             yield f"{number_of(len(self.failures), 'image')} could not be used; dataset/failures.csv names each with its reason:"
             reasons = [f"{entry.path}: {entry.reason}" for entry in self.failures]
@@ -77,7 +77,7 @@ class Work:
             yield from (f"  {line}" for line in first(self.unavailable, EXAMPLES))
 
     def add(self, other: Work) -> None:
-        """Count what another process did as well; the start-up and the time of the loop stay those of this one."""
+        """Add the work of another process; start-up and loop time stay those of this one."""
         self.images += other.images
         self.failures += other.failures
         self.unavailable += other.unavailable
@@ -90,12 +90,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Output:
-    """One embedding on its way into its store."""
+    """The writer of one embedding's store, and the images that it is missing."""
 
     target: EmbeddingTarget
     writer: StoreWriter | PartWriter
     missing: NDArray[np.bool_]
-    """Images that it has no vectors of, shape (n,)."""
+    """Images without a vector, shape (n,)."""
 
 
 def embed(
@@ -105,12 +105,12 @@ def embed(
     hashes: Path,
     opened: Callable[..., AbstractContextManager[StoreWriter | PartWriter]],
 ) -> Work:
-    """Embed what some targets miss of n images: digests and paths in, immutable files of vectors out.
+    """Embed the images that some targets are missing, of n images: digests and paths in, immutable files of vectors out.
 
-    This is what a run does, a shard, and each worker of an engine. Whatever it raises, all finished rows are committed before; a signal
-    waits while they are.
+    Runs, shards and workers of an engine all use this function. On any exception, all finished rows are committed first; signals
+    are deferred meanwhile.
 
-    opened : `StoreWriter.open`, or a `PartWriter`; what is not `pending` is left to the first to find out
+    opened : `StoreWriter.open`, which determines the missing images itself, or a `PartWriter`, which uses `pending`
     hashes : the store of perceptual hashes
     """
     began = time.perf_counter()
@@ -126,7 +126,7 @@ def embed(
         def output(target: EmbeddingTarget, embedder: EmbeddingModel) -> Output:
             identity, probe = target.spec.identity(), embedder.probe[target.output]
             writer = stack.enter_context(opened(target.path, identity, target.spec.dim, probe=probe))
-            # A store's writer knows more than was known when the target was found: rows of a run that was killed, damaged files.
+            # A store's writer knows more than the target: rows of a killed run, damaged files.
             missing = writer.missing(images.digests)
             return Output(target, writer, missing & target.pending if isinstance(writer, PartWriter) else missing)
 
@@ -143,7 +143,7 @@ def embed(
         work = Work(workers=threads(config.extraction.workers))
         work.seconds["start-up"] = time.perf_counter() - began
         began = time.perf_counter()
-        # Of an image the hash first, as one that has its vectors is not decoded again.
+        # Hashes are committed first, as an image with all its vectors is not decoded again.
         everything = [hashed, *(output.writer for own in outputs for output in own)]
 
         def commit() -> None:
@@ -163,7 +163,7 @@ def embed(
                             commit()
                     progress.update(len(batch.items))
         finally:
-            with undisturbed():  # also after an error or a signal: what was embedded is not to be embedded again
+            with undisturbed():  # also after an error or a signal, so that nothing is embedded again
                 commit()
         write_began = time.perf_counter()
         with undisturbed():
@@ -174,12 +174,12 @@ def embed(
 
 
 def note_failures(work: Work, files: Artifacts, config: Config) -> None:
-    """Add the images that could not be used to the list beside the index."""
+    """Add images that could not be used to the list of failures."""
     record_failures(files.dataset, work.failures, policy_key(config.dataset.max_pixels))
 
 
 def hash_store(files: Artifacts) -> Path:
-    """Where to write perceptual hashes: where another experiment writes them now, beside the index, until the next run."""
+    """Return the store for perceptual hashes; one next to the index while another experiment writes the shared one."""
     shared = files.stores / HASH_STORE
     return files.dataset / HASH_STORE if lock.holder(shared) else shared
 
@@ -187,7 +187,7 @@ def hash_store(files: Artifacts) -> Path:
 def _store(
     batch: Batch, parts: Sequence[Part | None], outputs: Sequence[Sequence[Output]], images: Contents, work: Work
 ) -> None:
-    """Store what the networks made of one batch, and note what could not be read; a vector that is not finite fails its image."""
+    """Store the vectors of one batch, and record images that could not be read; a vector that is not finite fails its image."""
 
     def failed(item: Item, status: str, reason: str) -> None:
         digest = digests_to_hex(images.digests[item.content : item.content + 1])[0]
@@ -220,15 +220,15 @@ def _store(
     work.seconds["write"] += time.perf_counter() - began
 
 
-# ---- vectors of the user's own, by the paths of the images or in the order of the manifest
+# ---- the user's own vectors, by the paths of the images or in the order of the manifest
 
 
 def fill(
     targets: Sequence[EmbeddingTarget], contents: Contents, index: DatasetIndex, config: Config, files: Artifacts
 ) -> list[EmbeddingTarget]:
-    """Write the vectors of the user's own files that their stores are missing; return the targets as they are then.
+    """Write vectors from the user's own files to stores that are missing them; return the updated targets.
 
-    StoreError when a file has no vector for some images, or a `.npy` has not as many as there are images.
+    StoreError if a file has no vector for some images, or the length of a `.npy` is not the number of images.
     """
     return [
         _filled(target, Path(target.source.section.name), contents, index, config, files)

@@ -80,9 +80,7 @@ def _profile(asked: Asked, group: Sequence[EmbeddingRecord]) -> LayerProfile | N
     limit = limited(config.tuning).memory_bytes
     while limit is not None and memory_needed((len(kept), sum(each.spec.dim for each in named.values()))) > limit:
         longest = max(named, key=lambda layer: named[layer].spec.dim)
-        log.warning(
-            "%s takes no part in the profile of layers: tuning.memory is too small for it", named.pop(longest).name
-        )
+        log.warning("%s is left out of the layer profile: tuning.memory is too small for it", named.pop(longest).name)
     if len(named) < 2:
         return None
     metric = METRICS[config.tuning.scoring]

@@ -225,7 +225,7 @@ def objections(
     if found > limit:
         return [
             f"even with its features on disk it needs about {_size(found)}, and {_size(limit)} are allowed; "
-            "raise tuning.memory, set tuning.pca to a smaller number of components, or choose a layer or pooling with fewer numbers"
+            "raise tuning.memory, set tuning.pca to a smaller number of components, or choose a layer or pooling with fewer dimensions"
         ]
     return []
 

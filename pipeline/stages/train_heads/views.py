@@ -125,10 +125,10 @@ def _sentence(best: Origin, row: LeaderboardRow, new: HeadPredictions, times: in
     alone, kilobytes = best.row, 4 * (best.row.dim or 0) / 1e3
     held_out = paired_answers(ACCURACY, new.out_of_fold, best.predictions.out_of_fold, seed)
     test = paired_answers(ACCURACY, new.test, best.predictions.test, seed)
-    price = [f"{times * kilobytes:.1f} kB of vectors an image in place of {kilobytes:.1f}"]
+    price = [f"{times * kilobytes:.1f} kB of vectors per image instead of {kilobytes:.1f}"]
     if row.fit_seconds != alone.fit_seconds:
-        price.append(f"fitted in {row.fit_seconds:.2g} s in place of {alone.fit_seconds:.2g}")
+        price.append(f"fitted in {row.fit_seconds:.2g} s instead of {alone.fit_seconds:.2g}")
     if row.embed_seconds and alone.embed_seconds and row.embed_seconds != alone.embed_seconds:
-        price.append(f"{1e3 * row.embed_seconds:.0f} ms to embed an image in place of {1e3 * alone.embed_seconds:.0f}")
+        price.append(f"{1e3 * row.embed_seconds:.0f} ms to embed an image instead of {1e3 * alone.embed_seconds:.0f}")
     brought = f"{held_out.points} out of fold and {test.points} on the test: {held_out.verdict}"
     return f"{row.key}: {brought}; {', '.join(price)}; in {place}."
