@@ -205,9 +205,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
                     write_specs(path, known)
             (spec,) = known[key]
         if self.fingerprint not in (None, spec.fingerprint()):
-            raise BackboneError(
-                f"{spec.name}: its vectors are no longer those of the head; run `manyheads heads` again"
-            )
+            raise BackboneError(f"{spec.name}: its vectors differ from those of the head; run `manyheads heads` again")
         return spec
 
     def _network(self) -> specs.EmbeddingModel:
