@@ -93,7 +93,7 @@ def test_an_engine_that_cannot_be_used_is_found_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_photos(tmp_path)
-    monkeypatch.setattr(engines, "openvino_is_there", lambda: False)
+    monkeypatch.setattr(engines, "openvino_is_installed", lambda: False)
     assert problems_of(make_config(tmp_path, extraction={"engine": "openvino", "device": "cpu"})) == (
         "extraction.engine is openvino, but it cannot be used: it is not installed; pip install 'manyheads[openvino]'",
     )

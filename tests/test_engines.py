@@ -27,7 +27,7 @@ SMALL = PreprocessingConfig(resize=40, crop=32)
 
 
 def choose(asked: str = "auto", device: str = "cpu", precision: str = "bf16", **rest: object) -> tuple[str, str]:
-    return choose_engine(asked, device, precision, **{"images": 10**6, "layer_norms": False, "there": True, **rest})  # type: ignore[arg-type]
+    return choose_engine(asked, device, precision, **{"images": 10**6, "layer_norms": False, "installed": True, **rest})  # type: ignore[arg-type]
 
 
 def load(engine: str, name: str = "resnet18", precision: str = "fp32", **section: object) -> backbone.Backbone:
@@ -48,7 +48,7 @@ def test_auto_goes_by_what_the_machine_the_network_and_the_data_are(monkeypatch:
     assert choose(images=PAYS_FROM) == choose()
     assert choose(images=PAYS_FROM - 1) == ("torch", "fewer than 1,000 images do not pay for the start of OpenVINO")
     assert choose(layer_norms=True) == ("torch", "faster than OpenVINO for networks with layer norms")
-    assert choose(there=False) == ("torch", "OpenVINO: it is not installed; pip install 'manyheads[openvino]'")
+    assert choose(installed=False) == ("torch", "OpenVINO: it is not installed; pip install 'manyheads[openvino]'")
     assert choose(device="cuda") == ("torch", "OpenVINO: it computes on the processor and the device is cuda")
     assert choose(precision="fp16")[0] == "torch"
     monkeypatch.setattr(engines.platform, "machine", lambda: "arm64")
@@ -59,7 +59,7 @@ def test_what_is_asked_for_is_given_or_refused_with_every_reason() -> None:
     assert choose("torch") == ("torch", "asked for")
     assert choose("openvino", layer_norms=True, images=1) == ("openvino", "asked for")
     with pytest.raises(BackboneError) as caught:
-        choose("openvino", device="cuda", precision="fp16", there=False)
+        choose("openvino", device="cuda", precision="fp16", installed=False)
     assert str(caught.value).splitlines() == [
         "extraction.engine is openvino, but it cannot be used",
         "  it is not installed; pip install 'manyheads[openvino]'",
@@ -202,7 +202,7 @@ def test_an_engine_is_chosen_once_and_its_store_is_read_without_it(
     # Where OpenVINO is missing, the same network computes with torch, to the same vectors but for rounding.
     embedder, output = open_record(record, "cpu")
     (expected,) = embedder.embed(np.full((1, 32, 32, 3), 99, np.uint8))
-    monkeypatch.setattr(engines, "openvino_is_there", lambda: False)
+    monkeypatch.setattr(engines, "openvino_is_installed", lambda: False)
     other, output = open_record(record, "cpu")
     assert other.specs[output] == replace(record.spec, engine="torch")
     (found,) = other.embed(np.full((1, 32, 32, 3), 99, np.uint8))

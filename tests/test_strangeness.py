@@ -154,9 +154,7 @@ def test_predict_marks_strange_images_gives_sets_and_says_that_the_batch_has_dri
 
 def test_what_cannot_be_promised_is_an_error_that_says_so(copied: Config, tmp_path: Path):
     photos = [Path(str(copied.dataset.path))]
-    with pytest.raises(
-        ConfigError, match=r"--unknown: 0\.001 must be from 0\.03\d, the resolution of \d+ images, to 1"
-    ):
+    with pytest.raises(ConfigError, match=r"--unknown: 0\.001 must be from 0\.03\d, the least for \d+ images, to 1"):
         predict.run(best_of(copied), photos, output=tmp_path / "a.csv", unknown=0.001)
     with pytest.raises(ConfigError, match=r"--sets: 90 must be between 0 and 1, such as 0\.9"):
         predict.run(best_of(copied), photos, output=tmp_path / "a.csv", sets=90)

@@ -25,7 +25,7 @@ from pipeline.embed.engines import (
     TorchForward,
     choose_engine,
     compile_openvino,
-    openvino_is_there,
+    openvino_is_installed,
     require_close,
     resolve_device,
     resolve_precision,
@@ -218,7 +218,7 @@ def load(config: BackboneConfig, extraction: ExtractionConfig, seed: int, images
         precision,
         images=images,
         layer_norms=any(isinstance(part, nn.LayerNorm) for part in network.module.modules()),
-        there=openvino_is_there(),
+        installed=openvino_is_installed(),
     )
     arithmetic = Arithmetic(device, dtype, precision, engine)
     try:

@@ -98,12 +98,12 @@ def resolve_device(asked: str) -> torch.device:
     """Return the device to compute on, BackboneError if it is not available; `auto` prefers cuda to mps to cpu."""
     import torch
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if asked == "auto":
-        return torch.device(next(kind for kind, available in there.items() if available))
+        return torch.device(next(kind for kind, available in devices.items() if available))
     device = torch.device(asked)
-    if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        found = ", ".join(kind for kind, available in there.items() if available)
+    if not devices[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        found = ", ".join(kind for kind, available in devices.items() if available)
         raise BackboneError(
             f"device {asked!r} is not available; there are {found} and {torch.cuda.device_count()} GPUs"
         )
@@ -142,13 +142,13 @@ def resolve_precision(asked: str, device: torch.device) -> tuple[torch.dtype, st
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name], name, reason
 
 
-def openvino_is_there() -> bool:
+def openvino_is_installed() -> bool:
     """Whether OpenVINO is installed; does not import it."""
     return importlib.util.find_spec("openvino") is not None
 
 
 def choose_engine(
-    asked: str, device: str, precision: str, *, images: int, layer_norms: bool, there: bool
+    asked: str, device: str, precision: str, *, images: int, layer_norms: bool, installed: bool
 ) -> tuple[str, str]:
     """Return the engine and the reason for it; BackboneError if OpenVINO is requested but cannot be used.
 
@@ -158,7 +158,7 @@ def choose_engine(
     if asked == "torch":
         return asked, "asked for"
     obstacles = [
-        *([] if there else ["it is not installed; pip install 'manyheads[openvino]'"]),
+        *([] if installed else ["it is not installed; pip install 'manyheads[openvino]'"]),
         *([] if device == "cpu" else [f"it computes on the processor and the device is {device}"]),
         *([] if precision in _FORMATS else [f"it has no {precision}; set extraction.precision to fp32 or bf16"]),
     ]
@@ -181,12 +181,13 @@ def require_arithmetic(extraction: ExtractionConfig) -> None:
     """Check that a config's device, precision and engine are available; BackboneError if not."""
     device = resolve_device(extraction.device)
     _, precision, _ = resolve_precision(extraction.precision, device)
-    choose_engine(extraction.engine, device.type, precision, images=0, layer_norms=False, there=openvino_is_there())
+    installed = openvino_is_installed()
+    choose_engine(extraction.engine, device.type, precision, images=0, layer_norms=False, installed=installed)
 
 
 def engine_at_hand(engine: str, device: str) -> str:
     """Return the engine if it can run on the device, else `torch`."""
-    return engine if openvino_is_there() and resolve_device(device).type == "cpu" else "torch"
+    return engine if openvino_is_installed() and resolve_device(device).type == "cpu" else "torch"
 
 
 # ---- OpenVINO
@@ -194,9 +195,9 @@ def engine_at_hand(engine: str, device: str) -> str:
 
 def require_close(found: LayerFeatures, expected: LayerFeatures) -> None:
     """Check that two engines' vectors, float32 (n, dim) per layer, differ at most by bf16 rounding; RuntimeError if not."""
-    for mine, torchs in zip(found, expected, strict=True):
-        distance = np.linalg.norm(mine - torchs, axis=1)
-        if not (distance <= MOST_DEVIATION * np.linalg.norm(torchs, axis=1) + 1e-6).all():
+    for vectors, by_torch in zip(found, expected, strict=True):
+        distance = np.linalg.norm(vectors - by_torch, axis=1)
+        if not (distance <= MOST_DEVIATION * np.linalg.norm(by_torch, axis=1) + 1e-6).all():
             raise RuntimeError("the vectors of the probe images differ from torch's")
 
 

@@ -454,11 +454,11 @@ def effective_pooling(output: torch.Tensor, pooling: str, tokens: Tokens, layer:
     axes = _axes_of_places(output) if output.ndim in {3, 4} else ()
     why = ""
     if pooling in {"cls", "cls+avg"}:
-        there = tokens.class_token and output.ndim in ({2, 3} if pooling == "cls" else {3})
-        why = "" if there else "it has no class token"
+        possible = tokens.class_token and output.ndim in ({2, 3} if pooling == "cls" else {3})
+        why = "" if possible else "it has no class token"
     elif pooling == "map":
-        there = tokens.attention_pool and output.ndim == 2
-        why = "" if there else f"it needs a network with attention pooling, and layer {PENULTIMATE}"
+        possible = tokens.attention_pool and output.ndim == 2
+        why = "" if possible else f"it needs a network with attention pooling, and layer {PENULTIMATE}"
     elif output.ndim > 2 and pooling != "flatten" and not axes:
         why = "its places cannot be distinguished from its channels"
     elif output.ndim > 2 and pooling == "grid" and (len(axes) == 1 or output.shape[axes[0]] < GRID):
@@ -525,8 +525,8 @@ def effective(
     except (RuntimeError, AssertionError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        told = f"{name} cannot take images of {size[0]} x {size[1]} pixels"
-        raise BackboneError(f"{told} ({first_line(error)}); change preprocessing.crop") from None
+        failure = f"{name} cannot take images of {size[0]} x {size[1]} pixels"
+        raise BackboneError(f"{failure} ({first_line(error)}); change preprocessing.crop") from None
     found: dict[tuple[str, str], EmbeddingRow] = {}
     fitting: set[str] = set()
     refused: list[tuple[str, str]] = []

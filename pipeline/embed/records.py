@@ -153,10 +153,10 @@ def read_asked_records(path: Path, config: Config) -> tuple[EmbeddingRecord, ...
         )
     # Two sections may name the same embedding, whose record has only the first: then sections cannot select records.
     made = [record.asked for record in records]
-    told = not [section for section in asked if section not in made]
+    ambiguous = any(section not in made for section in asked)
     chosen = []
     for record in records:
-        is_asked = record.name in named if record.kind == "baseline" else not told or record.asked in config.sections
+        is_asked = record.name in named if record.kind == "baseline" else ambiguous or record.asked in config.sections
         if is_asked:
             chosen.append(record)
             if record.instead_of is not None:
@@ -302,8 +302,8 @@ def open_record(record: EmbeddingRecord, device: str, *, trust_code: bool = Fals
         )
     engine = spec.engine if section is None else engine_at_hand(spec.engine, device)
     if engine != spec.engine:
-        told = "%s was made by %s, this run has %s: the same network, whose vectors agree but for rounding"
-        logger.warning(told, record.name, spec.engine, engine)
+        message = "%s was made by %s, this run has %s: the same network, whose vectors agree but for rounding"
+        logger.warning(message, record.name, spec.engine, engine)
     asked = {"device": device, "precision": spec.precision, "decode": decode}
     extraction = ExtractionConfig.model_validate(asked if section is None else {**asked, "engine": engine})
     embedder = load(section, spec.architecture, extraction, record.seed)

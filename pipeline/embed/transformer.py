@@ -123,10 +123,10 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         images = one_by_one(X)
         vectors, problems = self.embed(images)
         if problems:
-            told = [f"{_name(images, number)}: {problem.reason}" for number, problem in sorted(problems.items())]
+            reasons = [f"{_name(images, number)}: {problem.reason}" for number, problem in sorted(problems.items())]
             raise DatasetError(
                 f"{len(problems):,} of {number_of(len(images), 'image')} cannot be used; repair or omit them",
-                first(told, MOST_NAMED),
+                first(reasons, MOST_NAMED),
             )
         return vectors
 
@@ -205,9 +205,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
                     write_specs(path, known)
             (spec,) = known[key]
         if self.fingerprint not in (None, spec.fingerprint()):
-            raise BackboneError(
-                f"{spec.name}: its vectors are no longer those of the head; run `manyheads heads` again"
-            )
+            raise BackboneError(f"{spec.name}: its vectors differ from those of the head; run `manyheads heads` again")
         return spec
 
     def _network(self) -> specs.EmbeddingModel:
@@ -262,11 +260,11 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         with writing as writer, hashing as hashes:
             numbers = missing[writer.fresh(digests[missing])]  # another process may have embedded some in the meantime
             try:
-                for here, vectors in self._embed(images, numbers.tolist(), problems, digests, hashes):
+                for done, vectors in self._embed(images, numbers.tolist(), problems, digests, hashes):
                     finite = storable(vectors, writer.store_type)
                     problem = ImageProblem("not_finite", f"{spec.name} gives it a vector that is not finite")
-                    problems |= dict.fromkeys(here[~finite].tolist(), problem)
-                    writer.append(digests[here[finite]], vectors[finite])
+                    problems |= dict.fromkeys(done[~finite].tolist(), problem)
+                    writer.append(digests[done[finite]], vectors[finite])
             finally:  # also after Ctrl-C, to keep what was embedded
                 for each in filter(None, (hashes, writer)):
                     each.commit()

@@ -191,8 +191,8 @@ def _tensors(content: Any, path: Path) -> dict[str, torch.Tensor]:
         others += [name for name in state if not name.startswith(prefix)]
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if others:
-        told = "%s: tensors that are not part of the network are left out: %d, such as %s"
-        logger.info(told, path, len(others), others[0])
+        message = "%s: tensors that are not part of the network are left out: %d, such as %s"
+        logger.info(message, path, len(others), others[0])
     return state
 
 

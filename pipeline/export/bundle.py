@@ -126,17 +126,17 @@ class ModelBundle:
             float64 of shape (n,) or (n, k); probabilities are float64 of shape (n, width), None for a head without them
         """
         if self.members:
-            told = [member.said(vectors)[1] for member, vectors in zip(self.members, X, strict=True)]
-            return self.voted([probabilities for probabilities in told if probabilities is not None])
+            of_members = [member.said(vectors)[1] for member, vectors in zip(self.members, X, strict=True)]
+            return self.voted([probabilities for probabilities in of_members if probabilities is not None])
         (vectors,) = X
         dim = getattr(self.estimator, "n_features_in_", vectors.shape[1])
         if vectors.shape[1] != dim:
             raise BundleError(f"head {self.head!r} takes vectors of {dim} numbers, got {vectors.shape[1]}")
         return self.target.predict(self.estimator, vectors, self.calibrated)
 
-    def voted(self, told: Sequence[NDArray[np.floating]]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    def voted(self, of_members: Sequence[NDArray[np.floating]]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
         """Return a soft vote's labels, intp (n,), and probabilities, float64 (n, k), from its members', any float dtype, (n, k)."""
-        mean = np.asarray(np.mean(told, axis=0, dtype=np.float64))
+        mean = np.asarray(np.mean(of_members, axis=0, dtype=np.float64))
         probabilities = self.calibrated(mean, "probability")
         return mean.argmax(axis=1), mean if probabilities is None else probabilities
 
@@ -227,17 +227,17 @@ def load(folder: Path, *, trust_code: bool = False) -> ModelBundle:
     document = describe(folder)
     try:
         file, found = document["file"], str(document["versions"]["scikit-learn"])
-        told = document.get("calibrator")
-        calibrator = None if told is None else from_plain(Calibrator, told)
+        stored = document.get("calibrator")
+        calibrator = None if stored is None else from_plain(Calibrator, stored)
         target, about = target_of(document), {key: document[key] for key in ("head", "params", "embedding")}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{folder}/bundle.json: incomplete (missing: {error.args[0]}); {BUNDLE.again}") from None
     if file not in (SKOPS, JOBLIB, MEMBERS):
         raise BundleError(f"{folder}/bundle.json: incomplete (missing: a known head file); {BUNDLE.again}")
     # scikit-learn only guarantees that a fitted object loads in the release (major.minor) that wrote it.
-    here = str(version("scikit-learn"))
-    if found.split(".")[:2] != here.split(".")[:2]:
-        raise BundleError(f"{folder}: saved with scikit-learn {found}, this is {here}; install that, or {BUNDLE.again}")
+    own = str(version("scikit-learn"))
+    if found.split(".")[:2] != own.split(".")[:2]:
+        raise BundleError(f"{folder}: saved with scikit-learn {found}, this is {own}; install that, or {BUNDLE.again}")
     members = tuple(load(place, trust_code=trust_code) for place in places_of(folder, document))
     bundle = ModelBundle(
         **about,

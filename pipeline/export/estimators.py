@@ -36,12 +36,12 @@ def _refitted(bundle: ModelBundle, target: Target, X: NDArray[np.float32], y: ND
     return replace(bundle, target=target, estimator=estimator, members=members, calibrator=None)
 
 
-def _said(head: Any, X: ArrayLike) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
+def _predict(head: Any, X: ArrayLike) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
     """Return the result of `ModelBundle.said` for concatenated vectors, of any float dtype and shape (n, dim)."""
     check_is_fitted(head)
     rows = validate_data(head, X, dtype=np.float32, reset=False)
-    said: tuple[NDArray[Any], NDArray[np.float64] | None] = head.bundle_.said(*_blocks(head.bundle_, rows))
-    return said
+    predicted: tuple[NDArray[Any], NDArray[np.float64] | None] = head.bundle_.said(*_blocks(head.bundle_, rows))
+    return predicted
 
 
 def _has_probabilities(self: Any) -> bool:
@@ -67,13 +67,13 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # s
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Return classes of the dtype of `classes_`, shape (n,), or 0 and 1, int64 (n, k), for X of any float dtype, (n, dim)."""
-        said = _said(self, X)[0]
-        return self.classes_[said] if self.bundle.target.exclusive else said.astype(np.int64)
+        predicted = _predict(self, X)[0]
+        return self.classes_[predicted] if self.bundle.target.exclusive else predicted.astype(np.int64)
 
     @available_if(_has_probabilities)  # type: ignore[untyped-decorator]  # scikit-learn has no types
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return the probability of each class or label, float64 of shape (n, k), for X of any float dtype, (n, dim)."""
-        found = _said(self, X)[1]
+        found = _predict(self, X)[1]
         assert found is not None, "checked by `_has_probabilities`"
         return found
 
@@ -99,7 +99,7 @@ class HeadRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]  # sci
 
     def predict(self, X: ArrayLike) -> NDArray[np.float64]:
         """Return numbers, float64 of shape (n,) or (n, k), for vectors X of any float dtype, shape (n, dim)."""
-        return _said(self, X)[0]
+        return _predict(self, X)[0]
 
 
 def estimator_of(bundle: ModelBundle) -> HeadClassifier | HeadRegressor:

@@ -90,18 +90,16 @@ def open_strangers(folder: Path, bundle: ModelBundle, unknown: float | None, set
         return Strangers(bundle, known, PROBABILITY, nothing, nothing, None, None)
     if not bundle.target.exclusive:
         raise ConfigError(f"{folder}: says {bundle.target.kind}; --unknown and --sets are for one class per image")
-    said = HeadPredictions.read(folder / FILE_NAME).out_of_fold
-    p = None if said is None else said.probabilities
+    predictions = HeadPredictions.read(folder / FILE_NAME).out_of_fold
+    p = None if predictions is None else predictions.probabilities
     score = str(bundles.describe(folder)["unknown"]["score"]) if known else PROBABILITY
-    if said is None or (p is None and (score == PROBABILITY or sets is not None)):
+    if predictions is None or (p is None and (score == PROBABILITY or sets is not None)):
         raise ConfigError(f"{folder}: has no probabilities of held-out images, which --unknown and --sets need")
     own = known.distances if known is not None and score != PROBABILITY else unsureness(p)  # type: ignore[arg-type]
-    of_truth = nothing if p is None else p[np.arange(len(said)), said.y_true]
+    of_truth = nothing if p is None else p[np.arange(len(predictions)), predictions.y_true]
     least = 1 / (len(own) + 1)
     if unknown is not None and not least <= unknown < 1:
-        raise ConfigError(
-            f"--unknown: {unknown:g} must be from {least:.2g}, the resolution of {len(own):,} images, to 1"
-        )
+        raise ConfigError(f"--unknown: {unknown:g} must be from {least:.2g}, the least for {len(own):,} images, to 1")
     if sets is not None and not 0 < sets < 1:
         raise ConfigError(f"--sets: {sets:g} must be between 0 and 1, such as 0.9")
     return Strangers(bundle, known, score, own, of_truth, unknown, sets)

@@ -265,5 +265,5 @@ def hash_distances(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArr
     """
     a, b = (hashes.reshape(len(hashes), HASH_VIEWS, HASH_BYTES // HASH_VIEWS) for hashes in (first, second))
     differing = [np.bitwise_count(one[:, :1] ^ other).sum(axis=2).min(axis=1) for one, other in ((a, b), (b, a))]
-    told = first.any(axis=1) & second.any(axis=1)
-    return np.where(told, np.minimum(*differing) / HASH_BITS, 1.0)
+    informative = first.any(axis=1) & second.any(axis=1)
+    return np.where(informative, np.minimum(*differing) / HASH_BITS, 1.0)

@@ -132,14 +132,14 @@ def prove(model: Model, photos: Iterable[Photo], raw: bytes, prepared: bytes, en
         together: PreparedImages = {way: np.stack([photo.prepared[way] for photo in batch]) for way in ways}
         expected = model.said(model.networks, together)
         exact = expected if model.exact is model.networks else model.said(model.exact, together)
-        told = from_prepared(
+        outputs = from_prepared(
             {name: together[way].transpose(0, 3, 1, 2).astype(np.float32) for way, name in entries.items()}
         )
         try:
-            far = _compare(model, batch, exact, told, FROM_PREPARED, "prepared pixels")
+            far = _compare(model, batch, exact, outputs, FROM_PREPARED, "prepared pixels")
         except BundleError:  # torch's own rounding may be the cause: compare with float64 instead
             exact = model.said(model.exact.in_float64(), together)
-            far = _compare(model, batch, exact, told, FROM_PREPARED, "prepared pixels")
+            far = _compare(model, batch, exact, outputs, FROM_PREPARED, "prepared pixels")
             proof.in_float64 += len(batch)
         proof.from_prepared = max(proof.from_prepared, far)
         each = [from_raw({IMAGES: photo.pixels[None]}) for photo in batch]

@@ -44,11 +44,11 @@ def add_answer(g: Graph, bundle: ModelBundle, vectors: Sequence[str], prefix: st
     """Add a bundle's predictions from its parts' vectors, float32 (n, dim) each, as outputs with a prefix; BundleError if unsupported."""
     target, parts, strings = bundle.target, dict[str, str](), dict[str, tuple[str, list[Any]]]()
     if bundle.members:
-        told = [
+        of_members = [
             _probabilities(g, one, *_columns(g, one.estimator, x))
             for one, x in zip(bundle.members, vectors, strict=True)
         ]
-        likely = [each for each in told if each]
+        likely = [each for each in of_members if each]
         mean = g("Div", reduce(partial(g, "Add"), likely), float(len(likely)))
         parts["probabilities"] = _calibrated(g, bundle.calibrator, mean, "probability") if bundle.calibrator else mean
         strings["label"] = g("Gather", np.array(target.classes), g("ArgMax", mean, axis=1, keepdims=0)), ["n"]
@@ -66,8 +66,8 @@ def add_answer(g: Graph, bundle: ModelBundle, vectors: Sequence[str], prefix: st
             parts["probabilities"] = _calibrated(
                 g, bundle.calibrator or Calibrator(SIGMOIDS, (1.0,)), columns, "decision"
             )
-            said = g("GreaterOrEqual", parts["probabilities"], np.array(target.thresholds or 0.5))
-            strings["labels"] = g("Where", said, np.array([target.classes]), np.array("")), ["n", target.width]
+            present = g("GreaterOrEqual", parts["probabilities"], np.array(target.thresholds or 0.5))
+            strings["labels"] = g("Where", present, np.array([target.classes]), np.array("")), ["n", target.width]
         else:
             numbers = parts["number"] = g("Add", g("Mul", columns, np.array(target.scale)), np.array(target.centre))
             if target.half:
@@ -220,10 +220,10 @@ def _unit(g: Graph, x: str) -> str:
     return str(g("Div", x, g("Where", g("Equal", length, 0.0), 1.0, length)))
 
 
-def _mean(g: Graph, weights: str, said: NDArray[np.float64], rows: str) -> str:
-    """Return the mean over k references, at `rows` (n, k), of their values `said` (references, columns), with weights (n, k)."""
+def _mean(g: Graph, weights: str, values: NDArray[np.float64], rows: str) -> str:
+    """Return the mean over k references, at `rows` (n, k), of their `values` (references, columns), with weights (n, k)."""
     weights = g("Unsqueeze", weights, [2])
-    total = g("ReduceSum", g("Mul", g("Gather", said, rows), weights), [1], keepdims=0)
+    total = g("ReduceSum", g("Mul", g("Gather", values, rows), weights), [1], keepdims=0)
     return str(g("Div", total, g("ReduceSum", weights, [1], keepdims=0)))
 
 
@@ -248,10 +248,10 @@ def _neighbours(g: Graph, model: Any, x: str) -> OutputColumns:
     if isinstance(model, KNeighborsRegressor):
         return _mean(g, weights, y.astype(np.float64), rows), "number"
     if isinstance(model.classes_, list):  # several labels
-        said = (
+        values = (
             np.stack([np.asarray(known)[codes] == 1 for known, codes in zip(model.classes_, y.T, strict=True)], 1) * 1.0
         )
-        return _mean(g, weights, said, rows), "probability"
+        return _mean(g, weights, values, rows), "probability"
     return _mean(g, weights, np.eye(len(model.classes_))[y[:, 0]], rows), "probability"
 
 
@@ -278,13 +278,13 @@ def _by_skl2onnx(g: Graph, model: Any, x: str) -> OutputColumns:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             written = to_onnx(model, initial_types=given, options=options, target_opset=OPSETS)
-        said = g.double(g.add(written, x)[-1])
+        columns = g.double(g.add(written, x)[-1])
     except Exception as error:  # it may raise anything for an unsupported estimator
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise BundleError(f"a {type(model).__name__} cannot be written by skl2onnx ({reason})") from None
     if isinstance(getattr(model, "classes_", None), list):  # absence and presence of each label: (k, n, 2)
-        said = g("Transpose", g("Gather", said, np.array(1), axis=2), perm=[1, 0])
-    return said, "probability" if is_likely else "decision" if is_class else "number"
+        columns = g("Transpose", g("Gather", columns, np.array(1), axis=2), perm=[1, 0])
+    return columns, "probability" if is_likely else "decision" if is_class else "number"
 
 
 _CONVERTERS: Sequence[tuple[tuple[type, ...], Callable[[Graph, Any, str], OutputColumns]]] = (
