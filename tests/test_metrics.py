@@ -353,12 +353,12 @@ def test_permuted_labels_have_a_false_winner_in_at_most_5_percent_of_200_runs():
     false_on_folds, false_on_test, naive = 0, 0, 0
     for run in range(200):
         rng = np.random.default_rng(run)
-        y = rng.integers(0, 3, 160)
-        X = rng.normal(size=(160, 8)) + 2 * np.eye(3, 8)[y]
+        y = rng.integers(0, 3, 240)
+        X = rng.normal(size=(240, 8)) + 2 * np.eye(3, 8)[y]
         y = rng.permutation(y)
         correct, scores = out_of_fold(X, y, folds_of(y, 5, run))
         best = max(scores, key=lambda name: float(np.mean(scores[name])))
-        X_test, y_test = rng.normal(size=(100, 8)), rng.integers(0, 3, 100)
+        X_test, y_test = rng.normal(size=(150, 8)), rng.integers(0, 3, 150)
         test = {name: said(head(X, y, X_test) == y_test) for name, head in CHEAP_HEADS.items()}
         found = metrics.compare({name: said(row) for name, row in correct.items()}, best, test, scores, seed=run)
         false_on_folds += any(not row.no_evidence for row in found)
