@@ -13,9 +13,16 @@ from sklearn.base import clone
 from sklearn.multioutput import MultiOutputRegressor
 from sklearn.pipeline import Pipeline
 
-from pipeline.data.classes import expand_scores
 from pipeline.heads.head import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluator, FoldOutcome, Problem, one_by_one, scaled, standardised
+from pipeline.heads.tuning.evaluation import (
+    Evaluator,
+    FoldOutcome,
+    Problem,
+    one_by_one,
+    outcome_of,
+    scaled,
+    standardised,
+)
 from pipeline.heads.tuning.features import Array
 
 log = logging.getLogger(__name__)
@@ -77,20 +84,15 @@ def rbf_svm(problem: Problem, fold: int, distances: Distances, params: Params) -
 
     if target.exclusive:
         fitted = machine.set_params(decision_function_shape="ovr").fit(within, distances.y)
-        seconds, scores, present = time.perf_counter() - start, decisions(fitted), fitted.classes_
-        likeliest = scores.argmax(axis=1) if len(present) > 2 else (scores > 0).astype(np.int64)
-        full = expand_scores(scores, present, target.width, "decision")
-        return FoldOutcome(present[likeliest], full, "decision", seconds, time.perf_counter() - start - seconds)
+        seconds, scores = time.perf_counter() - start, decisions(fitted)
+        return outcome_of(target, scores, fitted.classes_, seconds, time.perf_counter() - start - seconds)
     scores = np.empty((len(places), target.width))
     for column, y in enumerate(distances.y.reshape(len(distances.y), -1).T):
         if target.kind == "multilabel" and not np.ptp(y):
             scores[:, column] = y[0] - 0.5  # a constant label is predicted for all rows
         else:
             scores[:, column] = decisions(clone(machine).fit(within, y))
-    seconds = time.perf_counter() - start
-    if target.kind == "regression":
-        return FoldOutcome(target.told(scores), fit_seconds=seconds)
-    return FoldOutcome(scores > 0, scores.astype(np.float32), "decision", seconds)
+    return outcome_of(target, scores, np.arange(target.width), time.perf_counter() - start)
 
 
 def fit_each(pipeline: Pipeline, X: NDArray[np.float32], y: NDArray[np.float64]) -> Pipeline:

@@ -37,7 +37,7 @@ from pipeline.heads.fast.solvers import (
     turn_blocks,
 )
 from pipeline.heads.head import Params, configure
-from pipeline.heads.tuning.evaluation import Evaluate, Evaluator, FoldOutcome, Problem, scaled, standardised
+from pipeline.heads.tuning.evaluation import Evaluate, Evaluator, FoldOutcome, Problem, outcome_of, scaled, standardised
 from pipeline.heads.tuning.room import SPARE_BYTES, problem_bytes
 
 LOGISTIC_TOLERANCE = 1e-4
@@ -159,15 +159,8 @@ def decided(problem: Problem, fold: int, prepared: Prepared, candidates: Sequenc
     """Fit a head at every penalty: the highest score is the class, the signs are the labels, or the scores are the numbers."""
     present, target, outcomes = prepared.present, problem.target, []
     for scores, seconds in _scores(problem, prepared, candidates):
-        if target.kind == "regression":
-            outcomes.append(FoldOutcome(target.told(scores), fit_seconds=seconds))
-        elif not target.exclusive:
-            outcomes.append(FoldOutcome(scores > 0, scores, "decision", seconds))
-        else:
-            values = scores[:, 0] if len(present) == 2 else scores
-            full = expand_scores(values, present, target.width, "decision")
-            predictions = present[(values > 0).astype(np.int64) if len(present) == 2 else values.argmax(axis=1)]
-            outcomes.append(FoldOutcome(predictions, full, "decision", seconds))
+        binary = target.exclusive and len(present) == 2
+        outcomes.append(outcome_of(target, scores[:, 0] if binary else scores, present, seconds))
     return outcomes
 
 

@@ -26,7 +26,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import ThreadpoolController
 
-from pipeline.data.classes import ANY_CLASSES, ScoreKind
+from pipeline.data.classes import ANY_CLASSES, ScoreKind, expand_scores
 from pipeline.data.targets import Target
 from pipeline.errors import HeadError
 from pipeline.evaluation import Metric, Predictions
@@ -126,6 +126,23 @@ class FoldOutcome:
     """The score on the training rows; None if they were not predicted."""
     score: float = np.nan
     """The score on the fold's held-out rows; higher is better."""
+
+
+def outcome_of(
+    target: Target, scores: NDArray[np.floating], present: NDArray[Any], fit_seconds: float, score_seconds: float = 0.0
+) -> FoldOutcome:
+    """Return the outcome of decision values: the class with the highest, the labels above 0, or the numbers that they are.
+
+    scores : of any float dtype, shape (n_judged, k), or (n_judged,) for two classes; present : the k classes of the fit, int64
+    """
+    if target.kind == "regression":
+        return FoldOutcome(target.told(scores), None, None, fit_seconds, score_seconds)
+    if not target.exclusive:
+        labels = scores > 0
+        return FoldOutcome(labels, scores.astype(np.float32, copy=False), "decision", fit_seconds, score_seconds)
+    predictions = present[(scores > 0).astype(np.int64) if scores.ndim == 1 else scores.argmax(axis=1)]
+    full = expand_scores(scores, present, target.width, "decision")
+    return FoldOutcome(predictions, full, "decision", fit_seconds, score_seconds)
 
 
 @dataclass(frozen=True)
