@@ -92,7 +92,7 @@ def run(config: Config) -> Advice:
         advice.signs_of(record),
         transfer(files, choice, config.seed, held_out=True),
     )
-    write_document(files.advice, ADVICE, {"key": key, "signs": record, "advice": asdict(made)})
+    write_document(files.advice, ADVICE, {"key": key, "signs": record, "advice": made})
     return made
 
 

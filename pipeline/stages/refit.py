@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -193,7 +193,7 @@ def run(config: Config, row: str | None = None) -> RefitRun:
 def _refit(config: Config, folder: Path, name: str | None) -> list[Refitted]:
     board, asked, files = read_leaderboard(Path(config.output)), ask(config), Artifacts(folder)
     made = [_refitted(row, asked, files) for row in _chosen(board, name)]
-    write_document(files.refitted, REFIT, {"heads": [asdict(each) for each in made]})
+    write_document(files.refitted, REFIT, {"heads": made})
     return made
 
 
