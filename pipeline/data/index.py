@@ -283,7 +283,7 @@ class WrittenIndex:
     @staticmethod
     def read(folder: Path) -> WrittenIndex:
         """Read both files; DatasetError if one cannot be read, or index.json is damaged."""
-        record, path = read_record(folder), folder / INDEX_FILE
+        record, path = read_index_record(folder), folder / INDEX_FILE
         try:
             return WrittenIndex(path, record, read_file(path))
         except FileNotFoundError:
@@ -313,7 +313,7 @@ class WrittenIndex:
         return None if self.csv is None else _from_csv(self.path, self.csv, Path(record.get("root", "")), in_cells)
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def read_index_record(folder: Path) -> dict[str, Any] | None:
     """Return the content of index.json, or None if there is no such file; DatasetError if it is damaged."""
     path = folder / INDEX_RECORD
     if not os.path.lexists(path):

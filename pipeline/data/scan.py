@@ -27,7 +27,7 @@ from pipeline.data.index import (
     WrittenIndex,
     difference,
     encode,
-    read_record,
+    read_index_record,
     texts,
 )
 from pipeline.data.reading import StatCache, read_cache, read_digests
@@ -121,7 +121,7 @@ def require_its_own(root: Path, folder: Path, config: DatasetConfig) -> None:
 
     Moved data are the same data: nothing is left at their old place.
     """
-    record = read_record(folder) or {}
+    record = read_index_record(folder) or {}
     there = Path(record.get("root", root))
     is_there = address_of(there) is not None or there.is_dir() or inside(str(there)) is not None  # remote: assumed
     if not is_there or os.path.realpath(there) == os.path.realpath(root):
